@@ -1,0 +1,55 @@
+"""kvmlab: how should KVM convert guest memory between shared and private?  Switch the order and see.
+
+Layers, low to high; nothing imports upward (tests/test_frame.py):
+
+    state  step             cells, packing, views; steps, programs, learned rows
+    hw/                     SNP: the RMP, its instructions, access checks; page contents
+    kernel/                 locks and context; the direct map
+    kvm/                    attributes, MMU and fault path, SNP ops
+    actors  properties      guests, host threads; what must never happen
+    design  designs/        the language of orderings, and the orderings
+    machine program scenario  cells of a machine; designs into programs; who acts
+    explore/                every interleaving: two engines, liveness, shortest runs
+    trace report session    runs and codes; verdicts; the workbench without a widget
+    show/                   text, HTML, widget
+    cli
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Design": "design",
+    "DesignError": "design",
+    "Report": "report",
+    "Session": "session",
+    "Switches": "machine",
+    "Trace": "trace",
+    "check": "report",
+    "compare": "report",
+    "matrix": "grid",
+    "replay": "trace",
+    "workbench": "show.widget",
+}
+__all__ = sorted(_WHERE)
+
+if TYPE_CHECKING:
+    from .design import Design, DesignError
+    from .machine import Switches
+    from .grid import matrix
+    from .report import Report, check, compare
+    from .session import Session
+    from .show.widget import workbench
+    from .trace import Trace, replay
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used, so that `import kvmlab` stays light."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'kvmlab' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_WHERE[name]}", __name__), name)

@@ -1,0 +1,157 @@
+"""Shortest runs, and among the shortest the one that changes actors least.
+
+Interleaving noise is what readers of counterexamples complain about; breadth-first search alone returns any
+shortest run.  All shortest runs to the violation form a small acyclic graph; the fewest changes come from one
+pass over it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from .graph import END, Graph, Hit
+from .liveness import FAULT, Cycle
+
+Schedule = tuple[tuple[int, int], ...]  # (actor, choice) step by step
+
+
+def switches(schedule: Schedule) -> int:
+    """Number of times that the actor changes."""
+    return sum(a != b for (a, _), (b, _) in zip(schedule, schedule[1:], strict=False))
+
+
+def shortest(graph: Graph, hits: Iterable[Hit]) -> Schedule:
+    """Return the shortest schedule that ends in one of `hits` (all equally far) with the fewest switches."""
+    wanted: dict[int, list[tuple[int, int] | None]] = {}
+    for hit in hits:
+        last = None if hit.actor is None or hit.choice is None else (hit.actor, hit.choice)
+        wanted.setdefault(hit.state, []).append(last)
+    best = _cheapest(graph, set(wanted))
+    ends = [
+        (cost + int(last is not None and before not in (None, last[0])), last or (-1, -1), before if before is not None else -1, state)
+        for state, lasts in wanted.items()
+        for before, (cost, _) in best[state].items()
+        for last in lasts
+    ]
+    _, last, before, state = min(ends)
+    run = _back(best, state, None if before == -1 else before)
+    return (*run, last) if last != (-1, -1) else run
+
+
+_Best = dict[int, dict[int | None, tuple[int, tuple[int, int, int | None] | None]]]
+
+
+def _cheapest(graph: Graph, targets: set[int]) -> _Best:
+    """For each state on a shortest way to `targets` and each last actor: fewest switches, and where from."""
+    before = _predecessors(graph, targets)
+    best: _Best = {0: {None: (0, None)}}
+    for state in sorted(before):  # breadth-first order: sources come before their successors
+        ways: dict[int | None, tuple[int, tuple[int, int, int | None] | None]] = {}
+        for src, actor, choice in before[state]:
+            for last, (cost, _) in best[src].items():
+                total = cost + int(last not in (None, actor))
+                if actor not in ways or total < ways[actor][0]:
+                    ways[actor] = (total, (src, choice, last))
+        best[state] = ways
+    return best
+
+
+def _predecessors(graph: Graph, targets: set[int]) -> dict[int, list[tuple[int, int, int]]]:
+    """Edges of all shortest paths to `targets`: state -> [(source, actor, choice)]."""
+    found: dict[int, list[tuple[int, int, int]]] = {}
+    todo = [t for t in targets if t]
+    into = _into(graph)
+    while todo:
+        state = todo.pop()
+        if state in found:
+            continue
+        found[state] = into(state)
+        todo += [src for src, _, _ in found[state] if src]
+    return found
+
+
+def _into(graph: Graph) -> Callable[[int], list[tuple[int, int, int]]]:
+    """Return a function giving the edges into a state from states one step nearer to the start."""
+    if graph.engine == "arrays":
+        return _into_arrays(graph)
+    table: dict[int, list[tuple[int, int, int]]] = {}
+    depth, dst, label = graph.depth, graph.dst, graph.label
+    for i in range(len(graph.depth)):
+        for e in range(graph.start[i], graph.start[i + 1]):
+            j = dst[e]
+            if j != END and depth[j] == depth[i] + 1:
+                table.setdefault(j, []).append((i, graph.actor[e], graph.labels[label[e]].choice))
+    return table.__getitem__
+
+
+def _into_arrays(graph: Graph) -> Callable[[int], list[tuple[int, int, int]]]:
+    import numpy as np
+
+    start, depth, dst = np.asarray(graph.start), np.asarray(graph.depth), np.asarray(graph.dst)
+    src = np.repeat(np.arange(len(depth)), np.diff(start))
+    nearer = np.flatnonzero(dst != END)
+    nearer = nearer[depth[dst[nearer]] == depth[src[nearer]] + 1]
+    order = nearer[np.argsort(dst[nearer], kind="stable")]
+    heads = dst[order]
+
+    def into(state: int) -> list[tuple[int, int, int]]:
+        lo, hi = np.searchsorted(heads, [state, state + 1])
+        return [(int(src[e]), int(graph.actor[e]), graph.labels[graph.label[e]].choice) for e in order[lo:hi]]
+
+    return into
+
+
+def _back(best: _Best, state: int, last: int | None) -> Schedule:
+    run: list[tuple[int, int]] = []
+    while True:
+        came = best[state][last][1]
+        if came is None:
+            return tuple(reversed(run))
+        src, choice, earlier = came
+        assert last is not None
+        run.append((last, choice))
+        state, last = src, earlier
+
+
+def lasso(graph: Graph, cycle: Cycle) -> tuple[Schedule, Schedule]:
+    """A shortest stem to the fair cycle, and a round of it in which every actor that owes a step moves."""
+    entry = min(cycle.states, key=lambda i: (int(graph.depth[i]), i))
+    stem = shortest(graph, [Hit(entry, None, None)])
+    faults = {n for n, label in enumerate(graph.labels) if FAULT in label.counts}
+    here, loop = entry, []
+    for a in cycle.needed:
+        run, here = _nearest(graph, cycle, here, lambda e, a=a: graph.actor[e] == a and (a != cycle.actor or graph.label[e] in faults))
+        loop += run
+    if here != entry:
+        run, _ = _nearest(graph, cycle, here, lambda e: graph.dst[e] == entry)
+        loop += run
+    return stem, tuple(loop)
+
+
+def _nearest(graph: Graph, cycle: Cycle, here: int, wanted: Callable[[int], bool]) -> tuple[list[tuple[int, int]], int]:
+    """Walk inside the cycle from `here` over the nearest edge that is `wanted`; returns the walk and its end."""
+    came: dict[int, tuple[int, int]] = {}
+    todo = deque([here])
+    seen = {here}
+    while todo:
+        i = todo.popleft()
+        for e in range(int(graph.start[i]), int(graph.start[i + 1])):
+            j = int(graph.dst[e])
+            if j not in cycle.states:
+                continue
+            if wanted(e):
+                run = [_step(graph, e)]
+                while i != here:
+                    i, back = came[i]
+                    run.append(_step(graph, back))
+                return run[::-1], j
+            if j not in seen:
+                seen.add(j)
+                came[j] = (i, e)
+                todo.append(j)
+    raise AssertionError("a fair cycle must contain a step of every actor that it needs")
+
+
+def _step(graph: Graph, e: int) -> tuple[int, int]:
+    return int(graph.actor[e]), graph.labels[graph.label[e]].choice

@@ -1,0 +1,69 @@
+"""The dict engine: breadth-first search that applies learned rows to packed states, one at a time.
+
+It is the reference for the array engine, and the faster of the two below some ten thousand states.
+"""
+
+from __future__ import annotations
+
+from ..step import Learner, Model
+from .graph import END, Graph, Hit, Label
+
+
+def search(model: Model, limit: int | None = None) -> Graph:
+    """Explore `model` completely, or until `limit` states are known (then the graph is not `complete`)."""
+    learner = Learner(model)
+    graph = Graph(model, learner)
+    states, depth, start = [model.initial], [0], [0]
+    actor: list[int] = []
+    dst: list[int] = []
+    label: list[int] = []
+    quiet: list[bool] = []
+    labels: dict[Label, int] = {}
+    index = {model.initial: 0}
+    lanes = [(a, cell.mask, cell.shift, learner.tables[a]) for a, cell in enumerate(learner.pc)]
+    for i, x in enumerate(states):  # grows while we go
+        inside = moved = False
+        d = depth[i]
+        for a, mask, shift, tables in lanes:
+            table = tables[(x & mask) >> shift]
+            row = table.rows.get(x & table.mask)
+            if row is None:
+                row = learner.outcomes(a, x)
+            if not table.idle:
+                inside = True
+                moved = moved or bool(row)
+            for keep, put, violations, counts, choice, fatal in row:
+                key = Label(violations, counts, choice, fatal)
+                label.append(labels.setdefault(key, len(labels)))
+                actor.append(a)
+                for prop in violations:
+                    graph.hit(prop, d + 1, Hit(i, a, choice))
+                if fatal:
+                    dst.append(END)
+                    continue
+                y = x & keep | put
+                j = index.get(y)
+                if j is None:
+                    j = index[y] = len(states)
+                    states.append(y)
+                    depth.append(d + 1)
+                dst.append(j)
+        start.append(len(dst))
+        quiet.append(not inside)
+        if not inside:
+            found = learner.quiet(x)
+            if found != ((), ()):
+                graph.quiet_found[i] = found
+                for prop in found[0]:
+                    graph.hit(prop, d, Hit(i, None, None))
+        elif not moved:
+            graph.hit("deadlock", d, Hit(i, None, None))
+        if limit is not None and len(states) > limit:
+            graph.complete = False
+            del states[i + 1 :], depth[i + 1 :]
+            dst = [j if j <= i else END for j in dst]
+            break
+    graph.states, graph.depth, graph.start = states, depth, start
+    graph.actor, graph.dst, graph.label, graph.labels = actor, dst, label, list(labels)
+    graph.quiet = quiet
+    return graph

@@ -1,0 +1,113 @@
+"""The matrix: every design in every scenario, the worst verdict a cell, in one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .design import shipped
+from .machine import PLATFORMS
+from .properties import BY_NAME
+from .report import ALWAYS, SOMETIMES, as_design, check
+from .scenario import BACKINGS, SCENARIOS, InputError, NotApplicable
+
+SHORT = {
+    "host-rmp-fault": "RMPFAULT", "kernel-bug": "BUG", "platform-error": "PLATFORM", "deadlock": "DEADLOCK",
+    "sleep-in-atomic": "ATOMIC", "lock-misuse": "LOCK", "confidentiality": "LEAK", "integrity": "INTEGR",
+    "guest-killed": "KILLED", "conversion-refused": "REFUSED", "livelock": "LIVELOCK", "stale-mapping": "STALE",
+    "out-of-sync": "SYNC",
+}  # fmt: skip
+assert set(SHORT) == set(BY_NAME)
+
+
+@dataclass(frozen=True)
+class Square:
+    """One cell of the matrix: what one check found, without its graph; or the `reason` why there is none."""
+
+    design: str
+    platform: str
+    scenario: str
+    backing: str
+    verdicts: Mapping[str, str] = field(default_factory=dict)
+    states: int = 0
+    complete: bool = True
+    reason: str = ""
+    element: Mapping[str, Any] | None = None
+
+    @property
+    def worst(self) -> str:
+        """The gravest property violated, "ok", or "n/a"."""
+        if self.reason:
+            return "n/a"
+        return next((name for name in BY_NAME if self.verdicts[name] in (SOMETIMES, ALWAYS)), "ok")
+
+    @property
+    def short(self) -> str:
+        """`worst` in few letters; a trailing ! where every finishing run violates it."""
+        if self.worst not in SHORT:
+            return self.worst
+        return SHORT[self.worst] + ("!" if self.verdicts[self.worst] == ALWAYS else "")
+
+    def as_json(self) -> dict[str, Any]:
+        """The element that `kvmlab matrix --json` prints."""
+        where = {"design": self.design, "platform": self.platform, "scenario": self.scenario, "backing": self.backing}
+        return {**where, "n/a": self.reason} if self.reason else dict(self.element or where)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Designs down, scenarios across, for each platform and backing asked for."""
+
+    squares: tuple[Square, ...]
+
+    def text(self) -> str:
+        """One table a platform and backing; in each cell the gravest violation over the number of states."""
+        from .show.text import matrix_text
+
+        return matrix_text(self)
+
+    __str__ = text
+    __repr__ = text
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        from .show.html import matrix_html
+
+        return {"text/plain": self.text(), "text/html": matrix_html(self)}
+
+
+def matrix(
+    designs: Iterable[str] | None = None,
+    platforms: Iterable[str] = tuple(PLATFORMS),
+    scenarios: Iterable[str] = tuple(SCENARIOS),
+    backings: Iterable[str] = BACKINGS,
+    progress: Callable[[str], Any] | None = None,
+    elements: bool = False,
+) -> Matrix:
+    """Check every design (default: those of the thread and their variants) in every scenario.
+
+    `progress` is called with a line before each check;
+    `elements` keeps what `--json` prints.  InputError for a name that does not exist.
+    """
+    names = list(designs) if designs is not None else [*shipped("thread"), *shipped("variant")]
+    squares = []
+    for platform in platforms:
+        for backing in backings:
+            for name in names:
+                for scenario in scenarios:
+                    if progress:
+                        progress(f"{platform} {backing} {name} {scenario}")
+                    squares.append(_square((name, platform, scenario, backing), elements))
+    if not squares:
+        raise InputError("nothing to check: a list of names is empty")
+    return Matrix(tuple(squares))
+
+
+def _square(where: tuple[str, str, str, str], elements: bool) -> Square:
+    name, platform, scenario, backing = where
+    try:
+        report = check(as_design(name), platform, scenario, backing)
+    except NotApplicable as reason:
+        return Square(*where, reason=str(reason))
+    verdicts = {v.name: v.verdict for v in report.verdicts.values()}
+    return Square(*where, verdicts, report.states, report.complete, element=report.as_json() if elements else None)

@@ -1,0 +1,1 @@
+"""Hardware rules: tables and pure functions; hardware knows nothing of the kernel."""

@@ -1,0 +1,65 @@
+"""A hardware rule as a table that is checked to be total and unambiguous."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+ANY = object()
+
+
+class Rules:
+    """A decision table: every combination of inputs is decided by exactly one row.
+
+    `source` is the spec's title and section; `inputs` maps each column to its possible values; a row is
+    one value (or ANY, or a frozenset of values) a column, then the outcome.  ValueError at construction when
+    a combination has no row or two.
+    """
+
+    def __init__(
+        self, source: str, inputs: Mapping[str, Sequence[Any]], rows: Sequence[tuple[Any, ...]], outcome: str = "outcome"
+    ) -> None:
+        self.source, self.inputs, self.rows, self.outcome = source, dict(inputs), tuple(rows), outcome
+        self._answers: dict[tuple[Any, ...], Any] = {}
+        for row in self.rows:
+            if len(row) != len(self.inputs) + 1:
+                raise ValueError(f"{source}: row {row} does not have {len(self.inputs)} inputs and an outcome")
+        for combination in product(*self.inputs.values()):
+            hits = [row for row in self.rows if _matches(row, combination)]
+            if len(hits) != 1:
+                named = ", ".join(f"{k}={v}" for k, v in zip(self.inputs, combination, strict=True))
+                raise ValueError(f"{source}: {len(hits)} rows decide {named}; exactly one must")
+            self._answers[combination] = hits[0][-1]
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Return the outcome for one value of each input; KeyError for a value outside the table."""
+        return self._answers[tuple(inputs[name] for name in self.inputs)]
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return iter(self.rows)
+
+    def text(self) -> str:
+        """Return the table as plain text, one row a line, as the spec prints it."""
+        head = [*self.inputs, self.outcome]
+        body = [[_cell_text(value) for value in row] for row in self.rows]
+        widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+        lines = ["  ".join(value.ljust(w) for value, w in zip(row, widths, strict=True)).rstrip() for row in [head, *body]]
+        return "\n".join([self.source, lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _matches(row: tuple[Any, ...], combination: tuple[Any, ...]) -> bool:
+    return all(
+        want is ANY or got == want or (isinstance(want, frozenset) and got in want)
+        for want, got in zip(row, combination, strict=False)
+    )
+
+
+def _cell_text(value: Any) -> str:
+    if value is ANY:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, frozenset):
+        return "/".join(sorted(map(_cell_text, value)))
+    return str(value)

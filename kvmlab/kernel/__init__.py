@@ -1,0 +1,1 @@
+"""The kernel around KVM: locks and context, the direct map."""

@@ -1,0 +1,48 @@
+"""The kernel's direct map: one 2M region that starts as one huge mapping and splits for good.
+
+Modelled because the RMP check of a host write goes by the size of the mapping that it uses.  Left out: stale
+host TLB entries after the _noflush helpers; splits end with a flush of all CPUs (set_memory.c).
+"""
+
+from __future__ import annotations
+
+from ..hw import snp
+from ..state import View
+from .locks import might_sleep
+
+PRESENT, ABSENT = "present", "absent"
+
+
+def _split(s: View) -> None:
+    if s.directmap_2m:
+        s.directmap_2m = False
+        s.say("[2M directmap entry splits]")
+
+
+def kvm_unmap_directmap(s: View, me: str, gfn: int) -> None:
+    """Remove the private PFN of `gfn` (set_direct_map_invalid_noflush(), v8 patch 15/56); may sleep."""
+    might_sleep(s, me, "directmap update takes a mutex")
+    _split(s)
+    s.directmap[s.conf.backing["private", gfn]] = ABSENT
+
+
+def kvm_map_directmap(s: View, me: str, gfn: int) -> None:
+    """Restore the private PFN of `gfn` (set_direct_map_default_noflush()); never merges; may sleep."""
+    might_sleep(s, me, "directmap update takes a mutex")
+    s.directmap[s.conf.backing["private", gfn]] = PRESENT
+
+
+def adjust_direct_map(s: View, me: str, gfn: int) -> None:
+    """Split to 4K what is about to be a 4K RMP entry (adjust_direct_map(), as merged); may sleep."""
+    might_sleep(s, me, "set_memory_4k() takes a mutex")
+    _split(s)
+
+
+def host_write(s: View, pfn: str) -> str:
+    """One kernel write through the direct map to a PFN of the region: snp.OK, snp.HOST_PF or "absent"."""
+    if s.directmap[pfn] == ABSENT:
+        return ABSENT
+    mapping = snp.PG_2M if s.directmap_2m else snp.PG_4K
+    others = mapping == snp.PG_2M and any(s.rmp[p].assigned for p in s.rmp)
+    page = s.rmp[pfn] if pfn in s.rmp else snp.HYPERVISOR
+    return snp.host_access("write", mapping=mapping, page=page, region_assigned=others)

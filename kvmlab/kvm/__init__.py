@@ -1,0 +1,1 @@
+"""KVM: attributes and memslots, the MMU and its fault path, guest_memfd, the platform's ops."""

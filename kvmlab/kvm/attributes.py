@@ -1,0 +1,62 @@
+"""Memory attributes (the xarray) and the invalidation counters: virt/kvm/kvm_main.c.
+
+`mmu_invalidate_seq` is unbounded but only ever compared with a fault's snapshot, so each vCPU keeps what the
+comparison would say: "same" until an invalidation ends, then "moved"; "none" when it holds no snapshot.
+"""
+
+from __future__ import annotations
+
+from ..kernel.locks import assert_held
+from ..state import View
+
+NO_RANGE = None
+
+
+def kvm_mmu_invalidate_begin(s: View, me: str, covered: tuple[int, int] | None) -> None:
+    """Open the window; the first one resets the range.  v8-era: the whole request at once (`covered`)."""
+    assert_held(s, me, "kvm_mmu_invalidate_begin()")
+    if s.in_progress == 0:
+        s.invalidate_range = covered
+    elif covered is not None:
+        s.invalidate_range = _hull(s.invalidate_range, covered)
+    s.in_progress += 1
+
+
+def kvm_mmu_invalidate_range_add(s: View, me: str, lo: int, hi: int) -> None:
+    """Widen the one shared range to the hull with gfns [lo, hi)."""
+    assert_held(s, me, "kvm_mmu_invalidate_range_add()")
+    s.invalidate_range = _hull(s.invalidate_range, (lo, hi))
+
+
+def _hull(old: tuple[int, int] | None, new: tuple[int, int]) -> tuple[int, int]:
+    return new if old is NO_RANGE else (min(old[0], new[0]), max(old[1], new[1]))
+
+
+def kvm_mmu_invalidate_end(s: View, me: str) -> None:
+    """Move the sequence count, then close the window: every older snapshot is stale from now on."""
+    assert_held(s, me, "kvm_mmu_invalidate_end()")
+    if s.in_progress == 0:
+        s.violate("kernel-bug", "BUG_ON(mmu_invalidate_in_progress < 0)")
+        return
+    for cpu in s.snapshot:
+        if s.snapshot[cpu] == "same":
+            s.snapshot[cpu] = "moved"
+    s.in_progress -= 1
+    if s.in_progress == 0:
+        s.invalidate_range = NO_RANGE
+
+
+def mmu_invalidate_retry_gfn(s: View, me: str, gfn: int) -> bool:
+    """Whether the fault must be retried: the gfn is being invalidated, or the sequence count moved."""
+    lo_hi = s.invalidate_range if s.in_progress else NO_RANGE
+    return (lo_hi is not NO_RANGE and lo_hi[0] <= gfn < lo_hi[1]) or s.snapshot[me] == "moved"
+
+
+def kvm_vm_set_region_attr(s: View, me: str, gfn: int, to: str) -> None:
+    """xa_store() of one gfn's attribute."""
+    s.attr[gfn] = to
+
+
+def kvm_update_lpage_mixed_flag(s: View, me: str) -> None:
+    """Large-page bookkeeping, under mmu_lock; every page of this machine is 4K, so nothing else changes."""
+    assert_held(s, me, "kvm_update_lpage_mixed_flag()")

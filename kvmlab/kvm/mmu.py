@@ -1,0 +1,99 @@
+"""The MMU: zap and flush, and the steps of the fault path (arch/x86/kvm/mmu/mmu.c, tdp_mmu.c).
+
+A fault's `kind` is "private" or "shared": on snp the C-bit of the access, on sev and sw the attribute read
+when the fault is entered.  A stale fault returns "retry" (RET_PF_RETRY), a mismatch "exit".
+"""
+
+from __future__ import annotations
+
+from ..kernel.locks import assert_held, might_sleep
+from ..state import View
+from .attributes import mmu_invalidate_retry_gfn
+
+
+def kvm_unmap_gfn_range(s: View, me: str, gfn: int) -> None:
+    """Zap the leaf of one gfn; `s.flush` remembers whether there was one, when the design asks (if (flush))."""
+    assert_held(s, me, "kvm_unmap_gfn_range()")
+    if s.conf.asks_flush and s.npt[gfn] is not None:
+        s.flush = True
+    s.npt[gfn] = None
+
+
+def kvm_flush_remote_tlbs(s: View, me: str) -> None:
+    """Drop every vCPU's translations."""
+    for where in s.tlb:
+        s.tlb[where] = None
+
+
+def flush_if_zapped(s: View, me: str) -> str | None:
+    """`if (flush)`: skip what follows unless the last zap found a leaf."""
+    if not s.flush:
+        return "skip"
+    s.flush = False
+    return None
+
+
+def fault_kind(s: View, me: str) -> str:
+    """On sev and sw the kind of a fault is the gfn's attribute at entry (kvm_mmu_page_fault())."""
+    return f"fault-{s.attr[s.acc[me].gfn]}"
+
+
+def had_rmp_bit(s: View, me: str) -> str | None:
+    """The RMP fault handler runs only after a fault with the RMP bit (npf_interception())."""
+    if not s.rmp_bit[me]:
+        return "skip"
+    s.rmp_bit[me] = False
+    return None
+
+
+def mmu_seq_snapshot(s: View, me: str, kind: str) -> None:
+    """fault->mmu_seq = mmu_invalidate_seq, before anything else is read."""
+    s.snapshot[me] = "same"
+
+
+def kvm_mem_is_private(s: View, me: str, kind: str) -> str | None:
+    """Compare the fault's kind with the xarray, without a lock; a mismatch is KVM_EXIT_MEMORY_FAULT."""
+    gfn = s.acc[me].gfn
+    if s.attr[gfn] == kind:
+        return None
+    s.count("exits")
+    s.say(f"KVM_EXIT_MEMORY_FAULT ({kind})")
+    if s.conf.correct_guest and s.era > 0 and not s.running and s.acc[me].era == s.era:
+        s.violate("guest-killed", f"{kind} access exits though the conversion to {kind} has returned")
+    if s.snapshot[me] != "none":
+        s.snapshot[me] = "none"
+    return "exit"
+
+
+def kvm_gmem_get_pfn(s: View, me: str, kind: str) -> None:
+    """Look up the backing page; may allocate and sleep.  The backing never moves here, so nothing is kept."""
+    might_sleep(s, me, "kvm_gmem_get_pfn() may allocate")
+
+
+def is_page_fault_stale(s: View, me: str, kind: str) -> str | None:
+    """Under mmu_lock: has the gfn been invalidated since the snapshot?"""
+    assert_held(s, me, "is_page_fault_stale()", write=False)
+    stale = mmu_invalidate_retry_gfn(s, me, s.acc[me].gfn)
+    s.snapshot[me] = "none"
+    if stale:
+        s.count("retry")
+        s.say("stale: RET_PF_RETRY")
+        return "retry"
+    return None
+
+
+def kvm_tdp_mmu_map(s: View, me: str, kind: str) -> None:
+    """Install the leaf.  A present leaf with another PFN is "Invalid SPTE change" and BUG() (tdp_mmu.c)."""
+    assert_held(s, me, "kvm_tdp_mmu_map()", write=False)
+    gfn = s.acc[me].gfn
+    pfn, leaf = s.conf.backing[kind, gfn], s.npt[gfn]
+    if s.snapshot[me] != "none":
+        s.snapshot[me] = "none"
+    if leaf == pfn:
+        s.count("spurious-npf")
+        s.say(f"[{pfn} already mapped]")
+    elif leaf is not None:
+        s.violate("kernel-bug", f"BUG(): TDP MMU replaces present leaf {leaf} by {pfn}")
+    else:
+        s.npt[gfn] = pfn
+        s.say(f"[gfn {gfn} -> {pfn}]")

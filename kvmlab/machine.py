@@ -1,0 +1,196 @@
+"""The machine that a scenario runs on: what never changes (`Conf`), and the cells that do.
+
+    global      era, running, guest[gfn]                     what the guest has asked for, and knows
+    per gfn     attr, npt                                    the xarray; the NPT leaf
+    per PFN     rmp, memory, directmap (+ directmap_2m)      RMP entry, contents, direct map of one 2M region
+    KVM         in_progress, invalidate_range, flush         the invalidation window
+    locks       slots_lock, folio_lock, mmu_lock_*, invalidate_lock_*
+    per vCPU    acc, tlb[vcpu, gfn], snapshot, rmp_bit       the pending access, its translations, its fault
+    per actor   pc
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from .actors import Access
+from .hw.memory import EMPTY, GUEST_KEY, PLAIN, Content
+from .hw.snp import HYPERVISOR, RmpEntry, assigned_to
+from .kernel import locks
+from .kernel.directmap import ABSENT, PRESENT
+from .kvm.attributes import kvm_mmu_invalidate_begin
+from .kvm.mmu import flush_if_zapped, had_rmp_bit, mmu_seq_snapshot
+from .kvm.sev import ASID
+from .state import Field, Layout
+from .step import Instr
+
+PLATFORMS = {
+    "snp": "AMD SEV-SNP: encrypted, ownership checked by the RMP",
+    "sev": "AMD SEV: encrypted, no RMP",
+    "sw": "software-protected VM, as the KVM selftests use it: neither encryption nor RMP",
+}
+NEIGHBOUR = "N"
+
+
+@dataclass(frozen=True)
+class Switches:
+    """Choices that sources leave open; the defaults are what the thread says.
+
+    `rmpupdate_flushes`: RMPUPDATE drops the page's TLB entries on all CPUs (thread: yes; APM: silent).
+    `rmp_checked_at`: "access" or "fill", when a guest access meets the RMP check.
+    `identical_keeps_validated`: RMPUPDATE of an identical state keeps Validated (verismo; APM: silent).
+    `preempt_count`: CONFIG_PREEMPT_COUNT, without which sleeping in atomic context is not reported.
+    """
+
+    rmpupdate_flushes: bool = True
+    rmp_checked_at: str = "access"
+    identical_keeps_validated: bool = True
+    preempt_count: bool = True
+
+
+@dataclass(frozen=True)
+class Conf:
+    """What never changes while a model runs; steps read it as `s.conf`, untracked."""
+
+    platform: str
+    in_place: bool
+    gfns: tuple[int, ...]
+    eras: tuple[str, ...]
+    asker: str
+    vcpus: tuple[str, ...]
+    correct_guest: bool
+    switches: Switches = Switches()
+    owners: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    writers: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    readers: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    inverted: frozenset[tuple[str, str]] = frozenset()
+    asks_flush: bool = False
+    remembers_rmp_bit: bool = False
+    backing: Mapping[tuple[str, int], str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Name the backing pages: S and P are two PFNs of a gfn, or one and the same when in-place."""
+        shared = "P" if self.in_place else "S"
+        pages = {(kind, g): f"{p}{g}" for g in self.gfns for kind, p in (("shared", shared), ("private", "P"))}
+        object.__setattr__(self, "backing", pages)
+
+    @property
+    def has_rmp(self) -> bool:
+        """Whether hardware keeps an ownership table."""
+        return self.platform == "snp"
+
+    @property
+    def encrypts(self) -> bool:
+        """Whether the C-bit selects the guest's key."""
+        return self.platform in ("snp", "sev")
+
+    @property
+    def kind_from_c_bit(self) -> bool:
+        """Whether a fault's kind is the C-bit of the access; otherwise it is the attribute at entry."""
+        return self.platform == "snp"
+
+    @property
+    def accesses_from_asked(self) -> bool:
+        """Whether hardware stands in the way, so that a guest may try the new kind from the moment it asked."""
+        return self.platform == "snp"
+
+    rmpupdate_flushes = property(lambda self: self.switches.rmpupdate_flushes)
+    rmp_checked_at = property(lambda self: self.switches.rmp_checked_at)
+    identical_keeps_validated = property(lambda self: self.switches.identical_keeps_validated)
+    preempt_count = property(lambda self: self.switches.preempt_count)
+
+    @property
+    def private_pfns(self) -> tuple[str, ...]:
+        """The PFNs that can be assigned to the guest."""
+        return tuple(self.backing["private", g] for g in self.gfns)
+
+    @property
+    def pfns(self) -> tuple[str, ...]:
+        """Every backing PFN, each once."""
+        return tuple(dict.fromkeys(self.backing.values()))
+
+
+def with_usage(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Conf:
+    """Add to `conf` who can ever hold which lock, and in which orders locks nest both ways."""
+    takes: dict[object, dict[str, set[str]]] = {
+        step: {} for step in (locks.mutex_lock, locks.write_lock, locks.read_lock, locks.mutex_unlock, locks.write_unlock, locks.read_unlock)
+    }
+    for actor, program in programs.items():
+        for instr in program:
+            if instr.step in takes:
+                takes[instr.step].setdefault(instr.args[0], set()).add(actor)
+    frozen = [
+        {lock: frozenset(takes[take].get(lock, set()) | takes[drop].get(lock, set())) for lock in {**takes[take], **takes[drop]}}
+        for take, drop in ((locks.mutex_lock, locks.mutex_unlock), (locks.write_lock, locks.write_unlock), (locks.read_lock, locks.read_unlock))
+    ]
+    steps = {instr.step for program in programs.values() for instr in program}
+    return replace(conf, owners=frozen[0], writers=frozen[1], readers=frozen[2], asks_flush=flush_if_zapped in steps, remembers_rmp_bit=had_rmp_bit in steps)
+
+
+def rmp_states(conf: Conf, pfn: str) -> tuple[RmpEntry, ...]:
+    """Every RMP entry that `pfn` can have in this machine."""
+    gfn = next(g for g in conf.gfns if conf.backing["private", g] == pfn)
+    ours = assigned_to(ASID, gfn)
+    return (HYPERVISOR, ours, ours._replace(validated=True))
+
+
+def _contents(conf: Conf) -> tuple[Content, ...]:
+    keys = (PLAIN, GUEST_KEY) if conf.encrypts else (PLAIN,)
+    if conf.correct_guest:
+        guest = [Content("guest", GUEST_KEY if kind == "private" and conf.encrypts else PLAIN, era) for era, kind in enumerate(conf.eras)]
+    else:
+        guest = [Content("guest", key, 0) for key in keys]
+    return (EMPTY, Content("host"), *dict.fromkeys(guest))
+
+
+def _accesses(conf: Conf) -> tuple[Access | None, ...]:
+    found: list[Access | None] = [None]
+    for gfn in conf.gfns:
+        if not conf.correct_guest:
+            found += [Access(k, op, gfn, 0) for k in ("shared", "private") for op in ("read", "write")]
+            found += [Access("private", "pvalidate1", gfn, 0)] if conf.has_rmp else []
+            continue
+        for era, kind in enumerate(conf.eras):
+            found += [Access(kind, op, gfn, era) for op in ("read", "write")]
+            if era and conf.has_rmp:
+                found.append(Access("private", "pvalidate1" if kind == "private" else "pvalidate0", gfn, era))
+    return tuple(found)
+
+
+def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
+    """Declare every cell of the machine that these programs can use."""
+    gfns, pfns, private = conf.gfns, conf.pfns, conf.private_pfns
+    begins = sum(instr.step is kvm_mmu_invalidate_begin for program in programs.values() for instr in program)
+    ranges = [None, *((lo, hi) for lo in gfns for hi in (g + 1 for g in gfns) if lo < hi)]
+    faulting = tuple(a for a, program in programs.items() if any(i.step is mmu_seq_snapshot for i in program))
+    fields = [Field("pc", tuple(range(len(program))), (actor,)) for actor, program in programs.items()]
+    layout = [
+        Field("era", tuple(range(len(conf.eras)))),
+        Field("running", (False, True)),
+        Field("guest", ("ready", "new", "claimed", "accepted") if conf.correct_guest else ("ready",), gfns),
+        Field("attr", ("shared", "private"), gfns),
+        Field("in_progress", tuple(range(begins + 1))),
+        Field("invalidate_range", tuple(ranges)),
+        Field("flush", (False, True) if conf.asks_flush else (False,)),
+        Field("memory", _contents(conf), pfns),
+        Field("snapshot", ("none", "same", "moved"), faulting or conf.vcpus),
+        Field("acc", _accesses(conf), conf.vcpus),
+        Field("rmp_bit", (False, True) if conf.remembers_rmp_bit else (False,), conf.vcpus),
+    ]
+    fields += layout
+    for gfn in gfns:
+        pages = (None, *dict.fromkeys((conf.backing["shared", gfn], conf.backing["private", gfn])))
+        fields.append(Field("npt", pages, (gfn,)))
+        fields.append(Field("tlb", pages, tuple((v, gfn) for v in conf.vcpus)))
+    if conf.has_rmp:
+        fields += [Field("rmp", rmp_states(conf, p), (p,)) for p in private]
+        fields += [Field("directmap", (PRESENT, ABSENT), private), Field("directmap", (PRESENT,), (NEIGHBOUR,))]
+        fields.append(Field("directmap_2m", (True, False)))
+    fields += [Field(lock, (None, *sorted(who)), None) for lock, who in sorted(conf.owners.items())]
+    for lock, who in sorted(conf.writers.items()):
+        fields += [Field(f"{lock}_writer", (None, *sorted(who))), Field(f"{lock}_waiting", (False, True), tuple(sorted(who)))]
+    for lock, who in sorted(conf.readers.items()):
+        fields.append(Field(f"{lock}_reader", (False, True), tuple(sorted(who))))
+    return Layout(fields)
+

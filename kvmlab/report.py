@@ -1,0 +1,244 @@
+"""Check a design: explore everything, give one verdict a property, and the runs that show it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from .design import Design
+from .explore import liveness, paths, rows
+from .explore.graph import Graph, Hit
+from .machine import Switches
+from .properties import BY_NAME, MEASURES, PROPERTIES
+from .scenario import SCENARIOS
+from .trace import Case, Trace
+
+NEVER, SOMETIMES, ALWAYS, UNJUDGED = "Never", "Sometimes", "Always", "not judged"
+SMALL = 6_000  # states up to which the dict engine is the faster one
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the exploration says of one property; `depth` is the length of a shortest violation."""
+
+    name: str
+    verdict: str
+    depth: int | None = None
+
+
+@dataclass
+class Report:
+    """The outcome of one check.  `complete` only if every interleaving was explored."""
+
+    case: Case
+    graph: Graph = field(repr=False)
+    seconds: float
+
+    @property
+    def complete(self) -> bool:
+        """Whether every interleaving was explored."""
+        return self.graph.complete
+
+    @property
+    def states(self) -> int:
+        """Number of reachable states."""
+        return len(self.graph.depth)
+
+    @property
+    def transitions(self) -> int:
+        """Number of edges between them."""
+        return self.graph.transitions
+
+    @property
+    def depth(self) -> int:
+        """Steps to the farthest state."""
+        return self.graph.max_depth
+
+    @cached_property
+    def verdicts(self) -> dict[str, Verdict]:
+        """One verdict a property, in the order of `properties`."""
+        return {p.name: self._judge(p.name) for p in PROPERTIES}
+
+    @cached_property
+    def _livelock(self) -> liveness.Cycle | None:
+        return liveness.livelock(self.graph)
+
+    def _judge(self, name: str) -> Verdict:
+        if BY_NAME[name].guest and not self.case.model.conf.correct_guest:
+            return Verdict(name, UNJUDGED)
+        if name == "livelock":
+            cycle = self._livelock
+            if cycle is None:
+                return Verdict(name, NEVER)
+            entry = min(int(self.graph.depth[i]) for i in cycle.states)
+            return Verdict(name, SOMETIMES if liveness.finishes(self.graph) else ALWAYS, entry)
+        if name not in self.graph.hits:
+            return Verdict(name, NEVER)
+        escape = liveness.finishes(self.graph) if name == "deadlock" else liveness.avoidable(self.graph, name)
+        return Verdict(name, SOMETIMES if escape else ALWAYS, self.graph.hit_depth[name])
+
+    @property
+    def violated(self) -> list[str]:
+        """Names of the properties that some run violates."""
+        return [v.name for v in self.verdicts.values() if v.verdict in (SOMETIMES, ALWAYS)]
+
+    @cached_property
+    def witnesses(self) -> dict[str, bool]:
+        """Good things that must be reachable: the conversion returns; the guest gets to use its page."""
+        return {"conversion returns": any(self.graph.quiet), "guest uses the page": self._used() is not None}
+
+    def _used(self) -> int | None:
+        """The nearest quiet state in which the guest has used the page in its last kind."""
+        model = self.case.model
+        guest = [model.layout.cell("guest", gfn) for gfn in model.conf.gfns]
+        for i, quiet in enumerate(self.graph.quiet):
+            if quiet and all(cell.get(self.graph.packed(i)) == "ready" for cell in guest):
+                return i
+        return None
+
+    @cached_property
+    def measures(self) -> dict[str, dict[str, int | None]]:
+        """Least and most of each measure over the finishing runs; `most` is None when unbounded."""
+        return liveness.measures(self.graph, MEASURES)
+
+    def trace(self, prop: str | None = None) -> Trace:
+        """The shortest run, with the fewest changes of CPU, that violates `prop` (default: the gravest violated).
+
+        If nothing is violated: a sample run to a quiet end.  KeyError for an unknown property.
+        """
+        name = prop or next(iter(self.violated), None)
+        if name is None or (prop is not None and self.verdicts[prop].depth is None):
+            return self.sample()
+        if name == "livelock" and self._livelock is not None:
+            stem, loop = paths.lasso(self.graph, self._livelock)
+            return Trace(self.case, stem + loop, name, len(stem))
+        return Trace(self.case, paths.shortest(self.graph, self.graph.hits[name]), name)
+
+    def sample(self) -> Trace:
+        """A shortest run to a quiet end in which the guest has used its page, or as far as any run gets."""
+        end = self._used()
+        if end is None:
+            end = next((i for i, quiet in enumerate(self.graph.quiet) if quiet), len(self.graph.depth) - 1)
+        return Trace(self.case, paths.shortest(self.graph, [Hit(end, None, None)]), "sample")
+
+    def as_json(self) -> dict[str, Any]:
+        """The element that `kvmlab check --json` prints."""
+        properties: dict[str, Any] = {}
+        for name, verdict in self.verdicts.items():
+            trace = self.trace(name) if verdict.depth is not None else None
+            properties[name] = {
+                "verdict": verdict.verdict if verdict.verdict != UNJUDGED else None,
+                "steps": trace.steps if trace else None,
+                "switches": trace.switches if trace else None,
+                "code": trace.code if trace else None,
+            }
+        return {
+            "design": self.case.design.name,
+            "platform": self.case.platform,
+            "scenario": self.case.scenario,
+            "backing": self.case.backing,
+            "complete": self.complete,
+            "states": self.states,
+            "transitions": self.transitions,
+            "depth": self.depth,
+            "seconds": round(self.seconds, 3),
+            "properties": properties,
+            "measures": self.measures,
+            "witnesses": self.witnesses,
+            "not_checked": list(self.not_checked),
+            "notes": list(self.case.design.notes),
+        }
+
+    @property
+    def not_checked(self) -> list[str]:
+        """What this run does not say anything about, in words."""
+        left = [f"{v.name}: not judged, the guest is careless" for v in self.verdicts.values() if v.verdict == UNJUDGED]
+        if not self.complete:
+            left.append(f"interleavings beyond the first {self.states} states")
+        return left
+
+    def text(self) -> str:
+        """The verdicts as plain text, one line a property that is violated, and what all others are."""
+        from .show.text import report_text
+
+        return report_text(self)
+
+    __str__ = text
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        from .show.html import report_html
+
+        return {"text/plain": self.text(), "text/html": report_html(self)}
+
+
+def explore(case: Case, limit: int | None = None) -> Graph:
+    """Explore a case with the engine that fits its size; complete unless `limit` states are exceeded."""
+    graph = rows.search(case.model, SMALL if limit is None else min(SMALL, limit))
+    if graph.complete or (limit is not None and limit <= SMALL):
+        return graph
+    from .explore import arrays
+
+    return arrays.search(case.model, limit)
+
+
+def check(
+    design: Design | str,
+    platform: str = "snp",
+    scenario: str = "to-private",
+    backing: str = "split",
+    switches: Switches | None = None,
+    limit: int | None = None,
+) -> Report:
+    """Explore every interleaving of `design` in one scenario and return the verdicts.
+
+    `design` is a `Design`, the name of one that ships, a file, or a text with line breaks.  Raises DesignError
+    for a bad design, InputError for a name that does not exist, NotApplicable for a case that does not.
+    """
+    case = Case(as_design(design), platform, scenario, backing, switches or Switches())
+    began = time.perf_counter()
+    graph = explore(case, limit)
+    report = Report(case, graph, 0.0)
+    report.verdicts  # noqa: B018 - part of the check, so part of its time
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+def as_design(design: Design | str) -> Design:
+    """Take a design, or parse a text, or load a name."""
+    if isinstance(design, Design):
+        return design
+    return Design.parse(design) if "\n" in design or "(" in design else Design.load(design)
+
+
+@dataclass
+class Comparison:
+    """Several designs in the same scenario, property by property."""
+
+    reports: Sequence[Report]
+
+    def text(self) -> str:
+        """A table: designs down, violated properties across."""
+        from .show.text import comparison_text
+
+        return comparison_text(self.reports)
+
+    __str__ = text
+    __repr__ = text
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        from .show.html import comparison_html
+
+        return {"text/plain": self.text(), "text/html": comparison_html(self.reports)}
+
+
+def compare(designs: Iterable[Design | str], **case: Any) -> Comparison:
+    """Check several designs in one scenario; keyword arguments as for `check`."""
+    return Comparison([check(design, **case) for design in designs])
+
+
+def scenario_names() -> tuple[str, ...]:
+    """The scenarios that exist."""
+    return tuple(SCENARIOS)

@@ -1,0 +1,145 @@
+"""Scenarios: who acts, which conversion, which racing accesses; and the model that a design makes of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .actors import out_of_sync
+from .design import Design
+from .hw.memory import GUEST_KEY, PLAIN, Content
+from .machine import NEIGHBOUR, PLATFORMS, Conf, Switches, build_layout, with_usage
+from .program import host_program, inverted, vcpu_program
+from .properties import FATAL
+from .step import Actor, Model, run_step
+
+BACKINGS = ("split", "in-place")
+
+
+class InputError(ValueError):
+    """What a user asked for does not exist: says what, and what would be allowed."""
+
+
+class NotApplicable(Exception):
+    """This design has no such case; the text says why."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Who acts: the kinds of the page era by era, the vCPUs that race, what the host thread writes.
+
+    `host` is one of "neighbour", "io", "stray", "private": see `semantics` in docs/model.md.
+    """
+
+    name: str
+    title: str
+    eras: tuple[str, ...]
+    racers: int = 1
+    host: str = "neighbour"
+    correct_guest: bool = True
+
+
+_ALL = (
+    Scenario("tiny", "to private, one racing vCPU", ("shared", "private")),
+    Scenario("to-private", "to private, two racing vCPUs", ("shared", "private"), racers=2),
+    Scenario("to-shared", "to shared, two racing vCPUs", ("private", "shared"), racers=2),
+    Scenario("round-trip", "private, shared, and private again; one racing vCPU", ("private", "shared", "private")),
+    Scenario("round-trip-shared", "shared, private, and shared again; one racing vCPU", ("shared", "private", "shared")),
+    Scenario("host-io", "to shared; the host also writes the page while it is the host's", ("private", "shared"), host="io"),
+    Scenario("host-stray", "to private; the host writes any page present in the directmap", ("shared", "private"), host="stray"),
+    Scenario("host-writes-private", "to private; the host writes the private page itself", ("shared", "private"), host="private"),
+    Scenario("careless", "to private; vCPUs use any C-bit at any time", ("shared", "private"), correct_guest=False),
+)
+SCENARIOS = {scenario.name: scenario for scenario in _ALL}
+
+
+def _host_targets(conf: Conf, host: str) -> tuple[tuple[str, str], ...]:
+    private, shared = conf.backing["private", 0], conf.backing["shared", 0]
+    more = {
+        "neighbour": (),
+        "io": ((shared, "io"),),
+        "stray": ((private, "stray"),),
+        "private": ((private, "always"),),
+    }[host]
+    return ((NEIGHBOUR, "always"), *more)
+
+
+def find_scenario(name: str) -> Scenario:
+    """Return a scenario by name; InputError names those that exist."""
+    if name not in SCENARIOS:
+        raise InputError(f"unknown scenario {name!r}; there are: {', '.join(SCENARIOS)}")
+    return SCENARIOS[name]
+
+
+def check_names(platform: str, backing: str) -> None:
+    """InputError unless platform and backing exist."""
+    if platform not in PLATFORMS:
+        raise InputError(f"unknown platform {platform!r}; there are: {', '.join(PLATFORMS)}")
+    if backing not in BACKINGS:
+        raise InputError(f"unknown backing {backing!r}; there are: {', '.join(BACKINGS)}")
+
+
+def build(
+    design: Design, scenario: Scenario, platform: str = "snp", backing: str = "split", switches: Switches | None = None
+) -> Model:
+    """Make the model of `design` in `scenario`.
+
+    NotApplicable when the design has no such case; InputError for a platform or backing that does not exist.
+    """
+    check_names(platform, backing)
+    if design.name == "upstream" and backing == "in-place":
+        raise NotApplicable("upstream keeps two backings; its in-place form is the design gmem-in-place")
+    model = _bare(design, scenario, platform, backing, switches or Switches())
+    if scenario.eras[0] == "private":
+        model = replace(model, initial=model.layout.pack(_private_start(design, scenario, model)))
+    return model
+
+
+def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switches: Switches) -> Model:
+    vcpus = tuple(f"CPU{n}" for n in range(scenario.racers + 1))
+    conf = Conf(platform, backing == "in-place", (0,), scenario.eras, vcpus[0], vcpus, scenario.correct_guest, switches)
+    nests: set[tuple[str, str]] = set()
+    programs = {}
+    for cpu in vcpus:
+        programs[cpu], more = vcpu_program(design, conf, asks=cpu == conf.asker)
+        nests |= more
+    if conf.has_rmp:
+        programs["host"] = host_program(_host_targets(conf, scenario.host))
+    conf = replace(with_usage(conf, programs), inverted=inverted(nests))
+    layout = build_layout(conf, programs)
+    start: dict[Any, Any] = {}
+    if scenario.eras[0] == "shared":
+        start["memory", conf.backing["shared", 0]] = Content("guest", PLAIN, 0)
+    roles = {conf.asker: "asks for the conversion", "host": "kernel thread"}
+    actors = tuple(Actor(key, roles.get(key, "vCPU"), program) for key, program in programs.items())
+    title = f"{design.name} on {platform}, {scenario.name}, {backing}"
+    return Model(layout, actors, layout.pack(start), conf, FATAL, out_of_sync, title)
+
+
+def _private_start(design: Design, scenario: Scenario, model: Model) -> dict[Any, Any]:
+    """Where the design's own conversion to private, run alone, leaves the machine: accepted and written."""
+    conf: Conf = model.conf
+    backing = "in-place" if conf.in_place else "split"
+    alone = _bare(design, replace(scenario, eras=("shared", "private"), racers=0), conf.platform, backing, conf.switches)
+    x, pc = alone.initial, alone.layout.cell("pc", conf.asker)
+    seen: set[int] = set()
+    ready = alone.layout.cell("guest", 0)
+    era, running, attr = alone.layout.cell("era"), alone.layout.cell("running"), alone.layout.cell("attr", 0)
+    while not (era.get(x) and not running.get(x) and ready.get(x) == "ready" and alone.actors[0].program[pc.get(x)].idle):
+        view, enabled = run_step(alone, alone.actors[0], pc, x, (1,) if _wants_write(alone, x) else ())
+        if x in seen or not enabled or FATAL & set(view.violations):
+            raise NotApplicable(f"{design.name} alone never gives the guest a private page to start from")
+        seen.add(x)
+        x = view.after
+    if attr.get(x) != "private":
+        raise NotApplicable(f"{design.name} alone leaves the page shared")
+    now = alone.layout.unpack(x)
+    keep = {k: v for k, v in now.items() if k == "directmap_2m" or (isinstance(k, tuple) and k[0] in ("rmp", "directmap", "attr"))}
+    private = conf.backing["private", 0]
+    return {**keep, ("memory", private): Content("guest", GUEST_KEY if conf.encrypts else PLAIN, 0)}
+
+
+def _wants_write(model: Model, x: int) -> bool:
+    """On platforms without PVALIDATE the first private access offered is a read; a start needs the write."""
+    idle = model.actors[0].program[model.layout.cell("pc", model.actors[0].key).get(x)].idle
+    return idle and not model.conf.has_rmp

@@ -1,0 +1,180 @@
+"""What the workbench does, without a widget: edit an ordering, see the verdicts, walk a run, or schedule by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from .design import Design, DesignError
+from .explore.paths import Schedule
+from .machine import Switches
+from .properties import PROPERTIES
+from .report import Report, as_design, check
+from .scenario import InputError, NotApplicable, check_names, find_scenario
+from .trace import Case, Event, Frame, Trace, options
+
+
+class Option(NamedTuple):
+    """A step that could be taken now: which actor, which of its choices, and what it would do."""
+
+    actor: str
+    number: int
+    choice: int
+    event: Event
+
+
+@dataclass
+class Problem:
+    """Why the last edit or choice was not taken; the session keeps what it had."""
+
+    text: str
+
+
+class Session:
+    """One reviewer's desk: a case, its report, and a run with a position in it.
+
+    Every change re-explores the case.  A change that is refused (a bad text, a case that does not exist)
+    leaves everything as it was and says why in `problem`.
+    """
+
+    def __init__(
+        self,
+        design: Design | str = "v8-post-hook",
+        platform: str = "snp",
+        scenario: str = "tiny",
+        backing: str = "split",
+        switches: Switches | None = None,
+    ) -> None:
+        self.problem: str | None = None
+        self.draft: str | None = None
+        self.by_hand = False
+        self._adopt(check(as_design(design), platform, scenario, backing, switches))
+
+    # -- what is being looked at
+
+    @property
+    def case(self) -> Case:
+        """The case as checked."""
+        return self.report.case
+
+    @property
+    def design(self) -> Design:
+        """The design as checked."""
+        return self.case.design
+
+    @property
+    def trace(self) -> Trace:
+        """The run being walked, whole."""
+        return self._trace
+
+    @property
+    def frames(self) -> list[Frame]:
+        """The machine before the first step and after each."""
+        return self._trace.frames
+
+    @property
+    def frame(self) -> Frame:
+        """Where the run stands now."""
+        return self.frames[self.position]
+
+    # -- changing the case
+
+    def edit(self, text: str) -> Report:
+        """Take a new text for the design and re-check; a bad text is kept as `draft`, with its `problem`."""
+        self.draft = text
+        return self._try(lambda: self._with(design=self.design.replace_text(text)))
+
+    def move(self, section: str, line: int, by: int) -> Report:
+        """Move statement number `line` of a section up (`by` < 0) or down among its neighbours."""
+        return self._try(lambda: self._with(design=self.design.move(section, line, by)))
+
+    def load(self, design: Design | str) -> Report:
+        """Take another design."""
+        return self._try(lambda: self._with(design=as_design(design)))
+
+    def choose(self, **changes: Any) -> Report:
+        """Change platform, scenario, backing or switches (`switches` is a `Switches`)."""
+        unknown = set(changes) - {"platform", "scenario", "backing", "switches"}
+        if unknown:
+            raise TypeError(f"choose() has no {', '.join(sorted(unknown))}")
+        return self._try(lambda: self._with(**changes))
+
+    def _with(self, **changes: Any) -> Report:
+        case = replace(self.case, **changes)
+        check_names(case.platform, case.backing)
+        find_scenario(case.scenario)
+        return check(case.design, case.platform, case.scenario, case.backing, case.switches)
+
+    def _try(self, attempt: Any) -> Report:
+        try:
+            report = attempt()
+        except (DesignError, InputError, NotApplicable) as problem:
+            self.problem = str(problem)
+        else:
+            self._adopt(report)
+        return self.report
+
+    def _adopt(self, report: Report) -> None:
+        self.report = report
+        self.problem = self.draft = None
+        self.show(None)
+
+    # -- walking a run
+
+    def show(self, prop: str | None = None) -> Trace:
+        """Walk the counterexample of a property (default: the nearest one, or a sample run) from its start."""
+        self._trace = self.report.trace(prop)
+        self.position = 0
+        self.by_hand = False
+        return self._trace
+
+    def step(self) -> Frame:
+        """Go one step forward, if there is one."""
+        return self.jump(self.position + 1)
+
+    def back(self) -> Frame:
+        """Go one step back."""
+        return self.jump(self.position - 1)
+
+    def jump(self, position: int) -> Frame:
+        """Go to a position; beyond either end means the end."""
+        self.position = min(max(position, 0), len(self.frames) - 1)
+        return self.frame
+
+    # -- scheduling by hand
+
+    def enabled(self) -> list[Option]:
+        """Every step that some actor can take at this position."""
+        if self.frame.event is not None and self.frame.event.fatal:
+            return []
+        return [
+            Option(actor.key, a, choice, event)
+            for a, actor in enumerate(self.case.model.actors)
+            for choice, (event, _) in enumerate(options(self.case.model, self.frame.state, a))
+        ]
+
+    def blocked(self) -> list[str]:
+        """Actors that have work left but cannot move now."""
+        can = {option.actor for option in self.enabled()}
+        model = self.case.model
+        cells = {a.key: model.layout.cell("pc", a.key) for a in model.actors}
+        return [a.key for a in model.actors if a.key not in can and not a.program[cells[a.key].get(self.frame.state)].idle]
+
+    def take(self, actor: str, choice: int = 0) -> Frame:
+        """Let `actor` take a step here; what followed in the run before is dropped.
+
+        InputError when that actor cannot move or has fewer choices.
+        """
+        found = next((o for o in self.enabled() if o.actor == actor and o.choice == choice), None)
+        if found is None:
+            can = sorted({o.actor for o in self.enabled()}) or ["nobody: the run has ended"]
+            raise InputError(f"{actor} cannot take choice {choice} here; able to move: {', '.join(can)}")
+        schedule: Schedule = (*self._trace.schedule[: self.position], (found.number, choice))
+        self._trace = Trace(self.case, schedule, "by-hand")
+        self.by_hand = True
+        return self.jump(len(schedule))
+
+    def so_far(self) -> dict[str, bool]:
+        """For each property: whether it still holds in the run up to this position."""
+        seen = {p for f in self.frames[: self.position + 1] if f.event for p in f.event.violations}
+        return {p.name: p.name not in seen for p in PROPERTIES}

@@ -1,0 +1,167 @@
+"""Plain text: race diagrams as kernel developers draw them, verdicts, matrices.  ASCII, for terminals and mails."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..properties import BY_NAME
+from .machine import machine
+
+if TYPE_CHECKING:
+    from ..grid import Matrix
+    from ..report import Report
+    from ..step import Model
+    from ..trace import Event, Trace
+
+TAKES, DROPS = ("write_lock(mmu", "read_lock(mmu"), ("write_unlock(mmu", "read_unlock(mmu")
+OPENS, CLOSES = "kvm_mmu_invalidate_begin", "kvm_mmu_invalidate_end"
+
+
+def diagram(trace: Trace, width: int = 75) -> str:
+    """Draw a run: a column a CPU, one event a line, calls under mmu_lock indented, the verdict last."""
+    events = [frame.event for frame in trace.frames if frame.event is not None]
+    acting = [a for a in trace.case.model.actors if any(e.actor == a.key for e in events)]
+    at = _columns(len(acting), width)
+    lines = [*textwrap.wrap(f"{trace.case} (a model, not hardware)", width), ""]
+    heads = [f"{a.key} ({a.role})" for a in acting]
+    room = [(at[n + 1] if n + 1 < len(at) else width + 1) - at[n] - 1 for n in range(len(at))]
+    heads = [h if len(h) <= r else h.split(" (")[0] for h, r in zip(heads, room, strict=True)]
+    lines.append(_row(list(zip(at, heads, strict=True))))
+    lines.append(_row([(a, "-" * len(h)) for a, h in zip(at, heads, strict=True)]))
+    depth = dict.fromkeys((a.key for a in acting), 0)
+    column = {a.key: c for a, c in zip(acting, at, strict=True)}
+    for n, event in enumerate(events):
+        if n == trace.cycle:
+            lines.append(_rule("repeats for ever", width))
+        lines += _event(event, column[event.actor], depth, width)
+    lines += ["", *_closing(trace, events, width)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _columns(n: int, width: int) -> list[int]:
+    """Where each column starts; lines may run on to the right, since each holds one event."""
+    step = {0: 0, 1: 0, 2: 37, 3: 27, 4: 19}.get(n, max(8, width // max(n, 1)))
+    return [i * step for i in range(n)]
+
+
+def _row(placed: Sequence[tuple[int, str]]) -> str:
+    line = ""
+    for at, text in placed:
+        line = line.ljust(at) + text
+    return line
+
+
+def _rule(text: str, width: int) -> str:
+    return f"---- {text} ".ljust(width, "-")
+
+
+def _event(event: Event, at: int, depth: dict[str, int], width: int) -> list[str]:
+    """The lines of one event, wrapped into the room right of its column."""
+    if event.call.startswith(DROPS):
+        depth[event.actor] = max(0, depth[event.actor] - 2)
+    indent = depth[event.actor]
+    if event.call.startswith(TAKES) and "[waits]" not in event.notes:
+        depth[event.actor] += 2
+    parts = describe(event)
+    out: list[str] = []
+    for n, part in enumerate(parts):
+        hang = 2 if n else 0
+        first, rest = " " * (at + indent + hang), " " * (at + indent + hang + 2)
+        out += textwrap.wrap(part, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+    return out
+
+
+def describe(event: Event) -> list[str]:
+    """An event in words: the call, then what came of it; violations stand out with `!!`."""
+    call = event.call
+    if call.startswith(OPENS):
+        call += "  [window opens]"
+    elif call.startswith(CLOSES):
+        call += "  [window closes]"
+    told = [f"!! {note}" if note.split(":")[0] in BY_NAME else note for note in event.notes]
+    plain = [note for note in told if not note.startswith("!!")]
+    loud = [note for note in told if note.startswith("!!")]
+    if not call:
+        return [*plain, *loud] or ["(nothing)"]
+    if len(plain) == 1 and len(call) + len(plain[0]) < 34:
+        return [f"{call}  {plain[0]}", *loud]
+    return [call, *plain, *loud]
+
+
+def _closing(trace: Trace, events: Sequence[Event], width: int) -> list[str]:
+    size = f"{trace.steps} steps, {trace.switches} switches"
+    if trace.cycle is not None:
+        size += f", the last {trace.steps - trace.cycle} repeat for ever"
+    ended = sorted({p for e in events for p in e.violations})
+    if trace.why in BY_NAME:
+        lines = textwrap.wrap(f"=> {trace.why}: {BY_NAME[trace.why].sentence} ({size})", width, subsequent_indent="   ")
+    else:
+        lines = [f"=> {'a run in which nothing is violated' if not ended else ', '.join(ended)} ({size})"]
+    code = trace.code
+    return [*lines, *[code[i : i + width] for i in range(0, len(code), width)]]
+
+
+def report_text(report: Report) -> str:
+    """Verdicts of one check: what can go wrong first, then what never does."""
+    case = report.case
+    done = "complete" if report.complete else "NOT complete"
+    lines = [str(case), *(f"  ({note})" for note in case.design.notes)]
+    lines.append(f"  {report.states:,} states, {report.transitions:,} transitions, depth {report.depth}, {done}")
+    for verdict in report.verdicts.values():
+        if verdict.depth is not None:
+            lines.append(f"  {verdict.verdict:<9} {verdict.name:<18} {_sentence(verdict.name)}")
+    never = [v.name for v in report.verdicts.values() if v.verdict == "Never"]
+    if never:
+        lines += textwrap.wrap("Never     " + ", ".join(never), 75, initial_indent="  ", subsequent_indent=" " * 12, break_on_hyphens=False)
+    lines += [f"  Not seen  {name}" for name, seen in report.witnesses.items() if not seen]
+    lines += [f"  Not checked: {what}" for what in report.not_checked]
+    return "\n".join(lines)
+
+
+def _sentence(name: str) -> str:
+    text = BY_NAME[name].sentence
+    return text if len(text) <= 46 else text[:44] + ".."
+
+
+def comparison_text(reports: Sequence[Report]) -> str:
+    """Designs down, violated properties across: S for Sometimes, A for Always, . for Never."""
+    names = [p for p in BY_NAME if any(p in r.violated for r in reports)]
+    left = max((len(r.case.design.name) for r in reports), default=6)
+    lines = []
+    for n, name in enumerate(names):
+        lines.append(" " * (left + 2) + "  |" * n + "  " + name)
+    lines.append("".ljust(left) + "  " + "  |" * len(names) + f"{'states':>11}")
+    for r in reports:
+        marks = "".join("  " + {"Never": ".", "Sometimes": "S", "Always": "A"}.get(r.verdicts[name].verdict, "?") for name in names)
+        lines.append(f"{r.case.design.name:<{left}}  {marks}{r.states:>11,}{'' if r.complete else ' +'}")
+    lines.append("S some runs, A every run that finishes, . never")
+    return "\n".join(lines)
+
+
+def matrix_text(matrix: Matrix) -> str:
+    """Designs down, scenarios across; under each verdict the number of states."""
+    lines: list[str] = []
+    for platform, backing in dict.fromkeys((s.platform, s.backing) for s in matrix.squares):
+        here = [s for s in matrix.squares if (s.platform, s.backing) == (platform, backing)]
+        columns = list(dict.fromkeys(s.scenario for s in here))
+        widths = [max(10, len(c)) for c in columns]
+        heads = "".join("  " + c.rjust(w) for c, w in zip(columns, widths, strict=True))
+        lines += ["", f"{platform}, {backing} backing".ljust(28) + heads]
+        for design in dict.fromkeys(s.design for s in here):
+            row = {s.scenario: s for s in here if s.design == design}
+            cells = [row[c] for c in columns]
+            marks = [f"{s.short}{'' if s.complete else '+'}".rjust(w) for s, w in zip(cells, widths, strict=True)]
+            sizes = [("" if s.reason else f"{s.states:,}").rjust(w) for s, w in zip(cells, widths, strict=True)]
+            lines += [design.ljust(28) + "".join("  " + m for m in marks), " " * 28 + "".join("  " + n for n in sizes)]
+    total = sum(s.states for s in matrix.squares)
+    done = all(s.complete for s in matrix.squares)
+    checks = sum(not s.reason for s in matrix.squares)
+    lines += ["", f"{checks} checks, {total:,} states, {'all complete' if done else 'NOT all complete (+)'}; ! in every run that finishes"]
+    return "\n".join(line.rstrip() for line in lines[1:])
+
+
+def machine_text(model: Model, x: int) -> str:
+    """The machine's table in one state: what each part holds, one line a part."""
+    return "\n".join(f"{row.name:<12} {'  '.join(f'{k}={v}' if k else v for k, v in row.cells)}" for row in machine(model, x))

@@ -1,0 +1,180 @@
+"""Steps, programs and models: what an actor may do next, and the rows that the engines learn from it.
+
+A step is a plain function `fn(s, me, *args)` over a `View`; it returns None (go on to the next
+instruction) or the name of a jump.  It is atomic: whatever another actor could observe half-done must be
+two steps.  The engines never run a step per state.  `Learner` runs it once for each distinct valuation of
+the cells that it reads and keeps the outcome as a row; everything else applies rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from .state import Blocked, Cell, Layout, ModelError, View
+
+Step = Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class Instr:
+    """One instruction of an actor's program: a step, its arguments, and where it leads.
+
+    `idle` marks a place where the actor owes nothing (a vCPU in the guest between two accesses).
+    `text` is what a trace prints; `line` is the design's line that it comes from (0: not of the design).
+    """
+
+    step: Step
+    args: tuple[Any, ...] = ()
+    next: int = -1
+    jumps: Mapping[str, int] = field(default_factory=dict)
+    idle: bool = False
+    text: str = ""
+    line: int = 0
+    section: str = ""
+
+
+@dataclass(frozen=True)
+class Actor:
+    """A CPU that runs a program; `key` names it in cells and traces, `role` says what it is for."""
+
+    key: str
+    role: str
+    program: tuple[Instr, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A machine and its actors: everything the engines need.
+
+    `fatal` names the properties whose violation ends the run; `watch` is called in each quiet state
+    (every actor idle) and may violate further properties; `steady` is like it, in every state.
+    """
+
+    layout: Layout
+    actors: tuple[Actor, ...]
+    initial: int
+    conf: Any = None
+    fatal: frozenset[str] = frozenset()
+    quiet: Callable[[View], None] | None = None
+    title: str = ""
+
+    def view(self, x: int) -> View:
+        """Return a fresh view of the packed state `x`."""
+        return View(self.layout, x, self.conf)
+
+
+class Outcome(NamedTuple):
+    """One edge out of a state: `x & keep | put` is the successor.
+
+    `violations` and `counts` are property and measure names; `choice` is the edge's number among those
+    of the same actor in the same state; `fatal` means that the run ends here.
+    """
+
+    keep: int
+    put: int
+    violations: tuple[str, ...]
+    counts: tuple[str, ...]
+    choice: int
+    fatal: bool
+
+
+def run_step(model: Model, actor: Actor, pc_cell: Cell, x: int, prefix: tuple[int, ...] = ()) -> tuple[View, bool]:
+    """Run the actor's current step on state `x` once; returns its view and whether it was enabled."""
+    pc = pc_cell.get(x)
+    instr = actor.program[pc]
+    view = View(model.layout, x, model.conf, prefix)
+    try:
+        jump = instr.step(view, actor.key, *instr.args)
+    except Blocked:
+        return view, False
+    try:
+        target = instr.next if jump is None else instr.jumps[jump]
+    except KeyError:
+        raise ModelError(f"{instr.text!r} of {actor.key} has no way out called {jump!r}") from None
+    if target != pc:
+        view.write(pc_cell, target)
+    return view, True
+
+
+class Table:
+    """The rows learned for one (actor, pc): footprint `mask`, and outcomes by footprint value."""
+
+    __slots__ = ("idle", "mask", "rows")
+
+    def __init__(self, idle: bool, mask: int = 0) -> None:
+        self.idle, self.mask = idle, mask
+        self.rows: dict[int, tuple[Outcome, ...]] = {}
+
+
+class Learner:
+    """Rows for a model: runs a step once per distinct valuation of its footprint, on demand.
+
+    `calls` counts how often Python step code ran.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.calls = 0
+        self.pc = [model.layout.cell("pc", actor.key) for actor in model.actors]
+        self.tables = [[Table(instr.idle) for instr in actor.program] for actor in model.actors]
+        self.quiet_table = Table(idle=True)
+
+    def outcomes(self, a: int, x: int) -> tuple[Outcome, ...]:
+        """Every edge of actor number `a` out of state `x`; empty when it is blocked."""
+        table = self.tables[a][self.pc[a].get(x)]
+        found = table.rows.get(x & table.mask)
+        return self._learn(a, table, x) if found is None else found
+
+    def _learn(self, a: int, table: Table, x: int) -> tuple[Outcome, ...]:
+        model, actor = self.model, self.model.actors[a]
+        outcomes: list[Outcome] = []
+        prefix: tuple[int, ...] | None = ()
+        reads = 0
+        while prefix is not None:
+            view, enabled = run_step(model, actor, self.pc[a], x, prefix)
+            self.calls += 1
+            reads |= view.reads
+            if enabled:
+                outcomes.append(self._outcome(view, len(outcomes)))
+            prefix = view.next_prefix()
+        if reads & ~table.mask:
+            table.mask |= reads
+            table.rows.clear()
+        row = tuple(outcomes)
+        table.rows[x & table.mask] = row
+        return row
+
+    def _outcome(self, view: View, choice: int) -> Outcome:
+        keep, put = -1, 0
+        for cell, code in view.writes.items():
+            keep &= ~cell.mask
+            put |= code
+        violations = tuple(dict.fromkeys(view.violations))
+        fatal = any(p in self.model.fatal for p in violations)
+        if fatal:  # the run ends: only the property that ended it is charged
+            violations = tuple(p for p in violations if p in self.model.fatal)[:1]
+        return Outcome(keep, put, violations, tuple(view.counts), choice, fatal)
+
+    def quiet(self, x: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Violations and counts that the model's `quiet` watch finds in the quiet state `x`."""
+        if self.model.quiet is None:
+            return (), ()
+        table = self.quiet_table
+        row = table.rows.get(x & table.mask)
+        if row is None:
+            view = self.model.view(x)
+            self.model.quiet(view)
+            self.calls += 1
+            if view.reads & ~table.mask:
+                table.mask |= view.reads
+                table.rows.clear()
+            row = (Outcome(-1, 0, tuple(dict.fromkeys(view.violations)), tuple(view.counts), 0, False),)
+            table.rows[x & table.mask] = row
+        return row[0].violations, row[0].counts
+
+
+def idle_everywhere(model: Model, pcs: Sequence[int]) -> bool:
+    """Whether every actor, at program counters `pcs`, owes nothing."""
+    return all(actor.program[pc].idle for actor, pc in zip(model.actors, pcs, strict=True))
