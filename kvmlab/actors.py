@@ -66,6 +66,7 @@ def guest_between(s: View, me: str) -> str | None:
         options.append(None)
     access = s.choose(options)
     if access is None:
+        s.say("has used the page")
         return f"ask{s.era + 1}"
     _begin(s, me, access)
     return None
@@ -157,7 +158,8 @@ def _complete(s: View, me: str, acc: Access, pfn: str) -> str:
     if acc.op == "write":
         key = GUEST_KEY if acc.kind == "private" and s.conf.encrypts else PLAIN
         content = Content("guest", key, acc.era)
-        if acc.kind == "private" and readable_by_host(content) and _host_maps(s, acc.gfn, pfn):
+        asked_for = s.conf.correct_guest or s.attr[acc.gfn] == "private"  # else a careless guest's own doing
+        if acc.kind == "private" and asked_for and readable_by_host(content) and _host_maps(s, acc.gfn, pfn):
             s.violate("confidentiality", f"private write lands in clear in {pfn}, which the host can read")
         s.memory[pfn] = content
         if s.conf.correct_guest and s.guest[acc.gfn] != "ready":

@@ -7,13 +7,12 @@ from typing import Any
 
 from .actors import out_of_sync
 from .design import Design
+from .design.calls import BACKINGS
 from .hw.memory import GUEST_KEY, PLAIN, Content
 from .machine import NEIGHBOUR, PLATFORMS, Conf, Switches, build_layout, with_usage
 from .program import host_program, inverted, vcpu_program
 from .properties import FATAL
 from .step import Actor, Model, run_step
-
-BACKINGS = ("split", "in-place")
 
 
 class InputError(ValueError):
@@ -87,8 +86,8 @@ def build(
     NotApplicable when the design has no such case; InputError for a platform or backing that does not exist.
     """
     check_names(platform, backing)
-    if design.name == "upstream" and backing == "in-place":
-        raise NotApplicable("upstream keeps two backings; its in-place form is the design gmem-in-place")
+    if design.backing not in (None, backing):
+        raise NotApplicable(f"{design.name} is a design for {design.backing} backing")
     model = _bare(design, scenario, platform, backing, switches or Switches())
     if scenario.eras[0] == "private":
         model = replace(model, initial=model.layout.pack(_private_start(design, scenario, model)))

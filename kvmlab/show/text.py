@@ -91,7 +91,8 @@ def describe(event: Event) -> list[str]:
 
 
 def _closing(trace: Trace, events: Sequence[Event], width: int) -> list[str]:
-    size = f"{trace.steps} steps, {trace.switches} switches"
+    plural = "" if trace.switches == 1 else "es"
+    size = f"{trace.steps} steps, {trace.switches} switch{plural}"
     if trace.cycle is not None:
         size += f", the last {trace.steps - trace.cycle} repeat for ever"
     ended = sorted({p for e in events for p in e.violations})
