@@ -188,6 +188,9 @@ def _judge_mapping(s: View, acc: Access, pfn: str) -> None:
 
 def _judge_read(s: View, acc: Access, pfn: str) -> None:
     """integrity: a page that was written in this era shows what the guest or, if shared, the host wrote there."""
+    if s.conf.has_rmp and acc.kind == s.attr[acc.gfn] == "shared" and pfn in s.rmp and s.rmp[pfn].assigned:
+        s.count("silent-read")
+        s.say(f"[{pfn} is still the guest's: ciphertext, no fault]")
     if not s.conf.correct_guest or s.guest[acc.gfn] != "ready":
         return
     content: Content = s.memory[pfn]

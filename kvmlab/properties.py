@@ -41,5 +41,6 @@ MEASURES = {
     "spurious-npf": "the fault path found the wanted leaf already there",
     "retry": "the stale test sent the fault back",
     "exits": "KVM_EXIT_MEMORY_FAULT",
+    "silent-read": "a C=0 read of a page that KVM calls shared and the RMP still the guest's",
     "residue": "a private PFN still assigned after going shared (split backing)",
 }

@@ -1,0 +1,69 @@
+"""Write what the model says today into the `expect snp:` block of each shipped design.
+
+python tests/bless_designs.py [DESIGN...]   then read the diff: every changed verdict is a finding to explain.
+A planted design expects only what its own block already names, so a new one needs a first line by hand.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from kvmlab.design import Design, shipped
+from kvmlab.report import check
+from kvmlab.scenario import BACKINGS, SCENARIOS, NotApplicable
+
+FOLDER = Path(__file__).parent.parent / "kvmlab" / "designs"
+
+
+def verdicts(name: str, platform: str, scenario: str, backing: str) -> dict[str, str] | None:
+    """What the model says: the violated properties with their verdicts; None where there is no such case."""
+    try:
+        report = check(Design.load(name), platform, scenario, backing)
+    except NotApplicable:
+        return None
+    assert report.complete
+    return {v.name: v.verdict for v in report.verdicts.values() if v.depth is not None}
+
+
+def cases(name: str) -> list[tuple[str, str, str]]:
+    """The cases that the block of a design covers: those it names if planted, else every one on snp."""
+    if name in shipped("planted"):
+        named = Design.load(name).expect
+        return [(p, *_split(where)) for p, lines in named.items() for where in lines]
+    return [("snp", scenario, backing) for backing in BACKINGS for scenario in SCENARIOS]
+
+
+def _split(where: str) -> tuple[str, str]:
+    scenario, _, backing = where.partition("/")
+    return scenario, backing or "split"
+
+
+def block(name: str) -> str:
+    """The expect blocks of a design as text."""
+    lines: list[str] = []
+    last = ""
+    for platform, scenario, backing in cases(name):
+        found = verdicts(name, platform, scenario, backing)
+        if found is None:
+            continue
+        if platform != last:
+            lines.append(f"\nexpect {platform}:")
+            last = platform
+        where = scenario if backing == "split" else f"{scenario}/{backing}"
+        lines.append(f"    {where}: {', '.join(f'{p} {v}' for p, v in found.items()) or 'all Never'}")
+    return "\n".join(lines) + "\n"
+
+
+def main(names: list[str]) -> None:
+    """Rewrite the files."""
+    for name in names or shipped("all"):
+        path = next(FOLDER.rglob(f"{name}.kvm"))
+        text = path.read_text()
+        head = text[: text.index("\nexpect ")] if "\nexpect " in text else text
+        path.write_text(head.rstrip("\n") + "\n" + block(name))
+        print(name)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,48 @@
+"""Every design that ships: its verdicts are those that its file expects, as `Result:` lines of litmus tests are."""
+
+import pytest
+from bless_designs import _split, verdicts
+
+from kvmlab.design import Design, shipped
+from kvmlab.properties import BY_NAME
+from kvmlab.scenario import BACKINGS, SCENARIOS
+
+EXPECTED = [
+    (name, platform, where)
+    for name in shipped("all")
+    for platform, lines in Design.load(name).expect.items()
+    for where in lines
+]
+
+
+@pytest.mark.parametrize(("name", "platform", "where"), EXPECTED)
+def test_a_design_does_what_its_file_expects(name, platform, where):
+    scenario, backing = _split(where)
+    assert verdicts(name, platform, scenario, backing) == Design.load(name).expect[platform][where]
+
+
+@pytest.mark.parametrize("name", [*shipped("thread"), *shipped("variant")])
+def test_a_design_of_the_thread_expects_something_in_every_case_that_it_has(name):
+    design = Design.load(name)
+    backings = [b for b in BACKINGS if design.backing in (None, b)]
+    cases = {s if b == "split" else f"{s}/{b}" for s in SCENARIOS for b in backings}
+    assert set(design.expect["snp"]) == cases
+
+
+def test_expectations_name_only_properties_and_scenarios_that_exist():
+    for name, platform, where in EXPECTED:
+        scenario, backing = _split(where)
+        assert scenario in SCENARIOS and backing in BACKINGS
+        assert set(Design.load(name).expect[platform][where]) <= set(BY_NAME)
+
+
+@pytest.mark.parametrize("prop", BY_NAME)
+def test_each_property_is_broken_by_a_planted_design(prop):
+    planted = [Design.load(name) for name in shipped("planted")]
+    broken = [d.name for d in planted for lines in d.expect.values() for found in lines.values() if prop in found]
+    assert broken
+
+
+@pytest.mark.parametrize("name", shipped("planted"))
+def test_a_planted_design_breaks_something(name):
+    assert any(found for lines in Design.load(name).expect.values() for found in lines.values())

@@ -1,0 +1,115 @@
+"""The scenarios: exact sizes, what must be reachable, and cases that do not exist."""
+
+import pytest
+
+from kvmlab.design import Design
+from kvmlab.machine import Switches
+from kvmlab.report import check
+from kvmlab.scenario import SCENARIOS, InputError, NotApplicable
+
+SIZES = {
+    ("v8-post-hook", "tiny"): (818, 2_424, 37),
+    ("v8-post-hook", "round-trip"): (3_791, 11_607, 75),
+    ("v8-post-hook", "host-io"): (3_312, 12_849, 46),
+    ("v8-post-hook", "careless"): (5_325, 17_888, 40),
+    ("pre-post-directmap", "tiny"): (770, 2_283, 37),
+    ("upstream", "tiny"): (939, 2_771, 41),
+    ("defer-to-fault", "tiny"): (2_888, 8_614, 72),
+}
+
+
+@pytest.mark.parametrize(("design", "scenario"), SIZES)
+def test_a_small_scenario_has_exactly_so_many_states_transitions_and_levels(design, scenario):
+    report = check(design, scenario=scenario)
+    assert (report.states, report.transitions, report.depth) == SIZES[design, scenario]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_in_every_scenario_the_conversion_returns_and_the_guest_gets_its_page(scenario):
+    assert check("pre-post-directmap", scenario=scenario).witnesses == {"conversion returns": True, "guest uses the page": True}
+
+
+def test_without_rmpupdate_the_guest_never_gets_its_page():
+    assert check("never-rmpupdate", scenario="tiny").witnesses["guest uses the page"] is False
+
+
+def test_v8_lets_a_guest_fault_without_bound_inside_the_window():
+    assert check("v8-post-hook", scenario="tiny").measures["spurious-npf"] == {"least": 0, "most": None}
+
+
+def test_with_rmpupdate_inside_the_window_there_is_no_spurious_fault():
+    assert check("pre-post-directmap", scenario="tiny").measures["spurious-npf"] == {"least": 0, "most": 0}
+
+
+def test_going_shared_the_v8_loop_exists_only_in_place():
+    assert check("v8-post-hook", scenario="host-io").measures["spurious-npf"]["most"] == 2
+    assert check("v8-post-hook", scenario="host-io", backing="in-place").measures["spurious-npf"]["most"] is None
+
+
+def test_storing_before_the_zap_lets_a_shared_read_see_ciphertext_without_a_fault():
+    assert check("v8-post-hook", scenario="host-io").measures["silent-read"]["most"] is None
+
+
+@pytest.mark.parametrize(("design", "backing"), [("upstream", "split"), ("gmem-in-place", "in-place")])
+def test_zapping_before_the_store_leaves_no_such_read(design, backing):
+    assert check(design, scenario="host-io", backing=backing).measures["silent-read"]["most"] == 0
+
+
+def test_the_merged_code_leaves_a_residue_and_v8_does_not():
+    assert check("upstream", scenario="host-io").measures["residue"] == {"least": 1, "most": 1}
+    assert check("v8-post-hook", scenario="host-io").measures["residue"] == {"least": 0, "most": 0}
+
+
+def test_upstream_has_no_in_place_case():
+    with pytest.raises(NotApplicable, match="upstream is a design for split backing"):
+        check("upstream", backing="in-place")
+
+
+def test_a_start_that_a_design_cannot_reach_is_not_applicable():
+    with pytest.raises(NotApplicable, match="never gives the guest a private page"):
+        check("never-rmpupdate", scenario="to-shared")
+
+
+@pytest.mark.parametrize(
+    ("case", "told"),
+    [
+        ({"platform": "tdx"}, "unknown platform 'tdx'; there are: snp, sev, sw"),
+        ({"scenario": "huge"}, "unknown scenario 'huge'; there are: tiny, to-private"),
+        ({"backing": "both"}, "unknown backing 'both'; there are: split, in-place"),
+    ],
+)
+def test_a_name_that_does_not_exist_is_refused_with_those_that_do(case, told):
+    with pytest.raises(InputError, match=told):
+        check("v8-post-hook", **case)
+
+
+def test_whether_rmpupdate_flushes_changes_no_verdict_of_the_thread():
+    for design in ("v8-post-hook", "no-zap", "pre-post-directmap"):
+        for scenario in ("tiny", "host-io"):
+            with_flush, without = (
+                check(design, scenario=scenario, switches=Switches(rmpupdate_flushes=flush)) for flush in (True, False)
+            )
+            assert with_flush.violated == without.violated
+
+
+def test_without_preempt_count_sleeping_in_atomic_context_is_not_reported():
+    assert "sleep-in-atomic" in check("v7-under-lock", scenario="tiny").violated
+    assert check("v7-under-lock", scenario="tiny", switches=Switches(preempt_count=False)).violated == []
+
+
+def test_a_careless_guest_is_not_judged_by_its_own_fate():
+    report = check("v8-post-hook", scenario="careless")
+    assert report.verdicts["guest-killed"].verdict == "not judged"
+    assert any("guest-killed" in text for text in report.not_checked)
+
+
+def test_a_search_that_stops_early_says_that_it_is_not_complete():
+    report = check("v8-post-hook", limit=100)
+    assert not report.complete
+    assert "NOT complete" in report.text()
+    assert any("beyond the first" in text for text in report.not_checked)
+
+
+def test_a_design_as_text_is_checked_like_one_that_ships():
+    text = Design.load("v8-post-hook").text
+    assert check(text, scenario="tiny").states == 818

@@ -1,0 +1,115 @@
+"""The workbench without a browser."""
+
+import pytest
+
+import kvmlab
+from kvmlab.scenario import InputError
+
+
+@pytest.fixture
+def session():
+    return kvmlab.Session("v8-post-hook", scenario="tiny")
+
+
+def test_it_opens_with_a_report_and_a_run_at_its_start(session):
+    assert session.report.violated == []
+    assert (session.position, session.frame.event) == (0, None)
+
+
+def test_an_edit_gives_a_new_verdict(session):
+    session.edit(session.design.text.replace("static_call(kvm_x86_update_mem_attr)()", "rmpupdate()"))
+    assert "host-rmp-fault" in session.report.violated
+    assert session.trace.why == "host-rmp-fault"
+
+
+def test_removing_rmpupdate_gives_the_endless_loop(session):
+    session.edit(session.design.text.replace("    kvm_post_mem_attrs_changed():\n        static_call(kvm_x86_update_mem_attr)()\n", ""))
+    assert session.report.violated == ["livelock"]
+
+
+def test_moving_the_op_under_the_lock_gives_scheduling_while_atomic(session):
+    last_unlock = max(n for n, line in enumerate(session.design.lines("ioctl")) if "KVM_MMU_UNLOCK" in line)
+    session.move("ioctl", last_unlock, 3)
+    assert session.report.violated == ["sleep-in-atomic"]
+
+
+def test_a_bad_text_says_where_and_keeps_the_report_and_the_draft(session):
+    before = session.report
+    session.edit("ioctl:\n    rmpupdat()\n")
+    assert session.report is before
+    assert "unknown call 'rmpupdat'" in session.problem and "^" in session.problem
+    assert session.draft == "ioctl:\n    rmpupdat()\n"
+
+
+def test_the_next_good_edit_clears_the_problem(session):
+    session.edit("nonsense(")
+    session.edit(session.design.text)
+    assert session.problem is None and session.draft is None
+
+
+def test_a_case_that_does_not_exist_says_so_and_changes_nothing(session):
+    session.load("upstream")
+    session.choose(backing="in-place")
+    assert "split backing" in session.problem
+    assert session.case.backing == "split"
+
+
+def test_steps_go_forward_back_and_stop_at_both_ends(session):
+    session.back()
+    assert session.position == 0
+    session.step()
+    assert session.position == 1
+    session.jump(10_000)
+    assert session.position == len(session.frames) - 1
+    session.step()
+    assert session.position == len(session.frames) - 1
+
+
+def test_taking_over_drops_what_followed_and_goes_on_by_hand(session):
+    session.jump(3)
+    option = next(o for o in session.enabled() if o.actor == "CPU1")
+    session.take("CPU1", option.choice)
+    assert session.by_hand and session.position == 4 == len(session.trace.schedule)
+
+
+def test_a_hand_made_run_has_a_code_that_replays(session):
+    session.take("CPU0")
+    session.take("CPU1")
+    assert kvmlab.replay(session.trace.code).frames[-1].state == session.frame.state
+
+
+def test_an_actor_that_cannot_move_is_refused_with_those_that_can(session):
+    with pytest.raises(InputError, match="able to move: CPU0"):
+        session.take("CPU7")
+
+
+def test_a_waiting_vcpu_is_shown_as_blocked(session):
+    def until(actor, call):
+        while not any(call in o.event.call for o in session.enabled() if o.actor == actor):
+            session.take(actor)
+
+    until("CPU1", "read_lock")
+    until("CPU0", "kvm_mmu_invalidate_begin")
+    assert session.blocked() == ["CPU1"]
+
+
+def test_after_a_fatal_step_nobody_can_move():
+    session = kvmlab.Session("rmp-under-lock-directmap-post", scenario="tiny")
+    session.jump(len(session.frames))
+    assert session.enabled() == []
+    with pytest.raises(InputError, match="the run has ended"):
+        session.take("CPU0")
+
+
+def test_each_state_tells_which_properties_hold_so_far():
+    session = kvmlab.Session("v7-under-lock", scenario="tiny")
+    assert all(session.so_far().values())
+    session.jump(len(session.frames))
+    assert session.so_far()["sleep-in-atomic"] is False
+    assert session.so_far()["host-rmp-fault"] is True
+
+
+def test_another_counterexample_can_be_asked_for():
+    session = kvmlab.Session("no-zap", scenario="tiny")
+    assert session.trace.why == "kernel-bug"
+    assert session.show("out-of-sync").why == "out-of-sync"
