@@ -37,13 +37,17 @@ _WHERE = {
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
-    from .design import Design, DesignError
-    from .machine import Switches
-    from .grid import matrix
-    from .report import Report, check, compare
-    from .session import Session
-    from .show.widget import workbench
-    from .trace import Trace, replay
+    from .design import Design as Design
+    from .design import DesignError as DesignError
+    from .grid import matrix as matrix
+    from .machine import Switches as Switches
+    from .report import Report as Report
+    from .report import check as check
+    from .report import compare as compare
+    from .session import Session as Session
+    from .show.widget import workbench as workbench
+    from .trace import Trace as Trace
+    from .trace import replay as replay
 
 
 def __getattr__(name: str) -> Any:

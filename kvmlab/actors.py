@@ -7,7 +7,7 @@ PVALIDATE), "accepted" (validated, not yet written), "ready" (written in this er
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .hw import snp
 from .hw.memory import GUEST_KEY, PLAIN, Content, readable_by_host, seen_by_guest
@@ -81,7 +81,8 @@ def ask(s: View, me: str) -> str | None:
         if s.conf.correct_guest:
             s.guest[gfn] = "new"
     if to == "shared" and s.conf.has_rmp and s.conf.correct_guest:
-        s.acc[me] = Access("private", "pvalidate0", s.conf.gfns[0], s.era)
+        era: Any = s.era
+        s.acc[me] = Access("private", "pvalidate0", s.conf.gfns[0], era)
         s.say(f"asks: to {to}; {s.acc[me]}")
         return "rescind"
     s.say(f"asks: to {to}")
@@ -124,7 +125,7 @@ def guest_runs(s: View, me: str) -> str:
 def _rmp_check(s: View, acc: Access, pfn: str) -> str:
     if not s.conf.has_rmp:
         return snp.OK
-    entry = s.rmp[pfn] if pfn in s.rmp else snp.HYPERVISOR
+    entry = s.rmp.get(pfn, snp.HYPERVISOR)
     op = "pvalidate" if acc.op.startswith("pvalidate") else acc.op
     return snp.guest_access(entry, enc=acc.kind == "private", op=op, asid=ASID, gpa=acc.gfn)
 
@@ -140,7 +141,9 @@ def _refused(s: View, me: str, acc: Access, answer: str) -> str:
 
 
 def _npf(s: View, me: str, acc: Access, *, present: bool, rmp: bool) -> str:
-    code = snp.npf_error_code(present=present, write=acc.op == "write", enc=acc.kind == "private" and s.conf.encrypts, rmp=rmp)
+    code = snp.npf_error_code(
+        present=present, write=acc.op == "write", enc=acc.kind == "private" and s.conf.encrypts, rmp=rmp
+    )
     s.tlb[me, acc.gfn] = None
     if s.conf.remembers_rmp_bit:
         s.rmp_bit[me] = rmp
@@ -182,8 +185,12 @@ def _judge_mapping(s: View, acc: Access, pfn: str) -> None:
     attr = s.attr[acc.gfn]
     if pfn != s.conf.backing[attr, acc.gfn]:
         s.violate("stale-mapping", f"{acc.kind} access completes in {pfn}, though the attribute is {attr}")
-    elif s.conf.in_place and s.conf.has_rmp and acc.kind == attr and s.rmp[pfn].assigned != (attr == "private"):
-        s.violate("stale-mapping", f"{acc.kind} access completes, though the RMP entry of {pfn} is {s.rmp[pfn]}")
+    elif (
+        s.conf.in_place and s.conf.has_rmp and acc.kind == attr and s.rmp[pfn].assigned != (attr == "private")
+    ):
+        s.violate(
+            "stale-mapping", f"{acc.kind} access completes, though the RMP entry of {pfn} is {s.rmp[pfn]}"
+        )
 
 
 def _judge_read(s: View, acc: Access, pfn: str) -> None:
@@ -229,7 +236,7 @@ def host_thread(s: View, me: str, targets: tuple[str, ...]) -> None:
 
     "stray" targets are written only while they are present; "io" ones only while the page is the host's.
     """
-    pfn, mode = s.choose([t for t in targets if _host_may(s, *t)])
+    pfn, _ = s.choose([t for t in targets if _host_may(s, *t)])
     s.say(f"writes {pfn} through the directmap")
     if pfn not in s.directmap:
         s.memory[pfn] = Content("host")
@@ -265,8 +272,13 @@ def out_of_sync(s: View) -> None:
         private = conf.backing["private", gfn]
         entry = s.rmp[private]
         used = conf.correct_guest and s.guest[gfn] == "ready"
-        if used and ((attr == "private" and not (entry.assigned and entry.validated)) or (conf.in_place and attr == "shared" and entry.assigned)):
-            s.violate("out-of-sync", f"gfn {gfn} is {attr} and in use, but the RMP entry of {named} is {entry}")
+        if used and (
+            (attr == "private" and not (entry.assigned and entry.validated))
+            or (conf.in_place and attr == "shared" and entry.assigned)
+        ):
+            s.violate(
+                "out-of-sync", f"gfn {gfn} is {attr} and in use, but the RMP entry of {named} is {entry}"
+            )
         if entry.assigned and s.directmap_2m:
             s.violate("out-of-sync", f"{private} is assigned under a 2M directmap entry")
         if not entry.assigned and s.directmap[private] == ABSENT:

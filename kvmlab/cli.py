@@ -22,7 +22,9 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = _Parser(prog="kvmlab", description="Check how KVM converts guest memory between shared and private.")
+    parser = _Parser(
+        prog="kvmlab", description="Check how KVM converts guest memory between shared and private."
+    )
     parser.add_argument("--version", action="version", version=f"kvmlab {__version__}")
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
@@ -42,7 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     check = command("check", "explore all interleavings, one verdict a property")
     check.add_argument("designs", nargs="+", metavar="DESIGN", help="a name, a file, or - for standard input")
     _case(check, many=True)
-    check.add_argument("--limit", type=_positive, metavar="STATES", help="stop after so many states (not complete)")
+    check.add_argument(
+        "--limit", type=_positive, metavar="STATES", help="stop after so many states (not complete)"
+    )
     check.add_argument("--json", action="store_true")
     matrix = command("matrix", "all designs in all scenarios, worst verdict a cell")
     _case(matrix, many=True, switches=False)
@@ -64,9 +68,17 @@ def build_parser() -> argparse.ArgumentParser:
 def _case(parser: argparse.ArgumentParser, many: bool, switches: bool = True) -> None:
     action: Any = "append" if many else "store"
     for name in ("platform", "scenario", "backing"):
-        parser.add_argument(f"--{name}", action=action, metavar=name[0].upper(), help="may be repeated" if many else None)
+        parser.add_argument(
+            f"--{name}", action=action, metavar=name[0].upper(), help="may be repeated" if many else None
+        )
     if switches:
-        parser.add_argument("--switch", action="append", default=[], metavar="NAME=VALUE", help="an open choice: see docs/model.md")
+        parser.add_argument(
+            "--switch",
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help="an open choice: see docs/model.md",
+        )
 
 
 def _positive(text: str) -> int:
@@ -159,7 +171,10 @@ def _check(options: argparse.Namespace) -> int:
                     try:
                         report = check(design, platform, scenario, backing, switches, options.limit)
                     except NotApplicable as reason:
-                        _say(options, f"{design.name}, {platform}, {scenario}, {backing} backing: n/a ({reason})")
+                        _say(
+                            options,
+                            f"{design.name}, {platform}, {scenario}, {backing} backing: n/a ({reason})",
+                        )
                         continue
                     bad = bad or bool(report.violated)
                     _say(options, report.text())
@@ -185,8 +200,15 @@ def _progress(text: str) -> None:
 def _matrix(options: argparse.Namespace) -> int:
     from .grid import matrix
 
-    asked = {"platforms": options.platform, "scenarios": options.scenario, "backings": options.backing, "designs": options.design}
-    found = matrix(**{name: value for name, value in asked.items() if value}, progress=_progress, elements=options.json)
+    asked = {
+        "platforms": options.platform,
+        "scenarios": options.scenario,
+        "backings": options.backing,
+        "designs": options.design,
+    }
+    found = matrix(
+        **{name: value for name, value in asked.items() if value}, progress=_progress, elements=options.json
+    )
     _progress("")
     if options.json:
         print(json.dumps([square.as_json() for square in found.squares], indent=1))
@@ -247,7 +269,9 @@ def _lab(options: argparse.Namespace) -> int:
     from .scenario import InputError
 
     if find_spec("jupyterlab") is None:
-        raise InputError("JupyterLab is not installed here; `make lab` sets everything up, or: pip install 'kvmlab[lab]'")
+        raise InputError(
+            "JupyterLab is not installed here; `make lab` sets everything up, or: pip install 'kvmlab[lab]'"
+        )
     root = Path(__file__).resolve().parent.parent
     folder = root / "notebooks"
     where = ["--notebook-dir", str(root)] if folder.is_dir() else []

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .design import shipped
+from .design.calls import BACKINGS
 from .machine import PLATFORMS
 from .properties import BY_NAME
 from .report import ALWAYS, SOMETIMES, as_design, check
-from .scenario import BACKINGS, SCENARIOS, InputError, NotApplicable
+from .scenario import SCENARIOS, InputError, NotApplicable
 
 SHORT = {
     "host-rmp-fault": "RMPFAULT", "kernel-bug": "BUG", "platform-error": "PLATFORM", "deadlock": "DEADLOCK",
@@ -51,7 +52,12 @@ class Square:
 
     def as_json(self) -> dict[str, Any]:
         """The element that `kvmlab matrix --json` prints."""
-        where = {"design": self.design, "platform": self.platform, "scenario": self.scenario, "backing": self.backing}
+        where = {
+            "design": self.design,
+            "platform": self.platform,
+            "scenario": self.scenario,
+            "backing": self.backing,
+        }
         return {**where, "n/a": self.reason} if self.reason else dict(self.element or where)
 
 
@@ -110,4 +116,6 @@ def _square(where: tuple[str, str, str, str], elements: bool) -> Square:
     except NotApplicable as reason:
         return Square(*where, reason=str(reason))
     verdicts = {v.name: v.verdict for v in report.verdicts.values()}
-    return Square(*where, verdicts, report.states, report.complete, element=report.as_json() if elements else None)
+    return Square(
+        *where, verdicts, report.states, report.complete, element=report.as_json() if elements else None
+    )

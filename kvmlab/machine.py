@@ -1,12 +1,12 @@
 """The machine that a scenario runs on: what never changes (`Conf`), and the cells that do.
 
-    global      era, running, guest[gfn]                     what the guest has asked for, and knows
-    per gfn     attr, npt                                    the xarray; the NPT leaf
-    per PFN     rmp, memory, directmap (+ directmap_2m)      RMP entry, contents, direct map of one 2M region
-    KVM         in_progress, invalidate_range, flush         the invalidation window
-    locks       slots_lock, folio_lock, mmu_lock_*, invalidate_lock_*
-    per vCPU    acc, tlb[vcpu, gfn], snapshot, rmp_bit       the pending access, its translations, its fault
-    per actor   pc
+global      era, running, guest[gfn]                     what the guest has asked for, and knows
+per gfn     attr, npt                                    the xarray; the NPT leaf
+per PFN     rmp, memory, directmap (+ directmap_2m)      RMP entry, contents, direct map of one 2M region
+KVM         in_progress, invalidate_range, flush         the invalidation window
+locks       slots_lock, folio_lock, mmu_lock_*, invalidate_lock_*
+per vCPU    acc, tlb[vcpu, gfn], snapshot, rmp_bit       the pending access, its translations, its fault
+per actor   pc
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ class Conf:
     def __post_init__(self) -> None:
         """Name the backing pages: S and P are two PFNs of a gfn, or one and the same when in-place."""
         shared = "P" if self.in_place else "S"
-        pages = {(kind, g): f"{p}{g}" for g in self.gfns for kind, p in (("shared", shared), ("private", "P"))}
+        pages = {
+            (kind, g): f"{p}{g}" for g in self.gfns for kind, p in (("shared", shared), ("private", "P"))
+        }
         object.__setattr__(self, "backing", pages)
 
     @property
@@ -114,18 +116,40 @@ class Conf:
 def with_usage(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Conf:
     """Add to `conf` who can ever hold which lock, and in which orders locks nest both ways."""
     takes: dict[object, dict[str, set[str]]] = {
-        step: {} for step in (locks.mutex_lock, locks.write_lock, locks.read_lock, locks.mutex_unlock, locks.write_unlock, locks.read_unlock)
+        step: {}
+        for step in (
+            locks.mutex_lock,
+            locks.write_lock,
+            locks.read_lock,
+            locks.mutex_unlock,
+            locks.write_unlock,
+            locks.read_unlock,
+        )
     }
     for actor, program in programs.items():
         for instr in program:
             if instr.step in takes:
                 takes[instr.step].setdefault(instr.args[0], set()).add(actor)
     frozen = [
-        {lock: frozenset(takes[take].get(lock, set()) | takes[drop].get(lock, set())) for lock in {**takes[take], **takes[drop]}}
-        for take, drop in ((locks.mutex_lock, locks.mutex_unlock), (locks.write_lock, locks.write_unlock), (locks.read_lock, locks.read_unlock))
+        {
+            lock: frozenset(takes[take].get(lock, set()) | takes[drop].get(lock, set()))
+            for lock in {**takes[take], **takes[drop]}
+        }
+        for take, drop in (
+            (locks.mutex_lock, locks.mutex_unlock),
+            (locks.write_lock, locks.write_unlock),
+            (locks.read_lock, locks.read_unlock),
+        )
     ]
     steps = {instr.step for program in programs.values() for instr in program}
-    return replace(conf, owners=frozen[0], writers=frozen[1], readers=frozen[2], asks_flush=flush_if_zapped in steps, remembers_rmp_bit=had_rmp_bit in steps)
+    return replace(
+        conf,
+        owners=frozen[0],
+        writers=frozen[1],
+        readers=frozen[2],
+        asks_flush=flush_if_zapped in steps,
+        remembers_rmp_bit=had_rmp_bit in steps,
+    )
 
 
 def rmp_states(conf: Conf, pfn: str) -> tuple[RmpEntry, ...]:
@@ -138,7 +162,10 @@ def rmp_states(conf: Conf, pfn: str) -> tuple[RmpEntry, ...]:
 def _contents(conf: Conf) -> tuple[Content, ...]:
     keys = (PLAIN, GUEST_KEY) if conf.encrypts else (PLAIN,)
     if conf.correct_guest:
-        guest = [Content("guest", GUEST_KEY if kind == "private" and conf.encrypts else PLAIN, era) for era, kind in enumerate(conf.eras)]
+        guest = [
+            Content("guest", GUEST_KEY if kind == "private" and conf.encrypts else PLAIN, era)
+            for era, kind in enumerate(conf.eras)
+        ]
     else:
         guest = [Content("guest", key, 0) for key in keys]
     return (EMPTY, Content("host"), *dict.fromkeys(guest))
@@ -185,12 +212,17 @@ def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
         fields.append(Field("tlb", pages, tuple((v, gfn) for v in conf.vcpus)))
     if conf.has_rmp:
         fields += [Field("rmp", rmp_states(conf, p), (p,)) for p in private]
-        fields += [Field("directmap", (PRESENT, ABSENT), private), Field("directmap", (PRESENT,), (NEIGHBOUR,))]
+        fields += [
+            Field("directmap", (PRESENT, ABSENT), private),
+            Field("directmap", (PRESENT,), (NEIGHBOUR,)),
+        ]
         fields.append(Field("directmap_2m", (True, False)))
     fields += [Field(lock, (None, *sorted(who)), None) for lock, who in sorted(conf.owners.items())]
     for lock, who in sorted(conf.writers.items()):
-        fields += [Field(f"{lock}_writer", (None, *sorted(who))), Field(f"{lock}_waiting", (False, True), tuple(sorted(who)))]
+        fields += [
+            Field(f"{lock}_writer", (None, *sorted(who))),
+            Field(f"{lock}_waiting", (False, True), tuple(sorted(who))),
+        ]
     for lock, who in sorted(conf.readers.items()):
         fields.append(Field(f"{lock}_reader", (False, True), tuple(sorted(who))))
     return Layout(fields)
-

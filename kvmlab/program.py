@@ -50,7 +50,15 @@ FAULT_CALLS: dict[str, Step] = {
 }
 # The direct map and RMP ops are absent on platforms without an RMP: they do nothing there.
 RMP_ONLY = frozenset(
-    {"kvm_unmap_directmap", "kvm_map_directmap", "adjust_direct_map", "rmpupdate", "rmp_prepare", "rmp_match", "psmash"}
+    {
+        "kvm_unmap_directmap",
+        "kvm_map_directmap",
+        "adjust_direct_map",
+        "rmpupdate",
+        "rmp_prepare",
+        "rmp_match",
+        "psmash",
+    }
 )
 
 
@@ -78,8 +86,14 @@ def assemble(drafts: Sequence[Draft]) -> tuple[Instr, ...]:
                 raise ModelError(f"no instruction is labelled {target!r}")
 
     def instr(pc: int, d: Draft) -> Instr:
-        jumps = {"again": pc, "stuck": where["stuck"], **{name: where[label] for name, label in d.jumps.items()}}
-        return Instr(d.step, d.args, where[d.after] if d.after else pc + 1, jumps, d.idle, d.text, d.line, d.section)
+        jumps = {
+            "again": pc,
+            "stuck": where["stuck"],
+            **{name: where[label] for name, label in d.jumps.items()},
+        }
+        return Instr(
+            d.step, d.args, where[d.after] if d.after else pc + 1, jumps, d.idle, d.text, d.line, d.section
+        )
 
     return tuple(instr(pc, d) for pc, d in enumerate(drafts))
 
@@ -100,7 +114,9 @@ class _AtFault:
 class Section:
     """Compiles one section of a design: rows in, drafts out; keeps track of the locks that it holds."""
 
-    def __init__(self, conf: Conf, section: str, kind: str, prefix: str, gfns: tuple[int, ...] | None) -> None:
+    def __init__(
+        self, conf: Conf, section: str, kind: str, prefix: str, gfns: tuple[int, ...] | None
+    ) -> None:
         self.conf, self.section, self.kind, self.prefix, self.gfns = conf, section, kind, prefix, gfns
         self.drafts: list[Draft] = []
         self.holding: list[tuple[Step, str]] = []
@@ -153,9 +169,13 @@ class Section:
         else:
             self.emit(_PLAIN[call], (), row)
 
-    def emit(self, step: Step, args: tuple[Any, ...], row: Row, text: str = "", jumps: Mapping[str, str] = {}) -> None:  # noqa: B006 - never mutated
+    def emit(
+        self, step: Step, args: tuple[Any, ...], row: Row, text: str = "", jumps: Mapping[str, str] = {}
+    ) -> None:
         """Add one draft."""
-        self.drafts.append(Draft(step, args, text or f"{row.call}()", row.line, self.section, jumps=dict(jumps)))
+        self.drafts.append(
+            Draft(step, args, text or f"{row.call}()", row.line, self.section, jumps=dict(jumps))
+        )
 
     def per_gfn(self, step: Step, row: Row, *args: Any) -> None:
         """Add one draft a gfn of the request, or one for the gfn of the fault."""
@@ -215,8 +235,15 @@ class Section:
     def zap_in_handler(self, row: Row) -> None:
         """kvm_zap_gfn_range(): takes mmu_lock itself, zaps and flushes."""
         self.take(locks.write_lock, "mmu_lock")
-        for step, args in ((locks.write_lock, ("mmu_lock",)), (at_fault(mmu.kvm_unmap_gfn_range), ()), (mmu.kvm_flush_remote_tlbs, ()), (locks.write_unlock, ("mmu_lock",))):
-            self.emit(step, args, row, f"kvm_zap_gfn_range(): {getattr(step, '__name__', 'kvm_unmap_gfn_range')}()")
+        for step, args in (
+            (locks.write_lock, ("mmu_lock",)),
+            (at_fault(mmu.kvm_unmap_gfn_range), ()),
+            (mmu.kvm_flush_remote_tlbs, ()),
+            (locks.write_unlock, ("mmu_lock",)),
+        ):
+            self.emit(
+                step, args, row, f"kvm_zap_gfn_range(): {getattr(step, '__name__', 'kvm_unmap_gfn_range')}()"
+            )
         self.drop(locks.write_unlock, "mmu_lock")
 
     def new_label(self) -> str:
@@ -270,7 +297,9 @@ def fault_paths(design: Design, conf: Conf) -> tuple[list[Draft], set[tuple[str,
     drafts: list[Draft] = []
     nests: set[tuple[str, str]] = set()
     handler = any(
-        row.call not in RMP_ONLY or conf.has_rmp for k in KINDS for row in design.rows("rmp_fault", to=k, platform=conf.platform)
+        row.call not in RMP_ONLY or conf.has_rmp
+        for k in KINDS
+        for row in design.rows("rmp_fault", to=k, platform=conf.platform)
     )
     handler = handler and conf.has_rmp
     for kind in KINDS:
@@ -282,7 +311,11 @@ def fault_paths(design: Design, conf: Conf) -> tuple[list[Draft], set[tuple[str,
         nests |= section.nests
         if handler:
             rmp = Section(conf, "rmp_fault", kind, f"handler-{kind}", None)
-            drafts.append(Draft(mmu.had_rmp_bit, (), "", 0, "rmp_fault", label=f"handler-{kind}", jumps={"skip": "guest"}))
+            drafts.append(
+                Draft(
+                    mmu.had_rmp_bit, (), "", 0, "rmp_fault", label=f"handler-{kind}", jumps={"skip": "guest"}
+                )
+            )
             rmp.compile(design.rows("rmp_fault", to=kind, platform=conf.platform))
             drafts += _leave(rmp, "guest")
             nests |= rmp.nests
@@ -294,12 +327,15 @@ def _leave(section: Section, done: str) -> list[Draft]:
     drafts = section.drafts
     if section.holding:
         drafts.append(Draft(locks.leave, ("enters the guest",), "enters the guest", 0, section.section))
-    if drafts and drafts[-1].step is _nothing or not drafts:
+    if (drafts and drafts[-1].step is _nothing) or not drafts:
         drafts.append(Draft(_nothing, (), "re-enters the guest", 0, section.section))
     drafts[-1].after = done
     for label, (holding, why) in section.unwinds.items():
         target = done if why == "retry" else "guest"
-        undo = [Draft(UNDO[take], (name,), f"{UNDO[take].__name__}({name})", 0, section.section) for take, name in reversed(holding)]
+        undo = [
+            Draft(UNDO[take], (name,), f"{UNDO[take].__name__}({name})", 0, section.section)
+            for take, name in reversed(holding)
+        ]
         if not undo:
             _redirect(drafts, label, target)
             continue
@@ -321,18 +357,33 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
     ways: dict[str, str] = {"idle": "idle", "fault": "fault"}
     ways |= {f"fault-{kind}": f"fault-{kind}" for kind in KINDS} if conf.kind_from_c_bit else {}
     for era, to in eras if asks else ():
-        head.append(Draft(actors.ask, (), "", 0, "guest", label=f"ask{era}", after=f"ioctl{era}", jumps={"rescind": "guest"}))
+        head.append(
+            Draft(
+                actors.ask,
+                (),
+                "",
+                0,
+                "guest",
+                label=f"ask{era}",
+                after=f"ioctl{era}",
+                jumps={"rescind": "guest"},
+            )
+        )
         ways[f"rescinded{era}"] = f"ioctl{era}"
         section = Section(conf, "ioctl", to, f"ioctl{era}", conf.gfns)
         section.mark(f"ioctl{era}")
         section.compile(design.rows("ioctl", to=to, platform=conf.platform))
         last = era == len(eras)
-        section.drafts.append(Draft(actors.ioctl_return, (), "return 0", 0, "ioctl", after="idle" if last else "between"))
+        section.drafts.append(
+            Draft(actors.ioctl_return, (), "return 0", 0, "ioctl", after="idle" if last else "between")
+        )
         head += section.drafts
         nests |= section.nests
     if asks and len(eras) > 1:
         again = {f"ask{era}": f"ask{era}" for era, _ in eras}
-        head.append(Draft(actors.guest_between, (), "", 0, "guest", label="between", after="guest", jumps=again))
+        head.append(
+            Draft(actors.guest_between, (), "", 0, "guest", label="between", after="guest", jumps=again)
+        )
         ways["between"] = "between"
     body = [
         Draft(actors.guest_idle, (), "", 0, "guest", label="idle", after="guest", idle=True),
@@ -342,7 +393,17 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
     if conf.kind_from_c_bit:
         ways.pop("fault")
     else:
-        body.append(Draft(mmu.fault_kind, (), "reads the attribute", 0, "fault", label="fault", jumps={f"fault-{k}": f"fault-{k}" for k in KINDS}))
+        body.append(
+            Draft(
+                mmu.fault_kind,
+                (),
+                "reads the attribute",
+                0,
+                "fault",
+                label="fault",
+                jumps={f"fault-{k}": f"fault-{k}" for k in KINDS},
+            )
+        )
     paths, more, _ = fault_paths(design, conf)
     return assemble(_without_markers(head + body + paths)), nests | more
 

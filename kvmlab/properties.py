@@ -21,19 +21,76 @@ class Property(NamedTuple):
 
 # Gravest first: what takes the host down, then the guest, then what is wrong but goes on.
 PROPERTIES = (
-    Property("host-rmp-fault", "a host access takes an RMP fault", "APM vol. 2, RMP and VMPL Access Checks; Roth, 2023-03-22", True),
+    Property(
+        "host-rmp-fault",
+        "a host access takes an RMP fault",
+        "APM vol. 2, RMP and VMPL Access Checks; Roth, 2023-03-22",
+        True,
+    ),
     Property("kernel-bug", "the host kernel reaches a BUG()", "tdp_mmu.c, Invalid SPTE change", True),
-    Property("platform-error", "RMPUPDATE or PSMASH returns a status that KVM treats as a bug", "arch/x86/virt/svm/sev.c", True),
-    Property("deadlock", "those who have work left all wait for each other", "Documentation/locking/lockdep-design.rst", False),
-    Property("sleep-in-atomic", "a sleeping call runs with preemption off", "BUG: scheduling while atomic; Dohrmann, 2023-01-22", False),
-    Property("lock-misuse", "a lock is dropped unheld, taken twice, nested both ways, or kept", "lockdep", False),
-    Property("confidentiality", "data written as private is readable in clear by the host", "Documentation/security/snp-tdx-threat-model.rst", False),
-    Property("integrity", "the guest reads what neither it nor, if shared, the host wrote", "Documentation/security/snp-tdx-threat-model.rst", False, True),
-    Property("guest-killed", "a well-behaved guest dies of a fault that it did not cause", "#VC 0x404; KVM_EXIT_MEMORY_FAULT", True, True),
-    Property("conversion-refused", "the guest's own PVALIDATE fails through no fault of its own", "PVALIDATE; GHCB_TERM_PVALIDATE", True, True),
-    Property("livelock", "under a fair scheduler one access faults for ever", "Roth, 2023-03-22", False, True),
-    Property("stale-mapping", "after the return an access completes through the wrong mapping", "Roth, 2023-03-22", False),
-    Property("out-of-sync", "when all is quiet, xarray, RMP, mappings and directmap disagree", "Roth, 2023-03-22", False),
+    Property(
+        "platform-error",
+        "RMPUPDATE or PSMASH returns a status that KVM treats as a bug",
+        "arch/x86/virt/svm/sev.c",
+        True,
+    ),
+    Property(
+        "deadlock",
+        "those who have work left all wait for each other",
+        "Documentation/locking/lockdep-design.rst",
+        False,
+    ),
+    Property(
+        "sleep-in-atomic",
+        "a sleeping call runs with preemption off",
+        "BUG: scheduling while atomic; Dohrmann, 2023-01-22",
+        False,
+    ),
+    Property(
+        "lock-misuse", "a lock is dropped unheld, taken twice, nested both ways, or kept", "lockdep", False
+    ),
+    Property(
+        "confidentiality",
+        "data written as private is readable in clear by the host",
+        "Documentation/security/snp-tdx-threat-model.rst",
+        False,
+    ),
+    Property(
+        "integrity",
+        "the guest reads what neither it nor, if shared, the host wrote",
+        "Documentation/security/snp-tdx-threat-model.rst",
+        False,
+        True,
+    ),
+    Property(
+        "guest-killed",
+        "a well-behaved guest dies of a fault that it did not cause",
+        "#VC 0x404; KVM_EXIT_MEMORY_FAULT",
+        True,
+        True,
+    ),
+    Property(
+        "conversion-refused",
+        "the guest's own PVALIDATE fails through no fault of its own",
+        "PVALIDATE; GHCB_TERM_PVALIDATE",
+        True,
+        True,
+    ),
+    Property(
+        "livelock", "under a fair scheduler one access faults for ever", "Roth, 2023-03-22", False, True
+    ),
+    Property(
+        "stale-mapping",
+        "after the return an access completes through the wrong mapping",
+        "Roth, 2023-03-22",
+        False,
+    ),
+    Property(
+        "out-of-sync",
+        "when all is quiet, xarray, RMP, mappings and directmap disagree",
+        "Roth, 2023-03-22",
+        False,
+    ),
 )
 BY_NAME = {p.name: p for p in PROPERTIES}
 FATAL = frozenset(p.name for p in PROPERTIES if p.fatal)

@@ -155,7 +155,11 @@ class Report:
     @property
     def not_checked(self) -> list[str]:
         """What this run does not say anything about, in words."""
-        left = [f"{v.name}: not judged, the guest is careless" for v in self.verdicts.values() if v.verdict == UNJUDGED]
+        left = [
+            f"{v.name}: not judged, the guest is careless"
+            for v in self.verdicts.values()
+            if v.verdict == UNJUDGED
+        ]
         if not self.complete:
             left.append(f"interleavings beyond the first {self.states} states")
         return left

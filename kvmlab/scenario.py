@@ -42,12 +42,35 @@ _ALL = (
     Scenario("tiny", "to private, one racing vCPU", ("shared", "private")),
     Scenario("to-private", "to private, two racing vCPUs", ("shared", "private"), racers=2),
     Scenario("to-shared", "to shared, two racing vCPUs", ("private", "shared"), racers=2),
-    Scenario("round-trip", "private, shared, and private again; one racing vCPU", ("private", "shared", "private")),
-    Scenario("round-trip-shared", "shared, private, and shared again; one racing vCPU", ("shared", "private", "shared")),
-    Scenario("host-io", "to shared; the host also writes the page while it is the host's", ("private", "shared"), host="io"),
-    Scenario("host-stray", "to private; the host writes any page present in the directmap", ("shared", "private"), host="stray"),
-    Scenario("host-writes-private", "to private; the host writes the private page itself", ("shared", "private"), host="private"),
-    Scenario("careless", "to private; vCPUs use any C-bit at any time", ("shared", "private"), correct_guest=False),
+    Scenario(
+        "round-trip", "private, shared, and private again; one racing vCPU", ("private", "shared", "private")
+    ),
+    Scenario(
+        "round-trip-shared",
+        "shared, private, and shared again; one racing vCPU",
+        ("shared", "private", "shared"),
+    ),
+    Scenario(
+        "host-io",
+        "to shared; the host also writes the page while it is the host's",
+        ("private", "shared"),
+        host="io",
+    ),
+    Scenario(
+        "host-stray",
+        "to private; the host writes any page present in the directmap",
+        ("shared", "private"),
+        host="stray",
+    ),
+    Scenario(
+        "host-writes-private",
+        "to private; the host writes the private page itself",
+        ("shared", "private"),
+        host="private",
+    ),
+    Scenario(
+        "careless", "to private; vCPUs use any C-bit at any time", ("shared", "private"), correct_guest=False
+    ),
 )
 SCENARIOS = {scenario.name: scenario for scenario in _ALL}
 
@@ -79,7 +102,11 @@ def check_names(platform: str, backing: str) -> None:
 
 
 def build(
-    design: Design, scenario: Scenario, platform: str = "snp", backing: str = "split", switches: Switches | None = None
+    design: Design,
+    scenario: Scenario,
+    platform: str = "snp",
+    backing: str = "split",
+    switches: Switches | None = None,
 ) -> Model:
     """Make the model of `design` in `scenario`.
 
@@ -96,7 +123,16 @@ def build(
 
 def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switches: Switches) -> Model:
     vcpus = tuple(f"CPU{n}" for n in range(scenario.racers + 1))
-    conf = Conf(platform, backing == "in-place", (0,), scenario.eras, vcpus[0], vcpus, scenario.correct_guest, switches)
+    conf = Conf(
+        platform,
+        backing == "in-place",
+        (0,),
+        scenario.eras,
+        vcpus[0],
+        vcpus,
+        scenario.correct_guest,
+        switches,
+    )
     nests: set[tuple[str, str]] = set()
     programs = {}
     for cpu in vcpus:
@@ -119,12 +155,19 @@ def _private_start(design: Design, scenario: Scenario, model: Model) -> dict[Any
     """Where the design's own conversion to private, run alone, leaves the machine: accepted and written."""
     conf: Conf = model.conf
     backing = "in-place" if conf.in_place else "split"
-    alone = _bare(design, replace(scenario, eras=("shared", "private"), racers=0), conf.platform, backing, conf.switches)
+    alone = _bare(
+        design, replace(scenario, eras=("shared", "private"), racers=0), conf.platform, backing, conf.switches
+    )
     x, pc = alone.initial, alone.layout.cell("pc", conf.asker)
     seen: set[int] = set()
     ready = alone.layout.cell("guest", 0)
     era, running, attr = alone.layout.cell("era"), alone.layout.cell("running"), alone.layout.cell("attr", 0)
-    while not (era.get(x) and not running.get(x) and ready.get(x) == "ready" and alone.actors[0].program[pc.get(x)].idle):
+    while not (
+        era.get(x)
+        and not running.get(x)
+        and ready.get(x) == "ready"
+        and alone.actors[0].program[pc.get(x)].idle
+    ):
         view, enabled = run_step(alone, alone.actors[0], pc, x, (1,) if _wants_write(alone, x) else ())
         if x in seen or not enabled or FATAL & set(view.violations):
             raise NotApplicable(f"{design.name} alone never gives the guest a private page to start from")
@@ -133,7 +176,11 @@ def _private_start(design: Design, scenario: Scenario, model: Model) -> dict[Any
     if attr.get(x) != "private":
         raise NotApplicable(f"{design.name} alone leaves the page shared")
     now = alone.layout.unpack(x)
-    keep = {k: v for k, v in now.items() if k == "directmap_2m" or (isinstance(k, tuple) and k[0] in ("rmp", "directmap", "attr"))}
+    keep = {
+        k: v
+        for k, v in now.items()
+        if k == "directmap_2m" or (isinstance(k, tuple) and k[0] in ("rmp", "directmap", "attr"))
+    }
     private = conf.backing["private", 0]
     return {**keep, ("memory", private): Content("guest", GUEST_KEY if conf.encrypts else PLAIN, 0)}
 

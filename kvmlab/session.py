@@ -158,7 +158,11 @@ class Session:
         can = {option.actor for option in self.enabled()}
         model = self.case.model
         cells = {a.key: model.layout.cell("pc", a.key) for a in model.actors}
-        return [a.key for a in model.actors if a.key not in can and not a.program[cells[a.key].get(self.frame.state)].idle]
+        return [
+            a.key
+            for a in model.actors
+            if a.key not in can and not a.program[cells[a.key].get(self.frame.state)].idle
+        ]
 
     def take(self, actor: str, choice: int = 0) -> Frame:
         """Let `actor` take a step here; what followed in the run before is dropped.

@@ -70,7 +70,11 @@ class Layout:
         used: list[int] = [0]
         for field in fields:
             family = self.fields.setdefault(field.name, {})
-            if not isinstance(family, dict) or (field.keys is None and family) or family.keys() & set(field.keys or ()):
+            if (
+                not isinstance(family, dict)
+                or (field.keys is None and family)
+                or family.keys() & set(field.keys or ())
+            ):
                 raise ModelError(f"field {field.name!r} is declared twice")
             if field.keys is None:
                 self.fields[field.name] = self._place(field, None, used)
@@ -131,6 +135,10 @@ class _Members:
     def __setitem__(self, key: Hashable, value: Hashable) -> None:
         self._view.write(self._cells[key], value)
 
+    def get(self, key: Hashable, default: Any) -> Any:
+        """The value at `key`, or `default` where the machine has no such cell."""
+        return self[key] if key in self._cells else default
+
     def __iter__(self) -> Iterator[Hashable]:
         return iter(self._cells)
 
@@ -146,7 +154,18 @@ class View:
     `violate` a property, `count` an event for the measures, and `say` what a reader should be told.
     """
 
-    __slots__ = ("_choices", "_layout", "_prefix", "_x", "conf", "counts", "reads", "said", "violations", "writes")
+    __slots__ = (
+        "_choices",
+        "_layout",
+        "_prefix",
+        "_x",
+        "conf",
+        "counts",
+        "reads",
+        "said",
+        "violations",
+        "writes",
+    )
 
     def __init__(self, layout: Layout, x: int, conf: Any = None, prefix: tuple[int, ...] = ()) -> None:
         put = object.__setattr__

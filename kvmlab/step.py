@@ -80,7 +80,9 @@ class Outcome(NamedTuple):
     fatal: bool
 
 
-def run_step(model: Model, actor: Actor, pc_cell: Cell, x: int, prefix: tuple[int, ...] = ()) -> tuple[View, bool]:
+def run_step(
+    model: Model, actor: Actor, pc_cell: Cell, x: int, prefix: tuple[int, ...] = ()
+) -> tuple[View, bool]:
     """Run the actor's current step on state `x` once; returns its view and whether it was enabled."""
     pc = pc_cell.get(x)
     instr = actor.program[pc]

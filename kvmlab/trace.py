@@ -16,6 +16,7 @@ from .machine import Switches
 from .scenario import InputError, NotApplicable, build, find_scenario
 from .step import Model, run_step
 
+DEFAULTS = Switches()
 PREFIX = "kvmlab:1:"
 LONGEST_RUN = 10_000  # steps; a code that asks for more is refused
 
@@ -28,7 +29,7 @@ class Case:
     platform: str = "snp"
     scenario: str = "to-private"
     backing: str = "split"
-    switches: Switches = Switches()
+    switches: Switches = DEFAULTS
 
     @cached_property
     def model(self) -> Model:
@@ -43,7 +44,11 @@ class Case:
 def changed(chosen: Switches) -> dict[str, str]:
     """The switches that differ from their defaults, as text."""
     default = Switches()
-    return {f.name: _switch_text(getattr(chosen, f.name)) for f in fields(chosen) if getattr(chosen, f.name) != getattr(default, f.name)}
+    return {
+        f.name: _switch_text(getattr(chosen, f.name))
+        for f in fields(chosen)
+        if getattr(chosen, f.name) != getattr(default, f.name)
+    }
 
 
 def _switch_text(value: bool | str) -> str:
@@ -103,7 +108,16 @@ def options(model: Model, x: int, a: int) -> list[tuple[Event, int]]:
         if enabled:
             violations = tuple(dict.fromkeys(view.violations))
             fatal = bool(model.fatal & set(violations))
-            event = Event(actor.key, instr.text, tuple(view.said), violations, tuple(view.counts), instr.section, instr.line, fatal)
+            event = Event(
+                actor.key,
+                instr.text,
+                tuple(view.said),
+                violations,
+                tuple(view.counts),
+                instr.section,
+                instr.line,
+                fatal,
+            )
             found.append((event, view.after))
         prefix = view.next_prefix()
     return found
@@ -116,7 +130,9 @@ def play(model: Model, schedule: Schedule) -> list[Frame]:
         if frames[-1].event is not None and frames[-1].event.fatal:
             raise ReplayError(f"step {n}: the run has ended with {', '.join(frames[-1].event.violations)}")
         if a >= len(model.actors):
-            raise ReplayError(f"step {n}: there is no actor {chr(ord('a') + a)!r}; the last is {chr(ord('a') + len(model.actors) - 1)!r}")
+            raise ReplayError(
+                f"step {n}: there is no actor {_letter(a)!r}; the last is {_letter(len(model.actors) - 1)!r}"
+            )
         steps = options(model, frames[-1].state, a)
         if choice >= len(steps):
             can = f"it has {len(steps)} possible steps here" if steps else "it is blocked here"
@@ -178,8 +194,12 @@ def encode(trace: Trace) -> str:
     """
     case = trace.case
     odd = "".join(f",{name}={value}" for name, value in changed(case.switches).items())
-    reason = f"/{trace.why}" if trace.why else ""
-    return f"{PREFIX}{case.platform}/{case.scenario}/{case.backing}{odd}/{_design_text(case.design)}/{_steps(trace)}{reason}"
+    parts = [case.platform, case.scenario, case.backing + odd, _design_text(case.design), _steps(trace)]
+    return PREFIX + "/".join([*parts, *filter(None, [trace.why])])
+
+
+def _letter(actor: int) -> str:
+    return chr(ord("a") + actor)
 
 
 def _design_text(design: Design) -> str:
@@ -204,7 +224,7 @@ def _steps(trace: Trace) -> str:
         if n == trace.cycle:
             flush()
             out.append("(")
-        letter = chr(ord("a") + a)
+        letter = _letter(a)
         if choice or run[0] != letter:
             flush()
         if choice:
@@ -229,10 +249,14 @@ def decode(code: str) -> Trace:
         raise ReplayError(f"not a kvmlab code: {code[:40]!r}; one begins with {PREFIX!r}")
     match = _CODE.fullmatch(code)
     if match is None:
-        raise ReplayError(f"damaged code {code[:40]!r}; its form is {PREFIX}PLATFORM/SCENARIO/BACKING/DESIGN/STEPS")
+        raise ReplayError(
+            f"damaged code {code[:40]!r}; its form is {PREFIX}PLATFORM/SCENARIO/BACKING/DESIGN/STEPS"
+        )
     try:
         chosen = parse_switches(filter(None, match["switches"].split(",")))
-        case = Case(_read_design(match["design"]), match["platform"], match["scenario"], match["backing"], chosen)
+        case = Case(
+            _read_design(match["design"]), match["platform"], match["scenario"], match["backing"], chosen
+        )
         case.model  # noqa: B018 - builds it now, so that a bad name is told here
     except (InputError, NotApplicable) as problem:
         raise ReplayError(str(problem)) from None
@@ -246,7 +270,9 @@ def _read_design(text: str) -> Design:
     if text.startswith("~"):
         try:
             unpacker = zlib.decompressobj()
-            raw = unpacker.decompress(base64.urlsafe_b64decode(text[1:] + "=" * (-len(text[1:]) % 4)), 256_000)
+            raw = unpacker.decompress(
+                base64.urlsafe_b64decode(text[1:] + "=" * (-len(text[1:]) % 4)), 256_000
+            )
             return Design.parse(raw.decode(), name="(from the code)")
         except (ValueError, zlib.error) as problem:
             raise ReplayError(f"the design inside the code cannot be read: {problem}") from None
@@ -256,7 +282,9 @@ def _read_design(text: str) -> Design:
     except ValueError as problem:
         raise ReplayError(str(problem)) from None
     if design.digest != digest:
-        raise ReplayError(f"design {name} has changed since this code was made ({digest} then, {design.digest} now)")
+        raise ReplayError(
+            f"design {name} has changed since this code was made ({digest} then, {design.digest} now)"
+        )
     return design
 
 
@@ -267,7 +295,8 @@ def _read_steps(text: str) -> tuple[Schedule, int | None]:
     while at < len(text):
         token = _TOKEN.match(text, at)
         if token is None:
-            raise ReplayError(f"cannot read the steps at {text[at : at + 12]!r}; a step is a letter and a count, or a letter, ' and a choice")
+            form = "a step is a letter and a count, or a letter, ' and a choice"
+            raise ReplayError(f"cannot read the steps at {text[at : at + 12]!r}; {form}")
         at = token.end()
         if token["open"]:
             cycle = len(schedule)
@@ -284,7 +313,9 @@ def replay(text: str) -> Trace:
     lines = [re.sub(r"^(?:\s*>)+ ?", "", line).strip() for line in text.splitlines()]
     found = next((n for n, line in enumerate(lines) if PREFIX in line), None)
     if found is None:
-        raise ReplayError(f"there is no kvmlab code in this text; a diagram carries one, beginning with {PREFIX!r}")
+        raise ReplayError(
+            f"there is no kvmlab code in this text; a diagram carries one, beginning with {PREFIX!r}"
+        )
     code = lines[found][lines[found].index(PREFIX) :]
     for line in lines[found + 1 :]:
         if not line or " " in line:

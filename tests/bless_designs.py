@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 from kvmlab.design import Design, shipped
+from kvmlab.design.calls import BACKINGS
 from kvmlab.report import check
-from kvmlab.scenario import BACKINGS, SCENARIOS, NotApplicable
+from kvmlab.scenario import SCENARIOS, NotApplicable
 
 FOLDER = Path(__file__).parent.parent / "kvmlab" / "designs"
 

@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -31,7 +30,10 @@ def run(capsys, monkeypatch):
 
 
 def test_the_lists_name_everything_once(run):
-    assert [line.split()[0] for line in run("designs")[1].splitlines()] == [*shipped("thread"), *shipped("variant")]
+    assert [line.split()[0] for line in run("designs")[1].splitlines()] == [
+        *shipped("thread"),
+        *shipped("variant"),
+    ]
     assert [line.split()[0] for line in run("scenarios")[1].splitlines()] == list(SCENARIOS)
     assert [line.split()[0] for line in run("properties")[1].splitlines()] == list(BY_NAME)
 
@@ -66,9 +68,24 @@ def test_json_elements_have_the_promised_keys(run):
     status, out, _ = run("check", "v8-post-hook", "no-zap", "--scenario", "tiny", "--json")
     good, bad = json.loads(out)
     assert status == 1
-    for key in ("design", "platform", "scenario", "backing", "complete", "states", "transitions", "depth", "seconds"):
+    for key in (
+        "design",
+        "platform",
+        "scenario",
+        "backing",
+        "complete",
+        "states",
+        "transitions",
+        "depth",
+        "seconds",
+    ):
         assert key in good
-    assert good["properties"]["livelock"] == {"verdict": "Never", "steps": None, "switches": None, "code": None}
+    assert good["properties"]["livelock"] == {
+        "verdict": "Never",
+        "steps": None,
+        "switches": None,
+        "code": None,
+    }
     assert bad["properties"]["kernel-bug"]["steps"] == 29
     assert bad["properties"]["kernel-bug"]["code"].startswith("kvmlab:1:")
     assert good["measures"]["spurious-npf"] == {"least": 0, "most": None}
@@ -76,7 +93,9 @@ def test_json_elements_have_the_promised_keys(run):
 
 def test_without_options_check_looks_at_both_directions(run):
     out = run("check", "upstream")[1]
-    assert "upstream, snp, to-private, split backing" in out and "upstream, snp, to-shared, split backing" in out
+    assert (
+        "upstream, snp, to-private, split backing" in out and "upstream, snp, to-shared, split backing" in out
+    )
 
 
 def test_a_case_that_does_not_exist_prints_n_a(run):
@@ -113,7 +132,11 @@ def test_trace_then_replay_gives_the_same_diagram(run):
 
 def test_a_pasted_diagram_that_was_changed_is_told_apart_from_its_code(run):
     diagram = run("trace", "no-zap", "--scenario", "tiny")[1]
-    _, out, err = run("replay", "-", stdin=diagram.replace("rmpupdate(P0, private)", "nothing at all").replace("invalidate_end", "begin"))
+    _, out, err = run(
+        "replay",
+        "-",
+        stdin=diagram.replace("rmpupdate(P0, private)", "nothing at all").replace("invalidate_end", "begin"),
+    )
     assert out == diagram and "not what its code replays" in err
 
 
@@ -155,12 +178,14 @@ def test_a_design_with_a_mistake_is_told_line_and_caret(run, tmp_path):
     assert status == 2 and "mine.kvm:3" in err and "    ^" in err and "rmpupdate" in err
 
 
-def test_the_readme_shows_what_the_command_prints(run, root=Path(__file__).parent.parent):
+def test_the_readme_shows_what_the_command_prints(run, root):
     text = (root / "README.md").read_text()
     for command, shown in re.findall(r"<!-- run: kvmlab ([^\n]*) -->\n```\n(.*?)```", text, re.S):
         assert run(*command.split())[1] == shown
 
 
 def test_the_module_runs_as_a_command():
-    done = subprocess.run([sys.executable, "-m", "kvmlab", "scenarios"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "kvmlab", "scenarios"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and done.stdout.startswith("tiny")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmlab.design.calls import CALLS
 from kvmlab.design import Design, DesignError
+from kvmlab.design.calls import CALLS
 
 ZAP = "kvm_mem_attrs_changed()"
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmlab.design.calls import CALLS, known
 from kvmlab.design import Condition, Design, shipped
+from kvmlab.design.calls import CALLS, known
 
 V8 = Design.load("v8-post-hook")
 FLAT = """

@@ -4,8 +4,9 @@ import pytest
 from bless_designs import _split, verdicts
 
 from kvmlab.design import Design, shipped
+from kvmlab.design.calls import BACKINGS
 from kvmlab.properties import BY_NAME
-from kvmlab.scenario import BACKINGS, SCENARIOS
+from kvmlab.scenario import SCENARIOS
 
 EXPECTED = [
     (name, platform, where)
@@ -39,7 +40,9 @@ def test_expectations_name_only_properties_and_scenarios_that_exist():
 @pytest.mark.parametrize("prop", BY_NAME)
 def test_each_property_is_broken_by_a_planted_design(prop):
     planted = [Design.load(name) for name in shipped("planted")]
-    broken = [d.name for d in planted for lines in d.expect.values() for found in lines.values() if prop in found]
+    broken = [
+        d.name for d in planted for lines in d.expect.values() for found in lines.values() if prop in found
+    ]
     assert broken
 
 

@@ -26,7 +26,10 @@ def test_a_small_scenario_has_exactly_so_many_states_transitions_and_levels(desi
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_in_every_scenario_the_conversion_returns_and_the_guest_gets_its_page(scenario):
-    assert check("pre-post-directmap", scenario=scenario).witnesses == {"conversion returns": True, "guest uses the page": True}
+    assert check("pre-post-directmap", scenario=scenario).witnesses == {
+        "conversion returns": True,
+        "guest uses the page": True,
+    }
 
 
 def test_without_rmpupdate_the_guest_never_gets_its_page():
@@ -43,7 +46,9 @@ def test_with_rmpupdate_inside_the_window_there_is_no_spurious_fault():
 
 def test_going_shared_the_v8_loop_exists_only_in_place():
     assert check("v8-post-hook", scenario="host-io").measures["spurious-npf"]["most"] == 2
-    assert check("v8-post-hook", scenario="host-io", backing="in-place").measures["spurious-npf"]["most"] is None
+    assert (
+        check("v8-post-hook", scenario="host-io", backing="in-place").measures["spurious-npf"]["most"] is None
+    )
 
 
 def test_storing_before_the_zap_lets_a_shared_read_see_ciphertext_without_a_fault():
@@ -87,7 +92,8 @@ def test_whether_rmpupdate_flushes_changes_no_verdict_of_the_thread():
     for design in ("v8-post-hook", "no-zap", "pre-post-directmap"):
         for scenario in ("tiny", "host-io"):
             with_flush, without = (
-                check(design, scenario=scenario, switches=Switches(rmpupdate_flushes=flush)) for flush in (True, False)
+                check(design, scenario=scenario, switches=Switches(rmpupdate_flushes=flush))
+                for flush in (True, False)
             )
             assert with_flush.violated == without.violated
 

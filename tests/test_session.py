@@ -23,7 +23,11 @@ def test_an_edit_gives_a_new_verdict(session):
 
 
 def test_removing_rmpupdate_gives_the_endless_loop(session):
-    session.edit(session.design.text.replace("    kvm_post_mem_attrs_changed():\n        static_call(kvm_x86_update_mem_attr)()\n", ""))
+    session.edit(
+        session.design.text.replace(
+            "    kvm_post_mem_attrs_changed():\n        static_call(kvm_x86_update_mem_attr)()\n", ""
+        )
+    )
     assert session.report.violated == ["livelock"]
 
 

@@ -66,7 +66,12 @@ def test_a_host_write_through_a_2m_mapping_asks_for_the_whole_region():
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [(VALIDATED, HYPERVISOR), (VALIDATED, OURS._replace(gpa=8)), (VALIDATED, OURS._replace(size="2M")), (VALIDATED, OURS._replace(asid=2))],
+    [
+        (VALIDATED, HYPERVISOR),
+        (VALIDATED, OURS._replace(gpa=8)),
+        (VALIDATED, OURS._replace(size="2M")),
+        (VALIDATED, OURS._replace(asid=2)),
+    ],
 )
 def test_rmpupdate_to_another_state_clears_validated(old, new):
     assert snp.rmpupdate(old, new) == (Rmpupdate.OK, new)
@@ -101,7 +106,14 @@ def test_pvalidate_sets_and_rescinds_and_reports_no_update():
 
 @pytest.mark.parametrize(
     ("bit", "number"),
-    [(Npf.RMP, 31), (Npf.GUEST_FINAL, 32), (Npf.GUEST_PAGE, 33), (Npf.ENC, 34), (Npf.SIZEM, 35), (Npf.VMPL, 36)],
+    [
+        (Npf.RMP, 31),
+        (Npf.GUEST_FINAL, 32),
+        (Npf.GUEST_PAGE, 33),
+        (Npf.ENC, 34),
+        (Npf.SIZEM, 35),
+        (Npf.VMPL, 36),
+    ],
 )
 def test_npf_error_code_bits_have_their_numbers(bit, number):
     assert bit == 1 << number

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import promela, snpconv
+from bench import bench_engines, snpconv
 
 from kvmlab.explore import arrays, rows
 
@@ -60,11 +62,8 @@ def test_the_shortest_violation_is_the_one_that_other_checkers_find(
     assert {prop: depth for prop, depth in found.items() if prop != "deadlock"} == verdict
 
 
-def test_promela_is_written_for_each_actor() -> None:
-    text = promela.write(2, 2, 0)
-    assert [line.split()[2] for line in text.splitlines() if line.startswith("active proctype")] == [
-        "converter()",
-        "host()",
-        "vcpu0()",
-        "vcpu1()",
-    ]
+@pytest.mark.skipif(not (shutil.which("spin") and shutil.which("gcc")), reason="needs spin and gcc")
+@pytest.mark.parametrize("order", [0, 3])
+def test_spin_counts_the_same_states(order: int, tmp_path: Path) -> None:
+    pan = bench_engines.compile_pan(2, 2, order, tmp_path, breadth_first=False)
+    assert bench_engines.run_pan(pan)[:2] == STATES[2, 2][order]

@@ -20,7 +20,8 @@ LAYOUT = Layout(
 @given(st.data())
 def test_packing_then_unpacking_gives_every_cell_back(data):
     values = {
-        (c.name if c.key is None else (c.name, c.key)): data.draw(st.sampled_from(c.domain)) for c in LAYOUT.cells
+        (c.name if c.key is None else (c.name, c.key)): data.draw(st.sampled_from(c.domain))
+        for c in LAYOUT.cells
     }
     assert LAYOUT.unpack(LAYOUT.pack(values)) == values
 

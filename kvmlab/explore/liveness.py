@@ -40,7 +40,11 @@ def _of_actor(graph: Graph, v: int) -> list[Cycle]:
     key = graph.model.actors[v].key
     if not isinstance(family, dict) or key not in family:
         return []
-    parts = _parts_arrays(graph, v, family[key]) if graph.engine == "arrays" else _parts_lists(graph, v, family[key])
+    parts = (
+        _parts_arrays(graph, v, family[key])
+        if graph.engine == "arrays"
+        else _parts_lists(graph, v, family[key])
+    )
     return [cycle for part in parts if (cycle := _fair(graph, v, part)) is not None]
 
 
@@ -53,7 +57,13 @@ def _parts_lists(graph: Graph, v: int, cell: Cell) -> list[frozenset[int]]:
     faults, exits = _labels_counting(graph, FAULT), _labels_counting(graph, EXIT)
     start, dst, label, actor, mask = graph.start, graph.dst, graph.label, graph.actor, cell.mask
     access = [x & mask for x in graph.states]
-    seeds = [i for i, a in enumerate(access) if a for e in range(start[i], start[i + 1]) if label[e] in faults and actor[e] == v]
+    seeds = [
+        i
+        for i, a in enumerate(access)
+        if a
+        for e in range(start[i], start[i + 1])
+        if label[e] in faults and actor[e] == v
+    ]
 
     def successors(i: int) -> list[int]:
         a = access[i]
@@ -67,7 +77,9 @@ def _parts_lists(graph: Graph, v: int, cell: Cell) -> list[frozenset[int]]:
     for part in _tarjan(seeds, successors):
         inside = frozenset(part)
         if any(
-            label[e] in faults and actor[e] == v and dst[e] in inside for i in part for e in range(start[i], start[i + 1])
+            label[e] in faults and actor[e] == v and dst[e] in inside
+            for i in part
+            for e in range(start[i], start[i + 1])
         ):
             parts.append(inside)
     return parts
@@ -130,7 +142,9 @@ def _parts_arrays(graph: Graph, v: int, cell: Cell) -> list[frozenset[int]]:
     if not (keep & fault).any():
         return []
     n = len(access)
-    matrix = csr_matrix((np.ones(int(keep.sum()), dtype=bool), (arrays.src[keep], arrays.dst[keep])), shape=(n, n))
+    matrix = csr_matrix(
+        (np.ones(int(keep.sum()), dtype=bool), (arrays.src[keep], arrays.dst[keep])), shape=(n, n)
+    )
     _, part = connected_components(matrix, directed=True, connection="strong")
     inside = keep & fault
     inside[inside] = part[arrays.src[inside]] == part[arrays.dst[inside]]
@@ -147,7 +161,11 @@ class _Arrays:
         self.graph = graph
         start = np.asarray(graph.start)
         self.src = np.repeat(np.arange(len(start) - 1), np.diff(start))
-        self.dst, self.label, self.actor = np.asarray(graph.dst), np.asarray(graph.label), np.asarray(graph.actor)
+        self.dst, self.label, self.actor = (
+            np.asarray(graph.dst),
+            np.asarray(graph.label),
+            np.asarray(graph.actor),
+        )
 
     def bits(self, cell: Cell) -> Any:
         """The bits of one cell in every state, in place within their word."""
@@ -249,13 +267,18 @@ def measures(graph: Graph, names: Iterable[str]) -> dict[str, dict[str, int | No
     arrays = _Arrays(graph)
     n = len(graph.depth)
     alive = arrays.dst != END
-    matrix = csr_matrix((np.ones(int(alive.sum()), dtype=bool), (arrays.src[alive], arrays.dst[alive])), shape=(n, n))
+    matrix = csr_matrix(
+        (np.ones(int(alive.sum()), dtype=bool), (arrays.src[alive], arrays.dst[alive])), shape=(n, n)
+    )
     _, part = connected_components(matrix, directed=True, connection="strong")
     answer: dict[str, dict[str, int | None]] = {}
     for name in names:
         weight = np.array([label.counts.count(name) for label in graph.labels] or [0])[arrays.label]
         if name == "residue":
-            per_state = [graph.quiet_found.get(i, ((), ()))[1].count(name) for i in np.flatnonzero(np.asarray(graph.quiet))]
+            per_state = [
+                graph.quiet_found.get(i, ((), ()))[1].count(name)
+                for i in np.flatnonzero(np.asarray(graph.quiet)).tolist()
+            ]
             answer[name] = {"least": min(per_state, default=0), "most": max(per_state, default=0)}
             continue
         src, dst = arrays.src, arrays.dst

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 from .graph import END, Graph, Hit
 from .liveness import FAULT, Cycle
@@ -18,7 +19,7 @@ Schedule = tuple[tuple[int, int], ...]  # (actor, choice) step by step
 
 def switches(schedule: Schedule) -> int:
     """Number of times that the actor changes."""
-    return sum(a != b for (a, _), (b, _) in zip(schedule, schedule[1:], strict=False))
+    return sum(a != b for (a, _), (b, _) in pairwise(schedule))
 
 
 def shortest(graph: Graph, hits: Iterable[Hit]) -> Schedule:
@@ -29,7 +30,12 @@ def shortest(graph: Graph, hits: Iterable[Hit]) -> Schedule:
         wanted.setdefault(hit.state, []).append(last)
     best = _cheapest(graph, set(wanted))
     ends = [
-        (cost + int(last is not None and before not in (None, last[0])), last or (-1, -1), before if before is not None else -1, state)
+        (
+            cost + int(last is not None and before not in (None, last[0])),
+            last or (-1, -1),
+            before if before is not None else -1,
+            state,
+        )
         for state, lasts in wanted.items()
         for before, (cost, _) in best[state].items()
         for last in lasts
@@ -121,7 +127,11 @@ def lasso(graph: Graph, cycle: Cycle) -> tuple[Schedule, Schedule]:
     faults = {n for n, label in enumerate(graph.labels) if FAULT in label.counts}
     here, loop = entry, []
     for a in cycle.needed:
-        run, here = _nearest(graph, cycle, here, lambda e, a=a: graph.actor[e] == a and (a != cycle.actor or graph.label[e] in faults))
+
+        def moves(e: int, a: int = a) -> bool:
+            return graph.actor[e] == a and (a != cycle.actor or graph.label[e] in faults)
+
+        run, here = _nearest(graph, cycle, here, moves)
         loop += run
     if here != entry:
         run, _ = _nearest(graph, cycle, here, lambda e: graph.dst[e] == entry)
@@ -129,7 +139,9 @@ def lasso(graph: Graph, cycle: Cycle) -> tuple[Schedule, Schedule]:
     return stem, tuple(loop)
 
 
-def _nearest(graph: Graph, cycle: Cycle, here: int, wanted: Callable[[int], bool]) -> tuple[list[tuple[int, int]], int]:
+def _nearest(
+    graph: Graph, cycle: Cycle, here: int, wanted: Callable[[int], bool]
+) -> tuple[list[tuple[int, int]], int]:
     """Walk inside the cycle from `here` over the nearest edge that is `wanted`; returns the walk and its end."""
     came: dict[int, tuple[int, int]] = {}
     todo = deque([here])

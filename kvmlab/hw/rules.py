@@ -18,13 +18,19 @@ class Rules:
     """
 
     def __init__(
-        self, source: str, inputs: Mapping[str, Sequence[Any]], rows: Sequence[tuple[Any, ...]], outcome: str = "outcome"
+        self,
+        source: str,
+        inputs: Mapping[str, Sequence[Any]],
+        rows: Sequence[tuple[Any, ...]],
+        outcome: str = "outcome",
     ) -> None:
         self.source, self.inputs, self.rows, self.outcome = source, dict(inputs), tuple(rows), outcome
         self._answers: dict[tuple[Any, ...], Any] = {}
         for row in self.rows:
             if len(row) != len(self.inputs) + 1:
-                raise ValueError(f"{source}: row {row} does not have {len(self.inputs)} inputs and an outcome")
+                raise ValueError(
+                    f"{source}: row {row} does not have {len(self.inputs)} inputs and an outcome"
+                )
         for combination in product(*self.inputs.values()):
             hits = [row for row in self.rows if _matches(row, combination)]
             if len(hits) != 1:
@@ -44,7 +50,10 @@ class Rules:
         head = [*self.inputs, self.outcome]
         body = [[_cell_text(value) for value in row] for row in self.rows]
         widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-        lines = ["  ".join(value.ljust(w) for value, w in zip(row, widths, strict=True)).rstrip() for row in [head, *body]]
+        lines = [
+            "  ".join(value.ljust(w) for value, w in zip(row, widths, strict=True)).rstrip()
+            for row in [head, *body]
+        ]
         return "\n".join([self.source, lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 

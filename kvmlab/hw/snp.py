@@ -76,7 +76,9 @@ def assigned_to(asid: int, gpa: int, size: str = PG_4K) -> RmpEntry:
     return RmpEntry(assigned=True, asid=asid, gpa=gpa, size=size)
 
 
-def rmpupdate(old: RmpEntry, new: RmpEntry, *, identical_keeps_validated: bool = True) -> tuple[Rmpupdate, RmpEntry]:
+def rmpupdate(
+    old: RmpEntry, new: RmpEntry, *, identical_keeps_validated: bool = True
+) -> tuple[Rmpupdate, RmpEntry]:
     """RMPUPDATE on one entry: the result code and the entry after it.
 
     Assigning, deassigning, reassigning and changing GPA or size clear Validated.  Writing the state that is
@@ -140,7 +142,7 @@ GUEST_ACCESS = Rules(
         (True, frozenset({"read", "write"}), True, "ours", "same", False, "fits", True, OK),
         (True, "pvalidate", True, "ours", "same", False, "fits", ANY, OK),
     ],
-)
+)  # fmt: skip
 
 HOST_ACCESS = Rules(
     'APM vol. 2, 15.36.10 "RMP and VMPL Access Checks": host access',

@@ -44,5 +44,5 @@ def host_write(s: View, pfn: str) -> str:
         return ABSENT
     mapping = snp.PG_2M if s.directmap_2m else snp.PG_4K
     others = mapping == snp.PG_2M and any(s.rmp[p].assigned for p in s.rmp)
-    page = s.rmp[pfn] if pfn in s.rmp else snp.HYPERVISOR
+    page = s.rmp.get(pfn, snp.HYPERVISOR)
     return snp.host_access("write", mapping=mapping, page=page, region_assigned=others)

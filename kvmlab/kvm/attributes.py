@@ -49,7 +49,7 @@ def kvm_mmu_invalidate_end(s: View, me: str) -> None:
 def mmu_invalidate_retry_gfn(s: View, me: str, gfn: int) -> bool:
     """Whether the fault must be retried: the gfn is being invalidated, or the sequence count moved."""
     lo_hi = s.invalidate_range if s.in_progress else NO_RANGE
-    return (lo_hi is not NO_RANGE and lo_hi[0] <= gfn < lo_hi[1]) or s.snapshot[me] == "moved"
+    return bool((lo_hi is not NO_RANGE and lo_hi[0] <= gfn < lo_hi[1]) or s.snapshot[me] == "moved")
 
 
 def kvm_vm_set_region_attr(s: View, me: str, gfn: int, to: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..step import Model
 
@@ -20,23 +20,37 @@ def machine(model: Model, x: int) -> list[Part]:
     values = model.layout.unpack(x)
     fields = model.layout.fields
 
-    def family(name: str) -> dict[object, str]:
+    def family(name: str) -> dict[Any, str]:
         cells = fields.get(name)
         return {key: _text(values[name, key]) for key in cells} if isinstance(cells, dict) else {}
 
     conf = model.conf
     moment = "running" if values["running"] else ("returned" if values["era"] else "not asked")
     parts = [
-        Part("conversion", "what the guest asked for, and whether the ioctl has returned", (("to", conf.eras[values["era"]]), ("", moment))),
+        Part(
+            "conversion",
+            "what the guest asked for, and whether the ioctl has returned",
+            (("to", conf.eras[values["era"]]), ("", moment)),
+        ),
         Part("xarray", "the memory attribute that KVM keeps", _pairs(family("attr"), "gfn ")),
         Part("NPT", "the leaf that the nested page table holds", _pairs(family("npt"), "gfn ")),
-        Part("TLB", "the translation each vCPU could still use", tuple((k[0], v) for k, v in family("tlb").items())),  # type: ignore[index]
+        Part(
+            "TLB",
+            "the translation each vCPU could still use",
+            tuple((k[0], v) for k, v in family("tlb").items()),
+        ),
         Part("RMP", "who owns the page, in hardware", _pairs(family("rmp"))),
         Part("directmap", "the kernel's own mapping of the page", _directmap(values, family("directmap"))),
         Part("contents", "who wrote the page last; * under the guest's key", _pairs(family("memory"))),
-        Part("window", "invalidation: how many in progress, and each fault's snapshot", _window(values, family("snapshot"))),
+        Part(
+            "window",
+            "invalidation: how many in progress, and each fault's snapshot",
+            _window(values, family("snapshot")),
+        ),
         Part("locks", "who holds what", _locks(values, fields.keys())),
-        Part("access", "what each vCPU is trying to do", tuple((str(k), v) for k, v in family("acc").items())),
+        Part(
+            "access", "what each vCPU is trying to do", tuple((str(k), v) for k, v in family("acc").items())
+        ),
     ]
     return [part for part in parts if part.cells]
 

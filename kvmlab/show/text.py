@@ -69,7 +69,9 @@ def _event(event: Event, at: int, depth: dict[str, int], width: int) -> list[str
     for n, part in enumerate(parts):
         hang = 2 if n else 0
         first, rest = " " * (at + indent + hang), " " * (at + indent + hang + 2)
-        out += textwrap.wrap(part, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+        out += textwrap.wrap(
+            part, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
+        )
     return out
 
 
@@ -97,7 +99,9 @@ def _closing(trace: Trace, events: Sequence[Event], width: int) -> list[str]:
         size += f", the last {trace.steps - trace.cycle} repeat for ever"
     ended = sorted({p for e in events for p in e.violations})
     if trace.why in BY_NAME:
-        lines = textwrap.wrap(f"=> {trace.why}: {BY_NAME[trace.why].sentence} ({size})", width, subsequent_indent="   ")
+        lines = textwrap.wrap(
+            f"=> {trace.why}: {BY_NAME[trace.why].sentence} ({size})", width, subsequent_indent="   "
+        )
     else:
         lines = [f"=> {'a run in which nothing is violated' if not ended else ', '.join(ended)} ({size})"]
     code = trace.code
@@ -109,13 +113,21 @@ def report_text(report: Report) -> str:
     case = report.case
     done = "complete" if report.complete else "NOT complete"
     lines = [str(case), *(f"  ({note})" for note in case.design.notes)]
-    lines.append(f"  {report.states:,} states, {report.transitions:,} transitions, depth {report.depth}, {done}")
+    lines.append(
+        f"  {report.states:,} states, {report.transitions:,} transitions, depth {report.depth}, {done}"
+    )
     for verdict in report.verdicts.values():
         if verdict.depth is not None:
             lines.append(f"  {verdict.verdict:<9} {verdict.name:<18} {_sentence(verdict.name)}")
     never = [v.name for v in report.verdicts.values() if v.verdict == "Never"]
     if never:
-        lines += textwrap.wrap("Never     " + ", ".join(never), 75, initial_indent="  ", subsequent_indent=" " * 12, break_on_hyphens=False)
+        lines += textwrap.wrap(
+            "Never     " + ", ".join(never),
+            75,
+            initial_indent="  ",
+            subsequent_indent=" " * 12,
+            break_on_hyphens=False,
+        )
     lines += [f"  Not seen  {name}" for name, seen in report.witnesses.items() if not seen]
     lines += [f"  Not checked: {what}" for what in report.not_checked]
     return "\n".join(lines)
@@ -135,7 +147,10 @@ def comparison_text(reports: Sequence[Report]) -> str:
         lines.append(" " * (left + 2) + "  |" * n + "  " + name)
     lines.append("".ljust(left) + "  " + "  |" * len(names) + f"{'states':>11}")
     for r in reports:
-        marks = "".join("  " + {"Never": ".", "Sometimes": "S", "Always": "A"}.get(r.verdicts[name].verdict, "?") for name in names)
+        marks = "".join(
+            "  " + {"Never": ".", "Sometimes": "S", "Always": "A"}.get(r.verdicts[name].verdict, "?")
+            for name in names
+        )
         lines.append(f"{r.case.design.name:<{left}}  {marks}{r.states:>11,}{'' if r.complete else ' +'}")
     lines.append("S some runs, A every run that finishes, . never")
     return "\n".join(lines)
@@ -153,16 +168,27 @@ def matrix_text(matrix: Matrix) -> str:
         for design in dict.fromkeys(s.design for s in here):
             row = {s.scenario: s for s in here if s.design == design}
             cells = [row[c] for c in columns]
-            marks = [f"{s.short}{'' if s.complete else '+'}".rjust(w) for s, w in zip(cells, widths, strict=True)]
-            sizes = [("" if s.reason else f"{s.states:,}").rjust(w) for s, w in zip(cells, widths, strict=True)]
-            lines += [design.ljust(28) + "".join("  " + m for m in marks), " " * 28 + "".join("  " + n for n in sizes)]
+            marks = [
+                f"{s.short}{'' if s.complete else '+'}".rjust(w) for s, w in zip(cells, widths, strict=True)
+            ]
+            sizes = [
+                ("" if s.reason else f"{s.states:,}").rjust(w) for s, w in zip(cells, widths, strict=True)
+            ]
+            lines += [
+                design.ljust(28) + "".join("  " + m for m in marks),
+                " " * 28 + "".join("  " + n for n in sizes),
+            ]
     total = sum(s.states for s in matrix.squares)
     done = all(s.complete for s in matrix.squares)
     checks = sum(not s.reason for s in matrix.squares)
-    lines += ["", f"{checks} checks, {total:,} states, {'all complete' if done else 'NOT all complete (+)'}; ! in every run that finishes"]
+    all_or_not = "all complete" if done else "NOT all complete (+)"
+    lines += ["", f"{checks} checks, {total:,} states, {all_or_not}; ! in every run that finishes"]
     return "\n".join(line.rstrip() for line in lines[1:])
 
 
 def machine_text(model: Model, x: int) -> str:
     """The machine's table in one state: what each part holds, one line a part."""
-    return "\n".join(f"{row.name:<12} {'  '.join(f'{k}={v}' if k else v for k, v in row.cells)}" for row in machine(model, x))
+    return "\n".join(
+        f"{row.name:<12} {'  '.join(f'{k}={v}' if k else v for k, v in row.cells)}"
+        for row in machine(model, x)
+    )
