@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     trace.add_argument("design")
     _case(trace, many=False)
     trace.add_argument("--property", metavar="NAME", help="of this property (default: the nearest violation)")
+    trace.add_argument("--measure", metavar="NAME", help="the shortest run that counts this measure instead")
     trace.add_argument("--code", action="store_true", help="print only the code that replays it")
     replay = command("replay", "replay a run from its code, or (-) from a diagram on standard input")
     replay.add_argument("code")
@@ -233,7 +234,7 @@ def _trace(options: argparse.Namespace) -> int:
         options.backing or "split",
         parse_switches(options.switch),
     )
-    trace = report.trace(options.property)
+    trace = report.example(options.measure) if options.measure else report.trace(options.property)
     print(trace.code if options.code else trace.text())
     return int(trace.why in BY_NAME)
 

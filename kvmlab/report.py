@@ -13,7 +13,7 @@ from .explore import liveness, paths, rows
 from .explore.graph import Graph, Hit
 from .machine import Switches
 from .properties import BY_NAME, MEASURES, PROPERTIES
-from .scenario import SCENARIOS
+from .scenario import SCENARIOS, InputError
 from .trace import Case, Trace
 
 NEVER, SOMETIMES, ALWAYS, UNJUDGED = "Never", "Sometimes", "Always", "not judged"
@@ -116,6 +116,14 @@ class Report:
             stem, loop = paths.lasso(self.graph, self._livelock)
             return Trace(self.case, stem + loop, name, len(stem))
         return Trace(self.case, paths.shortest(self.graph, self.graph.hits[name]), name)
+
+    def example(self, measure: str) -> Trace:
+        """A shortest run that counts `measure`, or the sample run if none does; InputError if there is no such."""
+        if measure not in MEASURES:
+            raise InputError(f"unknown measure {measure!r}; there are: {', '.join(MEASURES)}")
+        hits = liveness.first_edges(self.graph, measure)
+        hits = hits or [Hit(i, None, None) for i, found in self.graph.quiet_found.items() if measure in found[1]][:1]
+        return Trace(self.case, paths.shortest(self.graph, hits), measure) if hits else self.sample()
 
     def sample(self) -> Trace:
         """A shortest run to a quiet end in which the guest has used its page, or as far as any run gets."""

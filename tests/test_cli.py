@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from bless_docs import BLOCK, pages
 
 from kvmlab import cli
 from kvmlab.design import shipped
@@ -121,6 +122,12 @@ def test_the_matrix_as_json_has_an_element_a_cell(run):
     assert first["states"] == 939 and "split" in second["n/a"]
 
 
+def test_trace_can_show_a_run_that_counts_a_measure(run):
+    out = run("trace", "v8-post-hook", "--scenario", "tiny", "--measure", "spurious-npf")[1]
+    assert "[P0 already mapped]" in out and "=> spurious-npf:" in out
+    assert run("trace", "v8-post-hook", "--measure", "joy")[0] == 2
+
+
 def test_trace_then_replay_gives_the_same_diagram(run):
     status, diagram, _ = run("trace", "no-zap", "--scenario", "tiny")
     assert status == 1
@@ -178,10 +185,12 @@ def test_a_design_with_a_mistake_is_told_line_and_caret(run, tmp_path):
     assert status == 2 and "mine.kvm:3" in err and "    ^" in err and "rmpupdate" in err
 
 
-def test_the_readme_shows_what_the_command_prints(run, root):
-    text = (root / "README.md").read_text()
-    for command, shown in re.findall(r"<!-- run: kvmlab ([^\n]*) -->\n```\n(.*?)```", text, re.S):
-        assert run(*command.split())[1] == shown
+@pytest.mark.parametrize(
+    ("page", "command", "shown"),
+    [(page.name, *found) for page in pages() for found in BLOCK.findall(page.read_text())],
+)
+def test_a_page_shows_what_its_command_prints(run, page, command, shown):
+    assert run(*command.split())[1] == shown
 
 
 def test_the_module_runs_as_a_command():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..state import Cell
-from .graph import END, Graph
+from .graph import END, Graph, Hit
 
 FAULT, EXIT = "npf", "exits"
 
@@ -256,6 +256,19 @@ def reach(n: int, src: Any, dst: Any, keep: Any, roots: Sequence[int] = (0,)) ->
     reached = np.zeros(n + 1, dtype=bool)
     reached[breadth_first_order(matrix, n, return_predecessors=False)] = True
     return reached[:n]
+
+
+def first_edges(graph: Graph, event: str) -> list[Hit]:
+    """The edges nearest to the start that count `event`; empty when none does."""
+    counting = _labels_counting(graph, event)
+    found: list[Hit] = []
+    for i in range(len(graph.depth)):  # breadth-first order, so the first depth found is the least
+        if found and graph.depth[i] > graph.depth[found[0].state]:
+            break
+        for e in _edges(graph, i):
+            if int(graph.label[e]) in counting:
+                found.append(Hit(i, int(graph.actor[e]), graph.labels[graph.label[e]].choice))
+    return found
 
 
 def measures(graph: Graph, names: Iterable[str]) -> dict[str, dict[str, int | None]]:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..properties import BY_NAME
+from ..properties import BY_NAME, MEASURES
 from .machine import machine
 
 if TYPE_CHECKING:
@@ -102,6 +102,8 @@ def _closing(trace: Trace, events: Sequence[Event], width: int) -> list[str]:
         lines = textwrap.wrap(
             f"=> {trace.why}: {BY_NAME[trace.why].sentence} ({size})", width, subsequent_indent="   "
         )
+    elif trace.why in MEASURES:
+        lines = textwrap.wrap(f"=> {trace.why}: {MEASURES[trace.why]} ({size})", width, subsequent_indent="   ")
     else:
         lines = [f"=> {'a run in which nothing is violated' if not ended else ', '.join(ended)} ({size})"]
     code = trace.code
