@@ -193,7 +193,7 @@ def explore(case: Case, limit: int | None = None) -> Graph:
         return graph
     from .explore import arrays
 
-    return arrays.search(case.model, limit)
+    return arrays.search(case.model, limit, learner=graph.learner)
 
 
 def check(

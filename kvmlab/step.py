@@ -141,9 +141,7 @@ class Learner:
             if enabled:
                 outcomes.append(self._outcome(view, len(outcomes)))
             prefix = view.next_prefix()
-        if reads & ~table.mask:
-            table.mask |= reads
-            table.rows.clear()
+        table.mask |= reads  # rows learned with a narrower footprint stay true of whatever they match
         row = tuple(outcomes)
         table.rows[x & table.mask] = row
         return row
@@ -169,9 +167,7 @@ class Learner:
             view = self.model.view(x)
             self.model.quiet(view)
             self.calls += 1
-            if view.reads & ~table.mask:
-                table.mask |= view.reads
-                table.rows.clear()
+            table.mask |= view.reads
             row = (Outcome(-1, 0, tuple(dict.fromkeys(view.violations)), tuple(view.counts), 0, False),)
             table.rows[x & table.mask] = row
         return row[0].violations, row[0].counts

@@ -47,6 +47,7 @@ HEAVY = {"IPython", "anywidget", "ipywidgets", "jupyterlab", "matplotlib", "nump
 HEAVY_MODULES = {
     "explore/arrays.py",
     "explore/dedup.py",
+    "explore/levels.py",
     "explore/tables.py",
     "show/plots.py",
     "show/widget.py",
