@@ -43,7 +43,8 @@ def may_begin(s: View, gfn: int) -> list[Access]:
     ops: tuple[str, ...] = ("read", "write")
     if kind == "private" and s.conf.has_rmp:
         ops = {"new": ("pvalidate1",), "claimed": (), "accepted": ("write",), "ready": ops}[s.guest[gfn]]
-    return [Access(kind, op, gfn, era) for op in ops]
+    stray = [Access("shared", "write", gfn, era)] if s.conf.stray and kind == "private" else []
+    return [*(Access(kind, op, gfn, era) for op in ops), *stray]
 
 
 def guest_idle(s: View, me: str) -> None:
@@ -75,7 +76,7 @@ def guest_between(s: View, me: str) -> str | None:
 def ask(s: View, me: str) -> str | None:
     """The guest asks for the next conversion; going shared it rescinds validation first (GHCB, PSC)."""
     s.era += 1
-    s.running = True
+    s.running = s.conf.ioctls
     to = s.conf.eras[s.era]
     for gfn in s.conf.gfns:
         if s.conf.correct_guest:
@@ -90,9 +91,31 @@ def ask(s: View, me: str) -> str | None:
 
 
 def ioctl_return(s: View, me: str) -> None:
-    """Back from KVM_SET_MEMORY_ATTRIBUTES: the conversion has returned."""
+    """Back from KVM_SET_MEMORY_ATTRIBUTES; with the last of them the conversion has returned."""
     leave(s, me, "returns to user")
-    s.running = False
+    s.running -= 1
+
+
+def auto_convert(s: View, me: str, kind: str) -> None:
+    """The VMM answers KVM_EXIT_MEMORY_FAULT: it converts the page to the kind that was touched."""
+    s.running += 1
+    s.say(f"VMM converts to {kind}, as touched")
+
+
+def vmm_waits(s: View, me: str) -> None:
+    """The other VMM thread of two-vmms: has its own ioctl to do once the guest has asked."""
+    s.wait(s.era > 0)
+    s.say("issues its own ioctl")
+
+
+def vmm_done(s: View, me: str) -> None:
+    """A VMM thread that has nothing left to do."""
+    s.wait(False)
+
+
+def kvm_run_fails(s: View, me: str) -> None:
+    """KVM_RUN returns an error that is no exit: the VMM gives the VM up."""
+    s.violate("guest-killed", "KVM_RUN fails with -EINVAL")
 
 
 def guest_runs(s: View, me: str) -> str:
@@ -165,7 +188,8 @@ def _complete(s: View, me: str, acc: Access, pfn: str) -> str:
         if acc.kind == "private" and asked_for and readable_by_host(content) and _host_maps(s, acc.gfn, pfn):
             s.violate("confidentiality", f"private write lands in clear in {pfn}, which the host can read")
         s.memory[pfn] = content
-        if s.conf.correct_guest and s.guest[acc.gfn] != "ready":
+        meant = s.conf.correct_guest and acc.kind == s.conf.eras[acc.era]
+        if meant and s.guest[acc.gfn] != "ready":
             s.guest[acc.gfn] = "ready"
     else:
         _judge_read(s, acc, pfn)
@@ -218,8 +242,12 @@ def _pvalidate(s: View, me: str, acc: Access, pfn: str) -> str:
         return _rest(s, me)
     s.rmp[pfn] = entry
     if not validate:
-        s.say("validation rescinded")
-        return f"rescinded{s.era}"
+        s.say(f"[{pfn} rescinded]")
+        rest = s.conf.gfns[s.conf.gfns.index(acc.gfn) + 1 :]
+        if not rest:
+            return f"rescinded{s.era}"
+        s.acc[me] = acc._replace(gfn=rest[0])
+        return "again"
     if s.conf.correct_guest:
         s.guest[acc.gfn] = "accepted"
     s.say(f"[{pfn} validated]")

@@ -14,9 +14,9 @@ from .report import ALWAYS, SOMETIMES, as_design, check
 from .scenario import SCENARIOS, InputError, NotApplicable
 
 SHORT = {
-    "host-rmp-fault": "RMPFAULT", "kernel-bug": "BUG", "platform-error": "PLATFORM", "deadlock": "DEADLOCK",
+    "host-rmp-fault": "RMPF", "kernel-bug": "BUG", "platform-error": "PLATF", "deadlock": "DEADL",
     "sleep-in-atomic": "ATOMIC", "lock-misuse": "LOCK", "confidentiality": "LEAK", "integrity": "INTEGR",
-    "guest-killed": "KILLED", "conversion-refused": "REFUSED", "livelock": "LIVELOCK", "stale-mapping": "STALE",
+    "guest-killed": "KILLED", "conversion-refused": "REFUSE", "livelock": "LOOP", "stale-mapping": "STALE",
     "out-of-sync": "SYNC",
 }  # fmt: skip
 assert set(SHORT) == set(BY_NAME)

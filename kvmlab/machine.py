@@ -60,6 +60,10 @@ class Conf:
     asker: str
     vcpus: tuple[str, ...]
     correct_guest: bool
+    ioctls: int = 1  # how many ioctls serve one request
+    injects: bool = False
+    stray: bool = False  # vCPUs may also write with the C-bit of the kind that the page no longer has
+    auto_convert: bool = False  # the VMM answers KVM_EXIT_MEMORY_FAULT by converting to what was touched
     switches: Switches = Switches()
     owners: Mapping[str, frozenset[str]] = field(default_factory=dict)
     writers: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -166,6 +170,7 @@ def _contents(conf: Conf) -> tuple[Content, ...]:
             Content("guest", GUEST_KEY if kind == "private" and conf.encrypts else PLAIN, era)
             for era, kind in enumerate(conf.eras)
         ]
+        guest += [Content("guest", PLAIN, era) for era in range(len(conf.eras)) if conf.stray]
     else:
         guest = [Content("guest", key, 0) for key in keys]
     return (EMPTY, Content("host"), *dict.fromkeys(guest))
@@ -180,6 +185,7 @@ def _accesses(conf: Conf) -> tuple[Access | None, ...]:
             continue
         for era, kind in enumerate(conf.eras):
             found += [Access(kind, op, gfn, era) for op in ("read", "write")]
+            found += [Access("shared", "write", gfn, era)] if conf.stray and kind == "private" else []
             if era and conf.has_rmp:
                 found.append(Access("private", "pvalidate1" if kind == "private" else "pvalidate0", gfn, era))
     return tuple(found)
@@ -194,7 +200,8 @@ def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
     fields = [Field("pc", tuple(range(len(program))), (actor,)) for actor, program in programs.items()]
     layout = [
         Field("era", tuple(range(len(conf.eras)))),
-        Field("running", (False, True)),
+        Field("running", tuple(range(conf.ioctls + 1 + (len(conf.vcpus) if conf.auto_convert else 0)))),
+        Field("failures_left", (1, 0) if conf.injects else (0,)),
         Field("guest", ("ready", "new", "claimed", "accepted") if conf.correct_guest else ("ready",), gfns),
         Field("attr", ("shared", "private"), gfns),
         Field("in_progress", tuple(range(begins + 1))),

@@ -48,6 +48,9 @@ FAULT_CALLS: dict[str, Step] = {
     "kvm_tdp_mmu_map": mmu.kvm_tdp_mmu_map,
     "psmash": sev.psmash,
 }
+HELPER = frozenset(
+    {"kvm_unmap_directmap", "rmpupdate", "kvm_map_directmap"}
+)  # parts of kvm_x86_update_mem_attr()
 # The direct map and RMP ops are absent on platforms without an RMP: they do nothing there.
 RMP_ONLY = frozenset(
     {
@@ -119,6 +122,7 @@ class Section:
     ) -> None:
         self.conf, self.section, self.kind, self.prefix, self.gfns = conf, section, kind, prefix, gfns
         self.drafts: list[Draft] = []
+        self.failed: str | None = None
         self.holding: list[tuple[Step, str]] = []
         self.nests: set[tuple[str, str]] = set()
         self.unwinds: dict[str, tuple[tuple[tuple[Step, str], ...], str]] = {}
@@ -131,6 +135,11 @@ class Section:
             self.covered = (min(self.gfns), max(self.gfns) + 1)
         i = 0
         while i < len(rows):
+            helper = _helper(rows, i)
+            if self.gfns and len(helper) > 1:
+                self.page_by_page(helper)
+                i += len(helper)
+                continue
             if not _under_flush(rows[i]):
                 self.row(rows[i])
                 i += 1
@@ -142,6 +151,16 @@ class Section:
                 i += 1
             self.mark(skip)
 
+    def page_by_page(self, rows: Sequence[Row]) -> None:
+        """The op of the series: all its work on one page, then the next; it gives up where RMPUPDATE fails."""
+        gfns, self.failed = self.gfns or (), self.new_label()
+        for self.gfns in ((gfn,) for gfn in gfns):
+            for row in rows:
+                self.row(row)
+        self.gfns = gfns
+        self.mark(self.failed)
+        self.failed = None
+
     def row(self, row: Row) -> None:
         """Add the drafts of one call."""
         call = row.call
@@ -152,7 +171,7 @@ class Section:
         elif call in PER_GFN:
             self.per_gfn(PER_GFN[call], row)
         elif call == "rmpupdate":
-            self.per_gfn(sev.rmpupdate, row, row.target or self.kind)
+            self.rmpupdate(row)
         elif call == "kvm_vm_set_region_attr":
             self.per_gfn(attributes.kvm_vm_set_region_attr, row, self.kind)
         elif call in FAULT_CALLS:
@@ -186,6 +205,22 @@ class Section:
         for gfn in self.gfns:
             where = f"gfn {gfn}" if step is not sev.rmpupdate else self.conf.backing["private", gfn]
             self.emit(step, (gfn, *args), row, f"{row.call}({', '.join(filter(None, (where, shown)))})")
+
+    def rmpupdate(self, row: Row) -> None:
+        """RMPUPDATE: where it fails the op gives up (ioctl), or KVM_RUN does (fault path)."""
+        first = len(self.drafts)
+        self.per_gfn(sev.rmpupdate, row, row.target or self.kind)
+        if not self.conf.injects or not self.conf.has_rmp:
+            return
+        if self.section == "ioctl":
+            after = self.failed or self.new_label()
+            if not self.failed:
+                self.mark(after)
+        else:
+            after = self.unwind("killed")
+        for draft in self.drafts[first:]:
+            if draft.step is not _nothing:
+                draft.jumps["failed"] = after
 
     def lock(self, row: Row) -> None:
         """Add a lock call, and follow what is held."""
@@ -261,6 +296,15 @@ def _nothing(s: View, me: str) -> None:
     return None
 
 
+def _helper(rows: Sequence[Row], i: int) -> Sequence[Row]:
+    """The rows from `i` on that one call of the series' op was spelled out to."""
+    same = (rows[i].line, rows[i].origin, rows[i].text)
+    n = i
+    while n < len(rows) and rows[n].call in HELPER and (rows[n].line, rows[n].origin, rows[n].text) == same:
+        n += 1
+    return rows[i:n]
+
+
 def _under_flush(row: Row) -> bool:
     return any(c.var == "flush" for c in row.when)
 
@@ -331,7 +375,8 @@ def _leave(section: Section, done: str) -> list[Draft]:
         drafts.append(Draft(_nothing, (), "re-enters the guest", 0, section.section))
     drafts[-1].after = done
     for label, (holding, why) in section.unwinds.items():
-        target = done if why == "retry" else "guest"
+        leaves = f"auto-{section.kind}" if section.conf.auto_convert else "guest"
+        target = {"retry": done, "exit": leaves, "killed": "killed"}[why]
         undo = [
             Draft(UNDO[take], (name,), f"{UNDO[take].__name__}({name})", 0, section.section)
             for take, name in reversed(holding)
@@ -347,6 +392,19 @@ def _leave(section: Section, done: str) -> list[Draft]:
 def _redirect(drafts: Iterable[Draft], label: str, target: str) -> None:
     for d in drafts:
         d.jumps = {name: target if to == label else to for name, to in d.jumps.items()}
+
+
+def vmm_program(
+    design: Design, conf: Conf, gfns: tuple[int, ...]
+) -> tuple[tuple[Instr, ...], set[tuple[str, str]]]:
+    """A VMM thread beside the asking one: its own ioctl on `gfns`, once the guest has asked."""
+    section = Section(conf, "ioctl", conf.eras[1], "ioctl", gfns)
+    section.compile(design.rows("ioctl", to=conf.eras[1], platform=conf.platform))
+    waits = Draft(actors.vmm_waits, (), "", 0, "ioctl", label="waits", idle=True)
+    returns = Draft(actors.ioctl_return, (), "return 0", 0, "ioctl")
+    done = Draft(actors.vmm_done, (), "", 0, "ioctl", label="done", idle=True)
+    stuck = Draft(locks.stuck, (), "hangs", 0, "ioctl", label="stuck")
+    return assemble(_without_markers([waits, *section.drafts, returns, done, stuck])), section.nests
 
 
 def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, ...], set[tuple[str, str]]]:
@@ -390,6 +448,14 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
         Draft(actors.guest_runs, (), "", 0, "guest", label="guest", jumps=ways),
         Draft(locks.stuck, (), "hangs", 0, "guest", label="stuck"),
     ]
+    for kind in KINDS if conf.auto_convert else ():
+        section = Section(conf, "ioctl", kind, f"auto-{kind}", conf.gfns)
+        body.append(Draft(actors.auto_convert, (kind,), "", 0, "ioctl", label=f"auto-{kind}"))
+        section.compile(design.rows("ioctl", to=kind, platform=conf.platform))
+        body += [*section.drafts, Draft(actors.ioctl_return, (), "return 0", 0, "ioctl", after="guest")]
+        nests |= section.nests
+    if conf.injects:
+        body.append(Draft(actors.kvm_run_fails, (), "", 0, "fault", label="killed", after="idle"))
     if conf.kind_from_c_bit:
         ways.pop("fault")
     else:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .actors import out_of_sync
+from .actors import may_begin, out_of_sync
 from .design import Design
 from .design.calls import BACKINGS
 from .hw.memory import GUEST_KEY, PLAIN, Content
 from .machine import NEIGHBOUR, PLATFORMS, Conf, Switches, build_layout, with_usage
-from .program import host_program, inverted, vcpu_program
+from .program import host_program, inverted, vcpu_program, vmm_program
 from .properties import FATAL
 from .step import Actor, Model, run_step
 
@@ -36,6 +36,11 @@ class Scenario:
     racers: int = 1
     host: str = "neighbour"
     correct_guest: bool = True
+    gfns: tuple[int, ...] = (0,)
+    second_vmm: tuple[int, ...] = ()  # gfns that another VMM thread converts at the same time
+    fails: bool = False  # one RMPUPDATE may fail
+    stray: bool = False  # a vCPU may also write through the old kind
+    auto_convert: bool = False  # the VMM converts to what was touched
 
 
 _ALL = (
@@ -68,6 +73,24 @@ _ALL = (
         ("shared", "private"),
         host="private",
     ),
+    Scenario(
+        "range", "to private, two gfns in two memslots; one racing vCPU", ("shared", "private"), gfns=(0, 1)
+    ),
+    Scenario(
+        "two-vmms",
+        "to private, two gfns; another VMM thread converts one of them at the same time",
+        ("shared", "private"),
+        gfns=(0, 1),
+        second_vmm=(1,),
+    ),
+    Scenario(
+        "auto-convert",
+        "to private; the VMM answers an exit by converting to what was touched",
+        ("shared", "private"),
+        auto_convert=True,
+    ),
+    Scenario("stray-write", "to private; a vCPU also writes as if shared", ("shared", "private"), stray=True),
+    Scenario("hook-fails", "to private; one RMPUPDATE may fail", ("shared", "private"), fails=True),
     Scenario(
         "careless", "to private; vCPUs use any C-bit at any time", ("shared", "private"), correct_guest=False
     ),
@@ -126,17 +149,24 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
     conf = Conf(
         platform,
         backing == "in-place",
-        (0,),
+        scenario.gfns,
         scenario.eras,
         vcpus[0],
         vcpus,
         scenario.correct_guest,
-        switches,
+        ioctls=2 if scenario.second_vmm else 1,
+        injects=scenario.fails,
+        stray=scenario.stray,
+        auto_convert=scenario.auto_convert,
+        switches=switches,
     )
     nests: set[tuple[str, str]] = set()
     programs = {}
     for cpu in vcpus:
         programs[cpu], more = vcpu_program(design, conf, asks=cpu == conf.asker)
+        nests |= more
+    if scenario.second_vmm:
+        programs["VMM1"], more = vmm_program(design, conf, scenario.second_vmm)
         nests |= more
     if conf.has_rmp:
         programs["host"] = host_program(_host_targets(conf, scenario.host))
@@ -144,8 +174,8 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
     layout = build_layout(conf, programs)
     start: dict[Any, Any] = {}
     if scenario.eras[0] == "shared":
-        start["memory", conf.backing["shared", 0]] = Content("guest", PLAIN, 0)
-    roles = {conf.asker: "asks for the conversion", "host": "kernel thread"}
+        start = {("memory", conf.backing["shared", gfn]): Content("guest", PLAIN, 0) for gfn in conf.gfns}
+    roles = {conf.asker: "asks for the conversion", "host": "kernel thread", "VMM1": "VMM thread"}
     actors = tuple(Actor(key, roles.get(key, "vCPU"), program) for key, program in programs.items())
     title = f"{design.name} on {platform}, {scenario.name}, {backing}"
     return Model(layout, actors, layout.pack(start), conf, FATAL, out_of_sync, title)
@@ -155,37 +185,41 @@ def _private_start(design: Design, scenario: Scenario, model: Model) -> dict[Any
     """Where the design's own conversion to private, run alone, leaves the machine: accepted and written."""
     conf: Conf = model.conf
     backing = "in-place" if conf.in_place else "split"
-    alone = _bare(
-        design, replace(scenario, eras=("shared", "private"), racers=0), conf.platform, backing, conf.switches
-    )
-    x, pc = alone.initial, alone.layout.cell("pc", conf.asker)
+    solo = Scenario("alone", "", ("shared", "private"), racers=0, gfns=scenario.gfns)
+    alone = _bare(design, solo, conf.platform, backing, conf.switches)
+    pc = alone.layout.cell("pc", conf.asker)
+    x = alone.initial
     seen: set[int] = set()
-    ready = alone.layout.cell("guest", 0)
-    era, running, attr = alone.layout.cell("era"), alone.layout.cell("running"), alone.layout.cell("attr", 0)
-    while not (
-        era.get(x)
-        and not running.get(x)
-        and ready.get(x) == "ready"
-        and alone.actors[0].program[pc.get(x)].idle
-    ):
-        view, enabled = run_step(alone, alone.actors[0], pc, x, (1,) if _wants_write(alone, x) else ())
+    while not _has_its_pages(alone, x):
+        view, enabled = run_step(alone, alone.actors[0], pc, x, _towards_a_write(alone, x))
         if x in seen or not enabled or FATAL & set(view.violations):
             raise NotApplicable(f"{design.name} alone never gives the guest a private page to start from")
         seen.add(x)
         x = view.after
-    if attr.get(x) != "private":
-        raise NotApplicable(f"{design.name} alone leaves the page shared")
     now = alone.layout.unpack(x)
+    if any(now["attr", gfn] != "private" for gfn in conf.gfns):
+        raise NotApplicable(f"{design.name} alone leaves the page shared")
+    families = ("rmp", "directmap", "attr")
     keep = {
-        k: v
-        for k, v in now.items()
-        if k == "directmap_2m" or (isinstance(k, tuple) and k[0] in ("rmp", "directmap", "attr"))
+        k: v for k, v in now.items() if k == "directmap_2m" or (isinstance(k, tuple) and k[0] in families)
     }
-    private = conf.backing["private", 0]
-    return {**keep, ("memory", private): Content("guest", GUEST_KEY if conf.encrypts else PLAIN, 0)}
+    key = GUEST_KEY if conf.encrypts else PLAIN
+    return keep | {("memory", conf.backing["private", gfn]): Content("guest", key, 0) for gfn in conf.gfns}
 
 
-def _wants_write(model: Model, x: int) -> bool:
-    """On platforms without PVALIDATE the first private access offered is a read; a start needs the write."""
-    idle = model.actors[0].program[model.layout.cell("pc", model.actors[0].key).get(x)].idle
-    return idle and not model.conf.has_rmp
+def _has_its_pages(model: Model, x: int) -> bool:
+    """Whether the asking vCPU, alone, is back in the guest and has written every page."""
+    now = model.layout.unpack(x)
+    idle = model.actors[0].program[now["pc", model.conf.asker]].idle
+    ready = all(now["guest", gfn] == "ready" for gfn in model.conf.gfns)
+    return bool(idle and now["era"] and not now["running"] and ready)
+
+
+def _towards_a_write(model: Model, x: int) -> tuple[int, ...]:
+    """The choice that brings a page nearer to its first write, where the guest may choose."""
+    now = model.layout.unpack(x)
+    if not model.actors[0].program[now["pc", model.conf.asker]].idle:
+        return ()
+    offered = [a for gfn in model.conf.gfns for a in may_begin(model.view(x), gfn)]
+    wanted = (n for n, a in enumerate(offered) if a.op != "read" and now["guest", a.gfn] != "ready")
+    return (next(wanted, 0),)

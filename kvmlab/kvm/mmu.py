@@ -58,7 +58,8 @@ def kvm_mem_is_private(s: View, me: str, kind: str) -> str | None:
         return None
     s.count("exits")
     s.say(f"KVM_EXIT_MEMORY_FAULT ({kind})")
-    if s.conf.correct_guest and s.era > 0 and not s.running and s.acc[me].era == s.era:
+    judged = s.conf.correct_guest and not s.conf.auto_convert and kind == s.conf.eras[s.era]
+    if judged and s.era > 0 and not s.running and s.acc[me].era == s.era:
         s.violate("guest-killed", f"{kind} access exits though the conversion to {kind} has returned")
     if s.snapshot[me] != "none":
         s.snapshot[me] = "none"

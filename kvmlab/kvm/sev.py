@@ -8,23 +8,28 @@ from ..state import View
 ASID = 1
 
 
-def rmpupdate(s: View, me: str, gfn: int, to: str) -> None:
+def rmpupdate(s: View, me: str, gfn: int, to: str) -> str | None:
     """RMPUPDATE of the private PFN of one gfn towards `to`; any status but OK is one that KVM treats as a bug.
 
     Whether it flushes the page's TLB entries on all CPUs is the switch `rmpupdate_flushes`: the thread says
-    yes, the APM does not.
+    yes, the APM does not.  An injected failure (scenario hook-fails) returns "failed" and changes nothing.
     """
     pfn = s.conf.backing["private", gfn]
+    if s.conf.injects and s.failures_left and s.choose((False, True)):
+        s.failures_left = 0
+        s.say(f"RMPUPDATE({pfn}) fails (injected)")
+        return "failed"
     new = snp.assigned_to(ASID, gfn) if to == "private" else snp.HYPERVISOR
     code, entry = snp.rmpupdate(s.rmp[pfn], new, identical_keeps_validated=s.conf.identical_keeps_validated)
     if code != snp.Rmpupdate.OK:
         s.violate("platform-error", f"RMPUPDATE({pfn}) = {code.name}")
-        return
+        return None
     s.rmp[pfn] = entry
     if s.conf.rmpupdate_flushes:
         for cpu, g in s.tlb:
             if g == gfn:
                 s.tlb[cpu, g] = None
+    return None
 
 
 def rmp_fits(s: View, me: str, kind: str) -> str | None:

@@ -159,27 +159,21 @@ def comparison_text(reports: Sequence[Report]) -> str:
 
 
 def matrix_text(matrix: Matrix) -> str:
-    """Designs down, scenarios across; under each verdict the number of states."""
+    """Scenarios down, designs across; under each verdict the number of states.  A screen a platform and backing."""
     lines: list[str] = []
     for platform, backing in dict.fromkeys((s.platform, s.backing) for s in matrix.squares):
-        here = [s for s in matrix.squares if (s.platform, s.backing) == (platform, backing)]
-        columns = list(dict.fromkeys(s.scenario for s in here))
-        widths = [max(10, len(c)) for c in columns]
-        heads = "".join("  " + c.rjust(w) for c, w in zip(columns, widths, strict=True))
-        lines += ["", f"{platform}, {backing} backing".ljust(28) + heads]
-        for design in dict.fromkeys(s.design for s in here):
-            row = {s.scenario: s for s in here if s.design == design}
-            cells = [row[c] for c in columns]
-            marks = [
-                f"{s.short}{'' if s.complete else '+'}".rjust(w) for s, w in zip(cells, widths, strict=True)
-            ]
-            sizes = [
-                ("" if s.reason else f"{s.states:,}").rjust(w) for s, w in zip(cells, widths, strict=True)
-            ]
-            lines += [
-                design.ljust(28) + "".join("  " + m for m in marks),
-                " " * 28 + "".join("  " + n for n in sizes),
-            ]
+        here = {(s.design, s.scenario): s for s in matrix.squares if (s.platform, s.backing) == (platform, backing)}
+        designs = list(dict.fromkeys(design for design, _ in here))
+        scenarios = list(dict.fromkeys(scenario for _, scenario in here))
+        left = max(len(name) for name in [*scenarios, f"{platform}, {backing}"]) + 1
+        lines.append("")
+        for n, design in enumerate(designs):
+            title = f"{platform}, {backing}" if n == 0 else ""
+            lines.append(title.ljust(left) + "       |" * n + "       " + design)
+        for scenario in scenarios:
+            row = [here[design, scenario] for design in designs]
+            lines.append(scenario.ljust(left) + "".join(f"{s.short}{'' if s.complete else '+'}".rjust(8) for s in row))
+            lines.append(" " * left + "".join((str(s.states) if not s.reason else "").rjust(8) for s in row))
     total = sum(s.states for s in matrix.squares)
     done = all(s.complete for s in matrix.squares)
     checks = sum(not s.reason for s in matrix.squares)
