@@ -36,6 +36,11 @@ def build_parser() -> argparse.ArgumentParser:
     designs.add_argument("--calls", action="store_true", help="list the calls that a design may make instead")
     command("scenarios", "list the scenarios, one line each")
     command("properties", "list the properties, one line each")
+    claims = command(
+        "claims", "run the experiments and print each claim of the thread with its computed answer"
+    )
+    claims.add_argument("ids", nargs="*", metavar="ID", help="only these, with their evidence")
+    claims.add_argument("--json", action="store_true")
     show = command("show", "print the text of a design")
     show.add_argument("design")
     diff = command("diff", "print the lines in which two designs differ")
@@ -137,6 +142,21 @@ def _properties(options: argparse.Namespace) -> int:
 
     for p in PROPERTIES:
         print(f"{p.name:<20} {p.sentence}{' (ends the run)' if p.fatal else ''}")
+    return 0
+
+
+def _claims(options: argparse.Namespace) -> int:
+    from .claims import answers
+
+    found = answers(options.ids)
+    if options.json:
+        print(json.dumps([answer.as_json() for answer in found], indent=1))
+        return 0
+    for answer in found:
+        print(f"{answer.claim.id} {answer.claim.who}: {answer.claim.text}")
+        print(f"    {answer.word}: {answer.why}")
+        for line in answer.evidence if options.ids else ():
+            print(f"      {line}")
     return 0
 
 
@@ -282,8 +302,8 @@ def _lab(options: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
-    "designs": _designs, "scenarios": _scenarios, "properties": _properties, "show": _show, "diff": _diff,
-    "check": _check, "matrix": _matrix, "trace": _trace, "replay": _replay, "lab": _lab,
+    "designs": _designs, "scenarios": _scenarios, "properties": _properties, "claims": _claims,
+    "show": _show, "diff": _diff, "check": _check, "matrix": _matrix, "trace": _trace, "replay": _replay, "lab": _lab,
 }  # fmt: skip
 
 

@@ -116,13 +116,21 @@ def test_the_matrix_has_the_sizes_under_the_verdicts_and_fits_the_screen(run):
     assert verdicts[:5] == ["tiny", "ATOMIC!", "ok", "ATOMIC!", "BUG"]
     assert sizes[1] == "818"
     assert "all complete" in out
-    assert max(map(len, out.splitlines())) <= 130
+    assert max(map(len, out.splitlines())) <= 140
 
 
 def test_the_matrix_as_json_has_an_element_a_cell(run):
     out = run("matrix", "--platform", "snp", "--scenario", "tiny", "--design", "upstream", "--json")[1]
     first, second = json.loads(out)
     assert first["states"] == 939 and "split" in second["n/a"]
+
+
+def test_claims_prints_every_claim_with_its_answer_and_evidence_when_asked_by_id(run):
+    status, out, _ = run("claims")
+    assert status == 0 and len(re.findall(r"^C\d\d ", out, re.M)) == 29
+    assert "no-zap, snp, tiny" in run("claims", "C12")[1]
+    assert json.loads(run("claims", "C06", "--json")[1])[0]["answer"] == "confirmed"
+    assert run("claims", "C99")[0] == 2
 
 
 def test_trace_can_show_a_run_that_counts_a_measure(run):
