@@ -8,7 +8,8 @@ Layers, low to high; nothing imports upward (tests/test_frame.py):
     kvm/                    attributes, MMU and fault path, SNP ops
     actors  properties      guests, host threads; what must never happen
     design  designs/        the language of orderings, and the orderings
-    machine program scenario  cells of a machine; designs into programs; who acts
+    machine             the cells of a machine
+    assembly section program scenario  designs into programs; who acts
     explore/                every interleaving: two engines, liveness, shortest runs
     trace report session    runs and codes; verdicts; the workbench without a widget
     show/                   text, HTML, widget

@@ -29,6 +29,8 @@ LAYERS = [
     ["design", "designs"],
     ["emulator"],
     ["machine"],
+    ["assembly"],
+    ["section"],
     ["program"],
     ["scenario"],
     ["explore"],

@@ -1,0 +1,38 @@
+"""Whatever the language allows can be checked: a verdict comes out, never a traceback."""
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvmlab.design import Design
+from kvmlab.design.calls import CALLS, SECTIONS
+from kvmlab.report import check
+from kvmlab.scenario import NotApplicable
+
+
+def statement(section):
+    """One statement that may stand in a section, as text."""
+    calls = [c for c in CALLS if section in c.sections]
+    plain = st.sampled_from(calls).map(lambda c: f"    {c.name}({c.lock or ''})")
+    guard = st.sampled_from(["attr == private", "attr == shared", "platform != snp"])
+    return st.one_of(plain, plain, st.tuples(guard, plain).map(lambda gp: f"    if ({gp[0]})\n    {gp[1]}"))
+
+
+@st.composite
+def designs(draw):
+    parts = []
+    for section in SECTIONS:
+        lines = draw(st.lists(statement(section), min_size=1, max_size=9))
+        if section == "ioctl":
+            lines.insert(draw(st.integers(0, len(lines))), "    kvm_vm_set_region_attr()")
+        parts += [f"{section}:", *lines]
+    return "\n".join(parts) + "\n"
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(designs(), st.sampled_from(["tiny", "host-io", "hook-fails", "auto-convert"]), st.sampled_from(["snp", "sw"]))
+def test_any_design_that_parses_gets_a_verdict_and_a_run(text, scenario, platform):
+    try:
+        report = check(Design.parse(text), platform, scenario, limit=3_000)
+    except NotApplicable:
+        return
+    assert set(report.verdicts) and report.trace().text()
