@@ -13,6 +13,7 @@ from .hw import snp
 from .hw.memory import GUEST_KEY, PLAIN, Content, readable_by_host, seen_by_guest
 from .kernel.directmap import ABSENT, host_write
 from .kernel.locks import leave
+from .kvm.mmu import leaf
 from .kvm.sev import ASID
 from .state import View
 
@@ -37,6 +38,8 @@ def may_begin(s: View, gfn: int) -> list[Access]:
     if not s.conf.correct_guest:
         plain = [Access(k, op, gfn, 0) for k in ("shared", "private") for op in ("read", "write")]
         return [*plain, Access("private", "pvalidate1", gfn, 0)] if s.conf.has_rmp else plain
+    if gfn not in s.conf.converted:
+        return [Access(s.conf.eras[0], op, gfn, 0) for op in ("read", "write")]
     kind = s.conf.eras[era]
     if s.running and not s.conf.accesses_from_asked:
         return []
@@ -78,12 +81,12 @@ def ask(s: View, me: str) -> str | None:
     s.era += 1
     s.running = s.conf.ioctls
     to = s.conf.eras[s.era]
-    for gfn in s.conf.gfns:
+    for gfn in s.conf.converted:
         if s.conf.correct_guest:
             s.guest[gfn] = "new"
     if to == "shared" and s.conf.has_rmp and s.conf.correct_guest:
         era: Any = s.era
-        s.acc[me] = Access("private", "pvalidate0", s.conf.gfns[0], era)
+        s.acc[me] = Access("private", "pvalidate0", s.conf.converted[0], era)
         s.say(f"asks: to {to}; {s.acc[me]}")
         return "rescind"
     s.say(f"asks: to {to}")
@@ -124,19 +127,22 @@ def guest_runs(s: View, me: str) -> str:
     One call is one of the three.  An #NPF drops the faulting vCPU's own TLB entry.
     """
     acc: Access = s.acc[me]
-    if s.conf.correct_guest and acc.era != s.era:
+    if s.conf.correct_guest and acc.era != s.era and acc.gfn in s.conf.converted:
         s.acc[me] = None
         s.say("drops the access: the page is being converted")
         return _rest(s, me)
     pfn = s.tlb[me, acc.gfn]
     if pfn is None:
-        pfn = s.npt[acc.gfn]
+        pfn = leaf(s, acc.gfn)
         if pfn is None:
             return _npf(s, me, acc, present=False, rmp=False)
         if s.conf.rmp_checked_at == "fill" and (answer := _rmp_check(s, acc, pfn)) != snp.OK:
             return _refused(s, me, acc, answer)
         s.tlb[me, acc.gfn] = pfn
         s.say(f"[TLB: gfn {acc.gfn} -> {pfn}]")
+        if s.conf.huge and s.npt_2m:  # one 2M entry serves every gfn of the page
+            for gfn in s.conf.gfns:
+                s.tlb[me, gfn] = leaf(s, gfn)
         return "again"
     if s.conf.rmp_checked_at == "access" or acc.op.startswith("pvalidate"):
         answer = _rmp_check(s, acc, pfn)
@@ -188,7 +194,7 @@ def _complete(s: View, me: str, acc: Access, pfn: str) -> str:
         if acc.kind == "private" and asked_for and readable_by_host(content) and _host_maps(s, acc.gfn, pfn):
             s.violate("confidentiality", f"private write lands in clear in {pfn}, which the host can read")
         s.memory[pfn] = content
-        meant = s.conf.correct_guest and acc.kind == s.conf.eras[acc.era]
+        meant = s.conf.correct_guest and acc.kind == s.conf.eras[acc.era]  # not a stray write
         if meant and s.guest[acc.gfn] != "ready":
             s.guest[acc.gfn] = "ready"
     else:
@@ -243,7 +249,7 @@ def _pvalidate(s: View, me: str, acc: Access, pfn: str) -> str:
     s.rmp[pfn] = entry
     if not validate:
         s.say(f"[{pfn} rescinded]")
-        rest = s.conf.gfns[s.conf.gfns.index(acc.gfn) + 1 :]
+        rest = s.conf.converted[s.conf.converted.index(acc.gfn) + 1 :]
         if not rest:
             return f"rescinded{s.era}"
         s.acc[me] = acc._replace(gfn=rest[0])
@@ -292,7 +298,7 @@ def out_of_sync(s: View) -> None:
     for gfn in conf.gfns:
         attr = s.attr[gfn]
         named = conf.backing[attr, gfn]
-        mapped = [s.npt[gfn], *(s.tlb[where] for where in s.tlb if where[1] == gfn)]
+        mapped = [leaf(s, gfn), *(s.tlb[where] for where in s.tlb if where[1] == gfn)]
         if any(pfn not in (None, named) for pfn in mapped):
             s.violate("out-of-sync", f"gfn {gfn} is {attr}, but a leaf or TLB entry maps another page")
         if not conf.has_rmp:

@@ -2,6 +2,7 @@
 
 global      era, running, guest[gfn]                     what the guest has asked for, and knows
 per gfn     attr, npt                                    the xarray; the NPT leaf
+            npt_2m, mixed                                huge pages: the leaf, the lpage flag
 per PFN     rmp, memory, directmap (+ directmap_2m)      RMP entry, contents, direct map of one 2M region
 KVM         in_progress, invalidate_range, flush         the invalidation window
 locks       slots_lock, folio_lock, mmu_lock_*, invalidate_lock_*
@@ -62,6 +63,10 @@ class Conf:
     correct_guest: bool
     ioctls: int = 1  # how many ioctls serve one request
     injects: bool = False
+    huge: bool = (
+        False  # the gfns are one 2M page (two children stand for 512); shared memory may be mapped 2M
+    )
+    request: tuple[int, ...] = ()  # the gfns that are converted, if not all
     stray: bool = False  # vCPUs may also write with the C-bit of the kind that the page no longer has
     auto_convert: bool = False  # the VMM answers KVM_EXIT_MEMORY_FAULT by converting to what was touched
     switches: Switches = Switches()
@@ -80,6 +85,11 @@ class Conf:
             (kind, g): f"{p}{g}" for g in self.gfns for kind, p in (("shared", shared), ("private", "P"))
         }
         object.__setattr__(self, "backing", pages)
+
+    @property
+    def converted(self) -> tuple[int, ...]:
+        """The gfns that the request covers; the others keep the kind of the first era."""
+        return self.request or self.gfns
 
     @property
     def has_rmp(self) -> bool:
@@ -183,7 +193,7 @@ def _accesses(conf: Conf) -> tuple[Access | None, ...]:
             found += [Access(k, op, gfn, 0) for k in ("shared", "private") for op in ("read", "write")]
             found += [Access("private", "pvalidate1", gfn, 0)] if conf.has_rmp else []
             continue
-        for era, kind in enumerate(conf.eras):
+        for era, kind in enumerate(conf.eras if gfn in conf.converted else conf.eras[:1]):
             found += [Access(kind, op, gfn, era) for op in ("read", "write")]
             found += [Access("shared", "write", gfn, era)] if conf.stray and kind == "private" else []
             if era and conf.has_rmp:
@@ -210,6 +220,8 @@ def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
         Field("memory", _contents(conf), pfns),
         Field("snapshot", ("none", "same", "moved"), faulting or conf.vcpus),
         Field("acc", _accesses(conf), conf.vcpus),
+        Field("npt_2m", (False, True) if conf.huge else (False,)),
+        Field("mixed", (False, True) if conf.huge else (False,)),
         Field("rmp_bit", (False, True) if conf.remembers_rmp_bit else (False,), conf.vcpus),
     ]
     fields += layout

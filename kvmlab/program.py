@@ -106,7 +106,7 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
             )
         )
         ways[f"rescinded{era}"] = f"ioctl{era}"
-        section = Section(conf, "ioctl", to, f"ioctl{era}", conf.gfns)
+        section = Section(conf, "ioctl", to, f"ioctl{era}", conf.converted)
         section.mark(f"ioctl{era}")
         section.compile(design.rows("ioctl", to=to, platform=conf.platform))
         last = era == len(eras)
@@ -127,7 +127,7 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
         Draft(locks.stuck, (), "hangs", 0, "guest", label="stuck"),
     ]
     for kind in KINDS if conf.auto_convert else ():
-        section = Section(conf, "ioctl", kind, f"auto-{kind}", conf.gfns)
+        section = Section(conf, "ioctl", kind, f"auto-{kind}", conf.converted)
         body.append(Draft(actors.auto_convert, (kind,), "", 0, "ioctl", label=f"auto-{kind}"))
         section.compile(design.rows("ioctl", to=kind, platform=conf.platform))
         body += [*section.drafts, Draft(actors.ioctl_return, (), "return 0", 0, "ioctl", after="guest")]

@@ -37,6 +37,8 @@ class Scenario:
     host: str = "neighbour"
     correct_guest: bool = True
     gfns: tuple[int, ...] = (0,)
+    request: tuple[int, ...] = ()  # the gfns that are converted, if not all
+    huge: bool = False  # the gfns are one 2M page
     second_vmm: tuple[int, ...] = ()  # gfns that another VMM thread converts at the same time
     fails: bool = False  # one RMPUPDATE may fail
     stray: bool = False  # a vCPU may also write through the old kind
@@ -63,8 +65,8 @@ _ALL = (
     ),
     Scenario(
         "host-stray",
-        "to private; the host writes any page present in the directmap",
-        ("shared", "private"),
+        "to private and back; the host writes any page present in the directmap",
+        ("shared", "private", "shared"),
         host="stray",
     ),
     Scenario(
@@ -90,6 +92,14 @@ _ALL = (
         auto_convert=True,
     ),
     Scenario("stray-write", "to private; a vCPU also writes as if shared", ("shared", "private"), stray=True),
+    Scenario(
+        "huge",
+        "to private, one page of a shared 2M page (of two children)",
+        ("shared", "private"),
+        gfns=(0, 1),
+        request=(0,),
+        huge=True,
+    ),
     Scenario("hook-fails", "to private; one RMPUPDATE may fail", ("shared", "private"), fails=True),
     Scenario(
         "careless", "to private; vCPUs use any C-bit at any time", ("shared", "private"), correct_guest=False
@@ -138,6 +148,8 @@ def build(
     check_names(platform, backing)
     if design.backing not in (None, backing):
         raise NotApplicable(f"{design.name} is a design for {design.backing} backing")
+    if scenario.huge and backing == "in-place":
+        raise NotApplicable("guest_memfd gives 4K folios, so in-place there is no 2M page to map")
     model = _bare(design, scenario, platform, backing, switches or Switches())
     if scenario.eras[0] == "private":
         model = replace(model, initial=model.layout.pack(_private_start(design, scenario, model)))
@@ -156,6 +168,8 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
         scenario.correct_guest,
         ioctls=2 if scenario.second_vmm else 1,
         injects=scenario.fails,
+        huge=scenario.huge,
+        request=scenario.request,
         stray=scenario.stray,
         auto_convert=scenario.auto_convert,
         switches=switches,

@@ -155,7 +155,9 @@ class Section:
             self.emit(attributes.kvm_mmu_invalidate_begin, (self.covered,), row)
         elif call == "kvm_mmu_invalidate_range_add":
             assert self.gfns is not None
-            self.emit(attributes.kvm_mmu_invalidate_range_add, (min(self.gfns), max(self.gfns) + 1), row)
+            whole = self.conf.gfns if row.target == "hugepage" else self.gfns
+            if row.target != "hugepage" or self.conf.huge:
+                self.emit(attributes.kvm_mmu_invalidate_range_add, (min(whole), max(whole) + 1), row)
         else:
             self.emit(_PLAIN[call], (), row)
 

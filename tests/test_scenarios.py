@@ -79,7 +79,7 @@ def test_a_start_that_a_design_cannot_reach_is_not_applicable():
     ("case", "told"),
     [
         ({"platform": "tdx"}, "unknown platform 'tdx'; there are: snp, sev, sw"),
-        ({"scenario": "huge"}, "unknown scenario 'huge'; there are: tiny, to-private"),
+        ({"scenario": "gigantic"}, "unknown scenario 'gigantic'; there are: tiny, to-private"),
         ({"backing": "both"}, "unknown backing 'both'; there are: split, in-place"),
     ],
 )

@@ -101,7 +101,11 @@ KEEPS_BODY = ("rmp_prepare", "rmp_match")  # whose body is work on a condition, 
 UNDER_FOLIO_LOCK = (
     "adjust_direct_map", "kvm_unmap_directmap", "kvm_map_directmap", "rmpupdate", "kvm_x86_update_mem_attr",
 )  # fmt: skip
-DIRECTED = ("rmpupdate", "kvm_x86_update_mem_attr")  # may say private or shared
+WORDS = {  # the arguments that carry meaning
+    "rmpupdate": ("private", "shared"),
+    "kvm_x86_update_mem_attr": ("private", "shared"),
+    "kvm_mmu_invalidate_range_add": ("hugepage",),  # the huge pages that the request only touches
+}
 
 # Calls that readers of the kernel will try first, and what this language has for them.
 HINTS = {

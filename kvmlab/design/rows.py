@@ -97,7 +97,7 @@ class _Builder:
             message = f"{node.name}() cannot stand inside {self.within}()"
             raise self.source.error(message, node.place, calls.UNDER_FOLIO_LOCK, "in there may stand")
         lock = self._lock(node, call)
-        target = self._target(node) if call.name in calls.DIRECTED else None
+        target = self._target(node, calls.WORDS.get(call.name, ()))
         return Row(call.name, target, when, node.place.line, node.text, None, lock, node.place.name)
 
     def _unknown(self, node: Call) -> DesignError:
@@ -119,8 +119,8 @@ class _Builder:
             raise self.source.error(f"{node.name}() {what}", node.place, (call.lock,))
         return call.lock
 
-    def _target(self, node: Call) -> str | None:
-        named = {word for word in re.findall(r"\w+", node.args) if word in calls.ATTRIBUTES}
+    def _target(self, node: Call, words: tuple[str, ...]) -> str | None:
+        named = {word for word in re.findall(r"\w+", node.args) if word in words}
         if len(named) > 1:
             raise self.source.error(f"{node.name}() goes one way only", node.place, calls.ATTRIBUTES)
         return named.pop() if named else None
@@ -133,8 +133,9 @@ def spelled(call: Call) -> str:
         return f"{call.name}()"
     if known.lock:
         return f"{known.name}({known.lock if calls.names_its_lock(known.name) else ''})"
-    words = re.findall(r"\w+", call.args) if known.name in calls.DIRECTED else ()
-    return f"{known.name}({next((word for word in words if word in calls.ATTRIBUTES), '')})"
+    meant = calls.WORDS.get(known.name, ())
+    said = (word for word in re.findall(r"\w+", call.args) if word in meant)
+    return f"{known.name}({next(said, '')})"
 
 
 def resolve(rows: Iterable[Row], to: str, platform: str) -> tuple[Row, ...]:

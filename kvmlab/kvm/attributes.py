@@ -58,5 +58,7 @@ def kvm_vm_set_region_attr(s: View, me: str, gfn: int, to: str) -> None:
 
 
 def kvm_update_lpage_mixed_flag(s: View, me: str) -> None:
-    """Large-page bookkeeping, under mmu_lock; every page of this machine is 4K, so nothing else changes."""
+    """Large-page bookkeeping, under mmu_lock: a 2M page with mixed attributes must not be mapped huge."""
     assert_held(s, me, "kvm_update_lpage_mixed_flag()")
+    if s.conf.huge:
+        s.mixed = len({s.attr[gfn] for gfn in s.conf.gfns}) > 1

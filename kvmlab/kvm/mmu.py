@@ -11,12 +11,22 @@ from ..state import View
 from .attributes import mmu_invalidate_retry_gfn
 
 
+def leaf(s: View, gfn: int) -> str | None:
+    """The PFN that the nested page table gives for `gfn`: its own leaf, or its part of the 2M one."""
+    if s.conf.huge and s.npt_2m:
+        return str(s.conf.backing["shared", gfn])
+    found: str | None = s.npt[gfn]
+    return found
+
+
 def kvm_unmap_gfn_range(s: View, me: str, gfn: int) -> None:
     """Zap the leaf of one gfn; `s.flush` remembers whether there was one, when the design asks (if (flush))."""
     assert_held(s, me, "kvm_unmap_gfn_range()")
-    if s.conf.asks_flush and s.npt[gfn] is not None:
+    if s.conf.asks_flush and leaf(s, gfn) is not None:
         s.flush = True
     s.npt[gfn] = None
+    if s.conf.huge and s.npt_2m:
+        s.npt_2m = False  # a huge leaf that overlaps is removed whole
 
 
 def kvm_flush_remote_tlbs(s: View, me: str) -> None:
@@ -59,6 +69,7 @@ def kvm_mem_is_private(s: View, me: str, kind: str) -> str | None:
     s.count("exits")
     s.say(f"KVM_EXIT_MEMORY_FAULT ({kind})")
     judged = s.conf.correct_guest and not s.conf.auto_convert and kind == s.conf.eras[s.era]
+    judged = judged and gfn in s.conf.converted
     if judged and s.era > 0 and not s.running and s.acc[me].era == s.era:
         s.violate("guest-killed", f"{kind} access exits though the conversion to {kind} has returned")
     if s.snapshot[me] != "none":
@@ -87,14 +98,42 @@ def kvm_tdp_mmu_map(s: View, me: str, kind: str) -> None:
     """Install the leaf.  A present leaf with another PFN is "Invalid SPTE change" and BUG() (tdp_mmu.c)."""
     assert_held(s, me, "kvm_tdp_mmu_map()", write=False)
     gfn = s.acc[me].gfn
-    pfn, leaf = s.conf.backing[kind, gfn], s.npt[gfn]
     if s.snapshot[me] != "none":
         s.snapshot[me] = "none"
-    if leaf == pfn:
+    if s.conf.huge and kind == "shared" and not s.mixed:
+        _map_2m(s)
+        return
+    if s.conf.huge and s.npt_2m:
+        _split_2m(s)
+    pfn, present = s.conf.backing[kind, gfn], s.npt[gfn]
+    if present == pfn:
         s.count("spurious-npf")
         s.say(f"[{pfn} already mapped]")
-    elif leaf is not None:
-        s.violate("kernel-bug", f"BUG(): TDP MMU replaces present leaf {leaf} by {pfn}")
+    elif present is not None:
+        s.violate("kernel-bug", f"BUG(): TDP MMU replaces present leaf {present} by {pfn}")
     else:
         s.npt[gfn] = pfn
         s.say(f"[gfn {gfn} -> {pfn}]")
+
+
+def _map_2m(s: View) -> None:
+    """Map the whole 2M page; a table of 4K leaves that was there goes, with a flush (tdp_mmu.c)."""
+    if s.npt_2m:
+        s.count("spurious-npf")
+        s.say("[2M already mapped]")
+        return
+    if any(s.npt[gfn] is not None for gfn in s.conf.gfns):
+        for gfn in s.conf.gfns:
+            s.npt[gfn] = None
+        for where in s.tlb:
+            s.tlb[where] = None
+    s.npt_2m = True
+    s.say(f"[gfns {s.conf.gfns[0]}-{s.conf.gfns[-1]} -> 2M leaf]")
+
+
+def _split_2m(s: View) -> None:
+    """tdp_mmu_split_huge_page(): the leaf becomes a table of 4K leaves to the same pages."""
+    s.npt_2m = False
+    for gfn in s.conf.gfns:
+        s.npt[gfn] = s.conf.backing["shared", gfn]
+    s.say("[2M leaf splits]")

@@ -33,7 +33,7 @@ def machine(model: Model, x: int) -> list[Part]:
             (("to", conf.eras[values["era"]]), ("", moment)),
         ),
         Part("xarray", "the memory attribute that KVM keeps", _pairs(family("attr"), "gfn ")),
-        Part("NPT", "the leaf that the nested page table holds", _pairs(family("npt"), "gfn ")),
+        Part("NPT", "the leaf that the nested page table holds", _npt(values, family("npt"))),
         Part(
             "TLB",
             "the translation each vCPU could still use",
@@ -61,6 +61,12 @@ def _text(value: object) -> str:
 
 def _pairs(family: dict[object, str], prefix: str = "") -> tuple[tuple[str, str], ...]:
     return tuple((f"{prefix}{key}", value) for key, value in family.items())
+
+
+def _npt(values: dict[object, object], family: dict[object, str]) -> tuple[tuple[str, str], ...]:
+    if values["npt_2m"]:
+        return (("2M", "shared"),)
+    return (*_pairs(family, "gfn "), *((("2M", "mixed"),) if values["mixed"] else ()))
 
 
 def _directmap(values: dict[object, object], family: dict[object, str]) -> tuple[tuple[str, str], ...]:
