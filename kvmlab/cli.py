@@ -6,11 +6,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
+
+if TYPE_CHECKING:
+    from .report import Report
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,8 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     replay = command("replay", "replay a run from its code, or (-) from a diagram on standard input")
     replay.add_argument("code")
     replay.add_argument("--step", type=int, metavar="N", help="also print the machine after step N")
-    lab = command("lab", "open the workbook in JupyterLab")
-    lab.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to jupyter lab")
+    report = command("report", "write one HTML page that can be stepped through offline")
+    report.add_argument("designs", nargs="+", metavar="DESIGN")
+    report.add_argument("-o", "--output", required=True, metavar="FILE.html")
+    _case(report, many=True)
+    command("lab", "open the workbook in JupyterLab; what follows is passed on to it")
     return parser
 
 
@@ -95,7 +101,11 @@ def _positive(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options, more = parser.parse_known_args(arguments)
+    if more and options.command != "lab":
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    options.arguments = more
     from .design import DesignError
     from .scenario import InputError, NotApplicable
     from .trace import ReplayError
@@ -175,35 +185,58 @@ def _diff(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check(options: argparse.Namespace) -> int:
+def _reports(options: argparse.Namespace, limit: int | None = None) -> Iterator[Report | str]:
+    """The report of each case asked for, or the line that says why there is none."""
     from .design import Design
     from .report import check
     from .scenario import NotApplicable
     from .trace import parse_switches
 
     switches = parse_switches(options.switch)
-    found: list[Any] = []
-    bad = False
     for design in [Design.load(name) for name in options.designs]:
         for platform in options.platform or ["snp"]:
-            for backing in options.backing or ["split"]:
+            for backing in options.backing or [design.backing or "split"]:
                 for scenario in options.scenario or ["to-private", "to-shared"]:
                     _progress(f"{design.name} {platform} {scenario} {backing}")
                     try:
-                        report = check(design, platform, scenario, backing, switches, options.limit)
+                        yield check(design, platform, scenario, backing, switches, limit)
                     except NotApplicable as reason:
-                        _say(
-                            options,
-                            f"{design.name}, {platform}, {scenario}, {backing} backing: n/a ({reason})",
-                        )
-                        continue
-                    bad = bad or bool(report.violated)
-                    _say(options, report.text())
-                    found.append(report.as_json() if options.json else None)
+                        yield f"{design.name}, {platform}, {scenario}, {backing} backing: n/a ({reason})"
     _progress("")
+
+
+def _check(options: argparse.Namespace) -> int:
+    found: list[Any] = []
+    bad = False
+    for report in _reports(options, options.limit):
+        if isinstance(report, str):
+            _say(options, report)
+            continue
+        bad = bad or bool(report.violated)
+        _say(options, report.text())
+        found.append(report.as_json() if options.json else None)
     if options.json:
         print(json.dumps(found, indent=1))
     return int(bad)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .scenario import InputError
+    from .show.page import page_html
+
+    found = list(_reports(options))
+    reports = [report for report in found if not isinstance(report, str)]
+    for line in found:
+        if isinstance(line, str):
+            print(line)
+    if not reports:
+        raise InputError("none of these cases exists, so there is nothing to write")
+    try:
+        Path(options.output).write_text(page_html(reports), encoding="utf-8")
+    except OSError as problem:
+        raise InputError(f"cannot write {options.output}: {problem.strerror}") from None
+    print(f"{options.output}: {len(reports)} checks, {sum(len(r.violated) for r in reports)} violations")
+    return int(any(report.violated for report in reports))
 
 
 def _say(options: argparse.Namespace, text: str) -> None:
@@ -298,12 +331,16 @@ def _lab(options: argparse.Namespace) -> int:
     where = ["--notebook-dir", str(root)] if folder.is_dir() else []
     tour = next(iter(sorted(folder.glob("00*.ipynb"))), None) if folder.is_dir() else None
     page = [f"--LabApp.default_url=/lab/tree/notebooks/{tour.name}"] if tour else []
-    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *where, *page, *options.arguments])
+    root_too = ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []  # as in a container
+    os.execv(
+        sys.executable, [sys.executable, "-m", "jupyterlab", *where, *page, *root_too, *options.arguments]
+    )
 
 
 _COMMANDS = {
     "designs": _designs, "scenarios": _scenarios, "properties": _properties, "claims": _claims,
-    "show": _show, "diff": _diff, "check": _check, "matrix": _matrix, "trace": _trace, "replay": _replay, "lab": _lab,
+    "show": _show, "diff": _diff, "check": _check, "matrix": _matrix, "trace": _trace, "replay": _replay,
+    "report": _report, "lab": _lab,
 }  # fmt: skip
 
 

@@ -17,12 +17,18 @@ from typing import Any, NamedTuple, TextIO
 import pytest
 
 pytestmark = pytest.mark.browser
-pytest.importorskip("jupyterlab", reason="needs JupyterLab")
-pytest.importorskip("anywidget", reason="needs anywidget")
+if os.environ.get("KVMLAB_REQUIRE_BROWSER") != "1":
+    pytest.importorskip("jupyterlab", reason="needs JupyterLab")
+    pytest.importorskip("anywidget", reason="needs anywidget")
 
+HOSTILE = '<img src=x onerror="window.pwned=1">'
 LOAD = 60_000  # milliseconds; only a hang reaches it
 FAULTY = "rmp-under-lock-directmap-post"
-CELLS = [f"import kvmlab\nw = kvmlab.workbench({FAULTY!r})\nw", "assert w.report.complete", "print('all cells ran')"]
+CELLS = [
+    f"import kvmlab\nw = kvmlab.workbench({FAULTY!r})\nw",
+    "assert w.report.complete",
+    "print('all cells ran')",
+]
 SERVER_SAYS_READY = "is running at"
 DARK = "JupyterLab Dark"
 STEP = """() => new Promise((done) => {
@@ -74,7 +80,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory, root: Path, chromium: str) -> 
     (work / "stored.ipynb").write_text(notebook(stored_outputs()), encoding="utf-8")
     config = home / "config" / "labconfig"
     config.mkdir(parents=True)
-    news = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}  # its toast hides buttons
+    news = {
+        "disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}
+    }  # its toast hides buttons
     (config / "page_config.json").write_text(json.dumps(news))
     folders = {
         "JUPYTER_CONFIG_DIR": "config",
@@ -127,12 +135,15 @@ def open_notebook(page: Any, lab: Lab, name: str) -> None:
     page.goto(lab.url(name), timeout=LOAD)
     assert "/login" not in page.url
     page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for(timeout=LOAD)
-    page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.isReady", timeout=LOAD)
+    page.wait_for_function(
+        "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.isReady", timeout=LOAD
+    )
 
 
 def cell_sources(page: Any) -> list[str]:
     """The sources of all cells, seen or not."""
-    return list(page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets.map((c) => c.model.sharedModel.source)"))
+    cells = "window.jupyterapp.shell.currentWidget.content.widgets"
+    return list(page.evaluate(f"() => {cells}.map((cell) => cell.model.sharedModel.source)"))
 
 
 def shot(page: Any, name: str) -> None:
@@ -144,7 +155,8 @@ def shot(page: Any, name: str) -> None:
 @pytest.fixture(scope="module")
 def desk(browser: Any, lab: Lab) -> Iterator[Any]:
     """One page for all that is live, with the notebook open; errors in it fail the last test."""
-    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"], viewport={"width": 1280, "height": 1000})
+    size = {"width": 1280, "height": 1000}
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"], viewport=size)
     page, errors = context.new_page(), []
     page.on("pageerror", lambda error: errors.append(error))
     open_notebook(page, lab, "live.ipynb")
@@ -217,6 +229,16 @@ def test_a_bad_text_is_told_with_its_line_and_nothing_is_lost(live: Any, desk: A
     assert chip(live, "host-rmp-fault").is_visible()
 
 
+def test_markup_in_a_text_stays_text(live: Any, desk: Any) -> None:
+    live.get_by_role("button", name="Edit as text").click()
+    text = live.locator("textarea")
+    text.fill(f"// {HOSTILE}\n" + text.input_value())
+    live.get_by_role("button", name="Check").click()
+    live.locator(".kvmlab-title", has_text=HOSTILE).wait_for()
+    assert live.locator("img").count() == 0
+    assert desk.evaluate("() => window.pwned") is None
+
+
 def test_keys_walk_the_run_and_do_not_reach_the_notebook(live: Any, desk: Any) -> None:
     before = cell_sources(desk)
     live.focus()
@@ -242,6 +264,10 @@ def test_taking_over_drops_the_future_and_says_so(live: Any, desk: Any) -> None:
     step(live, "step 2 of 2")
     shot(desk, "live-by-hand")
     assert "The 10 steps that followed are dropped" in live.locator(".kvmlab-say").inner_text()
+    assert live.locator("button:focus").inner_text() == "writes N through the directmap"
+    before = cell_sources(desk)
+    desk.keyboard.press("x")
+    assert cell_sources(desk) == before
 
 
 def test_the_diagram_is_copied_as_plain_text(live: Any, desk: Any) -> None:
@@ -264,6 +290,7 @@ def test_an_ordering_is_compared_with_another(live: Any, desk: Any) -> None:
 def test_dark_theme_gives_light_text_on_a_dark_ground(live: Any, desk: Any) -> None:
     command(desk, "apputils:change-theme", theme=DARK)
     desk.wait_for_function("() => document.body.dataset.jpThemeLight === 'false'")
+    desk.locator("#jupyterlab-splash").wait_for(state="detached")
     live.focus()
     desk.keyboard.press("End")
     shot(desk, "live-dark")
@@ -295,6 +322,27 @@ def test_a_stored_notebook_shows_its_picture_before_anything_runs(page: Any, lab
     assert "linear-gradient" in bar.evaluate("(el) => getComputedStyle(el).backgroundImage")
     assert output.get_by_text("Run this cell to make it live").is_visible()
     assert page.locator(".kvmlab").count() == 0
+
+
+def test_the_exported_page_steps_without_kernel_and_network(page: Any, tmp_path: Path) -> None:
+    import kvmlab
+    from kvmlab.show.page import page_html
+
+    reports = [kvmlab.check(name, scenario="tiny") for name in ("no-zap", FAULTY)]
+    (tmp_path / "report.html").write_text(page_html(reports), encoding="utf-8")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.set_viewport_size({"width": 1400, "height": 1000})
+    page.goto((tmp_path / "report.html").as_uri())
+    first = page.locator(".kvmlab").first
+    first.focus()
+    page.keyboard.press("End")
+    step(first, "step 29 of 29")
+    chip(first, "out-of-sync").click()
+    step(first, "step 0 of 24")
+    shot(page, "exported")
+    assert asked == [(tmp_path / "report.html").as_uri()]
+    assert first.get_by_role("button", name="Edit as text").count() == 0
 
 
 def test_a_step_is_drawn_at_once(live: Any, desk: Any, capsys: pytest.CaptureFixture[str]) -> None:

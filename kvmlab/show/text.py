@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..properties import BY_NAME, MEASURES
 from .machine import machine
+from .told import broken, said
 
 if TYPE_CHECKING:
     from ..grid import Matrix
@@ -36,6 +37,8 @@ def diagram(trace: Trace, width: int = 75) -> str:
         if n == trace.cycle:
             lines.append(_rule("repeats for ever", width))
         lines += _event(event, column[event.actor], depth, width)
+        for reason in broken(trace, n + 1)[len(said(event).broken) :]:  # what the state itself breaks
+            lines += textwrap.wrap(f"!! {reason}", width, subsequent_indent="   ")
     lines += ["", *_closing(trace, events, width)]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -97,17 +100,28 @@ def _closing(trace: Trace, events: Sequence[Event], width: int) -> list[str]:
     size = f"{trace.steps} steps, {trace.switches} switch{plural}"
     if trace.cycle is not None:
         size += f", the last {trace.steps - trace.cycle} repeat for ever"
-    ended = sorted({p for e in events for p in e.violations})
+    ended = dict.fromkeys(r.split(":")[0] for n in range(len(trace.frames)) for r in broken(trace, n))
     if trace.why in BY_NAME:
         lines = textwrap.wrap(
             f"=> {trace.why}: {BY_NAME[trace.why].sentence} ({size})", width, subsequent_indent="   "
         )
     elif trace.why in MEASURES:
-        lines = textwrap.wrap(f"=> {trace.why}: {MEASURES[trace.why]} ({size})", width, subsequent_indent="   ")
+        lines = textwrap.wrap(
+            f"=> {trace.why}: {MEASURES[trace.why]} ({size})", width, subsequent_indent="   "
+        )
     else:
         lines = [f"=> {'a run in which nothing is violated' if not ended else ', '.join(ended)} ({size})"]
-    code = trace.code
-    return [*lines, *[code[i : i + width] for i in range(0, len(code), width)]]
+    return [*lines, *_folded(trace.code, width)]
+
+
+def _folded(code: str, width: int) -> list[str]:
+    """The code in lines; none begins with a slash, so that none looks like a path."""
+    lines = []
+    while code:
+        at = width - 1 if code[width : width + 1] == "/" else width
+        lines.append(code[:at])
+        code = code[at:]
+    return lines
 
 
 def report_text(report: Report) -> str:
@@ -162,7 +176,11 @@ def matrix_text(matrix: Matrix) -> str:
     """Scenarios down, designs across; under each verdict the number of states.  A screen a platform and backing."""
     lines: list[str] = []
     for platform, backing in dict.fromkeys((s.platform, s.backing) for s in matrix.squares):
-        here = {(s.design, s.scenario): s for s in matrix.squares if (s.platform, s.backing) == (platform, backing)}
+        here = {
+            (s.design, s.scenario): s
+            for s in matrix.squares
+            if (s.platform, s.backing) == (platform, backing)
+        }
         designs = list(dict.fromkeys(design for design, _ in here))
         scenarios = list(dict.fromkeys(scenario for _, scenario in here))
         left = max(len(name) for name in [*scenarios, f"{platform}, {backing}"]) + 1
@@ -172,7 +190,9 @@ def matrix_text(matrix: Matrix) -> str:
             lines.append(title.ljust(left) + "       |" * n + "       " + design)
         for scenario in scenarios:
             row = [here[design, scenario] for design in designs]
-            lines.append(scenario.ljust(left) + "".join(f"{s.short}{'' if s.complete else '+'}".rjust(8) for s in row))
+            lines.append(
+                scenario.ljust(left) + "".join(f"{s.short}{'' if s.complete else '+'}".rjust(8) for s in row)
+            )
             lines.append(" " * left + "".join((str(s.states) if not s.reason else "").rjust(8) for s in row))
     total = sum(s.states for s in matrix.squares)
     done = all(s.complete for s in matrix.squares)

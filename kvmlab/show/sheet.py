@@ -1,0 +1,37 @@
+"""The live view's fragments made small: styles gathered into classes, fragments that recur sent once."""
+
+from __future__ import annotations
+
+import re
+from hashlib import blake2s
+
+from .style import Html
+
+# Quotes in text are escaped, so this finds attributes only.
+_STYLE = re.compile(r' style="([^"]*)"')
+
+
+class Sheet:
+    """Classes for the styles seen so far, and the fragments to be shared, in the order of their first use."""
+
+    def __init__(self, scope: str) -> None:
+        self.scope = scope
+        self.names: dict[str, str] = {}
+        self.pool: dict[str, int] = {}
+
+    def shared(self, html: Html) -> int:
+        """The fragment's place in the pool."""
+        return self.pool.setdefault(self.classed(html), len(self.pool))
+
+    def classed(self, html: Html) -> str:
+        """The same markup with a class in place of each inline style."""
+        return _STYLE.sub(lambda found: f' class="{self._name(found[1])}"', html)
+
+    def _name(self, style: str) -> str:
+        """A class for a style; it follows from the style alone, since another view on the page may use it too."""
+        digest = blake2s(style.encode(), digest_size=5).hexdigest()
+        return self.names.setdefault(style, f"k{digest}")
+
+    def css(self) -> str:
+        """The rules of all classes, each valid only below the scope."""
+        return "\n".join(f"{self.scope} .{name}{{{style}}}" for style, name in self.names.items())
