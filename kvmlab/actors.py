@@ -190,7 +190,8 @@ def _complete(s: View, me: str, acc: Access, pfn: str) -> str:
     if acc.op == "write":
         key = GUEST_KEY if acc.kind == "private" and s.conf.encrypts else PLAIN
         content = Content("guest", key, acc.era)
-        asked_for = s.conf.correct_guest or s.attr[acc.gfn] == "private"  # else a careless guest's own doing
+        # What a careless guest writes before the conversion has returned is its own doing.
+        asked_for = s.conf.correct_guest or (s.attr[acc.gfn] == "private" and not s.running)
         if acc.kind == "private" and asked_for and readable_by_host(content) and _host_maps(s, acc.gfn, pfn):
             s.violate("confidentiality", f"private write lands in clear in {pfn}, which the host can read")
         s.memory[pfn] = content
@@ -271,6 +272,10 @@ def host_thread(s: View, me: str, targets: tuple[str, ...]) -> None:
     "stray" targets are written only while they are present; "io" ones only while the page is the host's.
     """
     pfn, _ = s.choose([t for t in targets if _host_may(s, *t)])
+    if not s.conf.has_rmp:
+        s.say(f"writes {pfn}")
+        s.memory[pfn] = Content("host")
+        return
     s.say(f"writes {pfn} through the directmap")
     if pfn not in s.directmap:
         s.memory[pfn] = Content("host")

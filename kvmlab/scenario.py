@@ -116,7 +116,7 @@ def _host_targets(conf: Conf, host: str) -> tuple[tuple[str, str], ...]:
         "stray": ((private, "stray"),),
         "private": ((private, "always"),),
     }[host]
-    return ((NEIGHBOUR, "always"), *more)
+    return ((NEIGHBOUR, "always"), *more) if conf.has_rmp else more
 
 
 def find_scenario(name: str) -> Scenario:
@@ -148,12 +148,27 @@ def build(
     check_names(platform, backing)
     if design.backing not in (None, backing):
         raise NotApplicable(f"{design.name} is a design for {design.backing} backing")
-    if scenario.huge and backing == "in-place":
-        raise NotApplicable("guest_memfd gives 4K folios, so in-place there is no 2M page to map")
+    if reason := _absent(scenario, platform, backing):
+        raise NotApplicable(reason)
     model = _bare(design, scenario, platform, backing, switches or Switches())
     if scenario.eras[0] == "private":
         model = replace(model, initial=model.layout.pack(_private_start(design, scenario, model)))
     return model
+
+
+def _absent(scenario: Scenario, platform: str, backing: str) -> str | None:
+    """Why this scenario has no case on a platform or backing, or None if it has one."""
+    if scenario.huge and backing == "in-place":
+        return "guest_memfd gives 4K folios, so in-place there is no 2M page to map"
+    if platform == "snp":
+        return None
+    if scenario.fails:
+        return f"there is no RMPUPDATE to fail on {platform}"
+    if scenario.host == "stray":
+        return f"nothing unmaps the directmap on {platform}"
+    if scenario.host == "private" and platform == "sw":
+        return "user space cannot map guest_memfd's private page"
+    return None
 
 
 def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switches: Switches) -> Model:
@@ -182,8 +197,8 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
     if scenario.second_vmm:
         programs["VMM1"], more = vmm_program(design, conf, scenario.second_vmm)
         nests |= more
-    if conf.has_rmp:
-        programs["host"] = host_program(_host_targets(conf, scenario.host))
+    if targets := _host_targets(conf, scenario.host):
+        programs["host"] = host_program(targets)
     conf = replace(with_usage(conf, programs), inverted=inverted(nests))
     layout = build_layout(conf, programs)
     start: dict[Any, Any] = {}

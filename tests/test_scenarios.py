@@ -119,3 +119,31 @@ def test_a_search_that_stops_early_says_that_it_is_not_complete():
 def test_a_design_as_text_is_checked_like_one_that_ships():
     text = Design.load("v8-post-hook").text
     assert check(text, scenario="tiny").states == 818
+
+
+@pytest.mark.parametrize(
+    ("platform", "scenario", "reason"),
+    [
+        ("sev", "hook-fails", "there is no RMPUPDATE to fail on sev"),
+        ("sw", "host-stray", "nothing unmaps the directmap on sw"),
+        ("sw", "host-writes-private", "user space cannot map"),
+    ],
+)
+def test_a_scenario_about_the_rmp_does_not_apply_without_one(platform, scenario, reason):
+    with pytest.raises(NotApplicable, match=reason):
+        check("v8-post-hook", platform, scenario)
+
+
+def test_without_an_rmp_a_host_write_to_the_private_page_goes_unnoticed():
+    assert check("upstream", "sev", "host-writes-private").violated == ["integrity"]
+    assert check("v8-post-hook", "snp", "host-writes-private").violated == ["kernel-bug"]
+
+
+def test_where_hardware_checks_nothing_implicit_conversion_leaks():
+    assert "confidentiality" in check("upstream", "sw", "auto-convert").violated
+    assert check("upstream", "snp", "auto-convert").violated == []
+
+
+def test_a_neighbour_s_fault_maps_a_2m_page_over_a_changing_one_unless_the_hull_is_wide():
+    assert "kernel-bug" in check("narrow-hull", scenario="huge").violated
+    assert check("upstream", scenario="huge").violated == []
