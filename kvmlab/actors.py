@@ -136,7 +136,7 @@ def guest_runs(s: View, me: str) -> str:
         pfn = leaf(s, acc.gfn)
         if pfn is None:
             return _npf(s, me, acc, present=False, rmp=False)
-        if s.conf.rmp_checked_at == "fill" and (answer := _rmp_check(s, acc, pfn)) != snp.OK:
+        if s.conf.rmp_checked_at == "fill" and (answer := _fill_check(s, me, acc, pfn)) != snp.OK:
             return _refused(s, me, acc, answer)
         s.tlb[me, acc.gfn] = pfn
         s.say(f"[TLB: gfn {acc.gfn} -> {pfn}]")
@@ -144,11 +144,22 @@ def guest_runs(s: View, me: str) -> str:
             for gfn in s.conf.gfns:
                 s.tlb[me, gfn] = leaf(s, gfn)
         return "again"
-    if s.conf.rmp_checked_at == "access" or acc.op.startswith("pvalidate"):
-        answer = _rmp_check(s, acc, pfn)
-        if answer != snp.OK:
-            return _refused(s, me, acc, answer)
+    by_access = s.conf.rmp_checked_at == "access" or acc.op.startswith("pvalidate")
+    answer = _rmp_check(s, acc, pfn) if by_access else _fill_check(s, me, acc, pfn)
+    if answer != snp.OK:
+        return _refused(s, me, acc, answer)
     return _complete(s, me, acc, pfn)
+
+
+def _fill_check(s: View, me: str, acc: Access, pfn: str) -> str:
+    """With the RMP checked at TLB fill: an entry allows what was checked when it was filled, and no more."""
+    kind, op = s.checked[me, acc.gfn] or (None, None)
+    if s.tlb[me, acc.gfn] is not None and kind == acc.kind and op in ("write", acc.op):
+        return snp.OK
+    answer = _rmp_check(s, acc, pfn)
+    if answer == snp.OK:
+        s.checked[me, acc.gfn] = (acc.kind, acc.op)
+    return answer
 
 
 def _rmp_check(s: View, acc: Access, pfn: str) -> str:

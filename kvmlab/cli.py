@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     claims.add_argument("ids", nargs="*", metavar="ID", help="only these, with their evidence")
     claims.add_argument("--json", action="store_true")
+    command("switches", "list the choices that sources leave open, and the verdicts that depend on each")
     show = command("show", "print the text of a design")
     show.add_argument("design")
     diff = command("diff", "print the lines in which two designs differ")
@@ -167,6 +168,20 @@ def _claims(options: argparse.Namespace) -> int:
         print(f"    {answer.word}: {answer.why}")
         for line in answer.evidence if options.ids else ():
             print(f"      {line}")
+    return 0
+
+
+def _switches(options: argparse.Namespace) -> int:
+    from .grid import ALTERNATIVES, dependence
+    from .trace import changed
+
+    for chosen in ALTERNATIVES:
+        (name, value), found = next(iter(changed(chosen).items())), dependence(chosen)
+        print(
+            f"{name}={value}: {len(found) or 'no'} verdict{'' if len(found) == 1 else 's'} of the shipped designs"
+        )
+        for design, scenario, backing, prop, before, after in found:
+            print(f"    {design}, {scenario}, {backing}: {prop} {before} -> {after}")
     return 0
 
 
@@ -338,7 +353,7 @@ def _lab(options: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
-    "designs": _designs, "scenarios": _scenarios, "properties": _properties, "claims": _claims,
+    "designs": _designs, "scenarios": _scenarios, "properties": _properties, "claims": _claims, "switches": _switches,
     "show": _show, "diff": _diff, "check": _check, "matrix": _matrix, "trace": _trace, "replay": _replay,
     "report": _report, "lab": _lab,
 }  # fmt: skip

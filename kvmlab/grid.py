@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from .design import shipped
 from .design.calls import BACKINGS
-from .machine import PLATFORMS
+from .machine import PLATFORMS, Switches
 from .properties import BY_NAME
 from .report import ALWAYS, SOMETIMES, as_design, check
 from .scenario import SCENARIOS, InputError, NotApplicable
@@ -109,13 +110,39 @@ def matrix(
     return Matrix(tuple(squares))
 
 
-def _square(where: tuple[str, str, str, str], elements: bool) -> Square:
+def _square(where: tuple[str, str, str, str], elements: bool, switches: Switches | None = None) -> Square:
     name, platform, scenario, backing = where
     try:
-        report = check(as_design(name), platform, scenario, backing)
+        report = check(as_design(name), platform, scenario, backing, switches)
     except NotApplicable as reason:
         return Square(*where, reason=str(reason))
     verdicts = {v.name: v.verdict for v in report.verdicts.values()}
     return Square(
         *where, verdicts, report.states, report.complete, element=report.as_json() if elements else None
     )
+
+
+ALTERNATIVES = (
+    Switches(rmpupdate_flushes=False),
+    Switches(rmp_checked_at="fill"),
+    Switches(identical_keeps_validated=False),
+    Switches(preempt_count=False),
+)
+
+
+def dependence(
+    chosen: Switches,
+    designs: Iterable[str] | None = None,
+    scenarios: Iterable[str] = ("tiny", "round-trip", "host-io"),
+) -> list[tuple[str, str, str, str, str, str]]:
+    """The verdicts on snp that depend on a switch: (design, scenario, backing, property, by default, as chosen)."""
+    names = list(designs) if designs is not None else [*shipped("thread"), *shipped("variant")]
+    changed = []
+    for name, scenario, backing in product(names, scenarios, BACKINGS):
+        before, after = (_square((name, "snp", scenario, backing), False, s) for s in (Switches(), chosen))
+        changed += [
+            (name, scenario, backing, prop, verdict, after.verdicts[prop])
+            for prop, verdict in before.verdicts.items()
+            if after.verdicts[prop] != verdict
+        ]
+    return changed

@@ -229,6 +229,13 @@ def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
         pages = (None, *dict.fromkeys((conf.backing["shared", gfn], conf.backing["private", gfn])))
         fields.append(Field("npt", pages, (gfn,)))
         fields.append(Field("tlb", pages, tuple((v, gfn) for v in conf.vcpus)))
+        if conf.rmp_checked_at == "fill":
+            rights = [
+                (kind, op)
+                for kind in ("shared", "private")
+                for op in ("read", "write", "pvalidate1", "pvalidate0")
+            ]
+            fields.append(Field("checked", (None, *rights), tuple((v, gfn) for v in conf.vcpus)))
     if conf.has_rmp:
         fields += [Field("rmp", rmp_states(conf, p), (p,)) for p in private]
         fields += [

@@ -27,7 +27,7 @@ class NotApplicable(Exception):
 class Scenario:
     """Who acts: the kinds of the page era by era, the vCPUs that race, what the host thread writes.
 
-    `host` is one of "neighbour", "io", "stray", "private": see `semantics` in docs/model.md.
+    `host` is one of "neighbour", "io", "stray", "private": see "Who acts" in docs/model.md.
     """
 
     name: str

@@ -3,6 +3,7 @@
 import pytest
 
 from kvmlab.design import Design
+from kvmlab.grid import dependence
 from kvmlab.machine import Switches
 from kvmlab.report import check
 from kvmlab.scenario import SCENARIOS, InputError, NotApplicable
@@ -88,14 +89,29 @@ def test_a_name_that_does_not_exist_is_refused_with_those_that_do(case, told):
         check("v8-post-hook", **case)
 
 
-def test_whether_rmpupdate_flushes_changes_no_verdict_of_the_thread():
-    for design in ("v8-post-hook", "no-zap", "pre-post-directmap"):
-        for scenario in ("tiny", "host-io"):
-            with_flush, without = (
-                check(design, scenario=scenario, switches=Switches(rmpupdate_flushes=flush))
-                for flush in (True, False)
-            )
-            assert with_flush.violated == without.violated
+def test_whether_rmpupdate_flushes_matters_only_where_the_op_precedes_the_flush():
+    changed = dependence(
+        Switches(rmpupdate_flushes=False), ["v8-post-hook", "set-mem-attr-op", "no-zap"], ["tiny", "host-io"]
+    )
+    assert changed == [("set-mem-attr-op", "host-io", "split", "integrity", "Never", "Sometimes")]
+
+
+@pytest.mark.parametrize(
+    "chosen", [Switches(rmp_checked_at="fill"), Switches(identical_keeps_validated=False)]
+)
+def test_no_verdict_depends_on_when_the_rmp_is_checked_or_on_a_repeated_rmpupdate(chosen):
+    assert dependence(chosen, ["v8-post-hook", "upstream", "pre-post-directmap"], ["tiny", "host-io"]) == []
+
+
+def test_a_repeated_rmpupdate_costs_the_guest_its_validation_where_it_does_not_keep_it():
+    text = Design.load("upstream").text
+    prepare = text[text.index("    sev_gmem_prepare()") : text.index("    read_lock(&kvm")]
+    always = "    if (attr == private) {\n adjust_direct_map()\n rmpupdate(private)\n }\n"
+    keeps, clears = (
+        check(text.replace(prepare, always), scenario="tiny", switches=Switches(identical_keeps_validated=k))
+        for k in (True, False)
+    )
+    assert (keeps.violated, clears.violated) == ([], ["guest-killed"])
 
 
 def test_without_preempt_count_sleeping_in_atomic_context_is_not_reported():
