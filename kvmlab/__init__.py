@@ -10,6 +10,7 @@ Layers, low to high; nothing imports upward (tests/test_frame.py):
     design  designs/        the language of orderings, and the orderings
     machine             the cells of a machine
     assembly section program scenario  designs into programs; who acts
+    emulator/               one VM at real size, by the same rules and the same text
     explore/                every interleaving: two engines, liveness, shortest runs
     trace report session    runs and codes; verdicts; the workbench without a widget
     show/                   text, HTML, widget
@@ -29,6 +30,7 @@ _WHERE = {
     "Session": "session",
     "Switches": "machine",
     "Trace": "trace",
+    "Vm": "emulator",
     "check": "report",
     "compare": "report",
     "matrix": "grid",
@@ -40,6 +42,7 @@ __all__ = sorted(_WHERE)
 if TYPE_CHECKING:
     from .design import Design as Design
     from .design import DesignError as DesignError
+    from .emulator import Vm as Vm
     from .grid import matrix as matrix
     from .machine import Switches as Switches
     from .report import Report as Report

@@ -1,0 +1,246 @@
+"""The fault path of one vCPU: the design's `fault:` and `rmp_fault:` rows, run on consecutive pages at once.
+
+Pages fault one after another; where consecutive ones are in the same situation the rows run once on all of
+them, and every count says how many faults that were.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+from ..design import Row
+from ..hw.snp import PG_2M, PG_4K, Npf, Rmpupdate
+from .events import MEMORY_EXIT_FLAG_PRIVATE, InternalError, MemoryFaultExit, MmioExit, VmErrno
+from .locks import Thread
+from .memory import PAGE, prefix
+from .slots import MemSlot
+
+if TYPE_CHECKING:
+    from .vm import Vm
+
+RETRY, DONE, FAULTS_2M = "retry", "done", 512
+PREPARES = ("rmp_prepare", "rmp_match")
+
+
+@dataclass
+class Fault:
+    """`n` faults in a row from `gfn` on, all of one kind; the rest is found out on the way."""
+
+    vm: Vm
+    thread: Thread
+    gfn: int
+    n: int
+    private: bool
+    write: bool
+    seq: int = 0
+    slot: MemSlot | None = None
+    pfn: int = 0
+
+    def attributes_match(self) -> None:
+        """kvm_mem_is_private(): only the pages before the first mismatch go on."""
+        matches = self.vm.attributes.get(self.gfn, self.gfn + self.n) == self.private
+        if not (n := prefix(matches)):
+            self.exit()
+        self.n = n
+
+    def exit(self) -> NoReturn:
+        """kvm_mmu_prepare_memory_fault_exit()."""
+        self.thread.unwind()
+        flags = MEMORY_EXIT_FLAG_PRIVATE if self.private else 0
+        self.vm.log.add("exit-memory-fault", page=self.gfn, code=flags)
+        raise MemoryFaultExit(self.gfn * PAGE, flags)
+
+    def find_slot(self) -> MemSlot:
+        """The memslot; a private fault without one exits as a memory fault, a shared one is MMIO."""
+        slot = self.vm.slots.find(self.gfn)
+        if slot is None:
+            if not self.vm.slots.by_id:
+                self.thread.unwind()
+                raise InternalError("KVM_EXIT_INTERNAL_ERROR: the VM has no memory")
+            if self.private:
+                self.exit()
+            self.thread.unwind()
+            self.vm.log.add("exit-mmio", page=self.gfn)
+            raise MmioExit(self.gfn * PAGE, self.write)
+        self.n = min(self.n, slot.end - self.gfn)
+        return slot
+
+    def get_pfn(self) -> None:
+        """kvm_gmem_get_pfn(), or GUP for a shared fault: allocates and zeroes, may sleep."""
+        self.thread.might_sleep("kvm_gmem_get_pfn() may allocate")
+        slot = self.slot = self.find_slot()
+        if self.private and slot.gmem is None:
+            self.exit()
+        if self.vm.huge(self.private):
+            self.n = min(self.n, FAULTS_2M - self.gfn % FAULTS_2M)
+        self.pfn = self.vm.backing_pfn(slot, self.gfn, self.private)
+        self.vm.touch_backing(slot, self.gfn, self.n, self.private)
+
+    def stale(self) -> bool:
+        """is_page_fault_stale(), under mmu_lock."""
+        self.thread.assert_mmu_lock("is_page_fault_stale()")
+        if self.vm.mmu.in_progress and self.vm.mmu.window:
+            lo = self.vm.mmu.window[0]
+            if self.gfn < lo < self.gfn + self.n:
+                self.n = lo - self.gfn
+        return self.vm.mmu.retry(self.gfn, self.seq)
+
+    def level(self) -> str:
+        """The level of the mapping: least of backing, memslot, RMP entry and mixed flag."""
+        slot, head = self.slot, self.gfn - self.gfn % FAULTS_2M
+        assert slot is not None
+        if not self.vm.huge(self.private) or not slot.contains(self.gfn, "2M") or slot.test_mixed(head, "2M"):
+            return PG_4K
+        pfn = self.vm.backing_pfn(slot, head, self.private)
+        if pfn % FAULTS_2M or (self.private and not self.vm.whole_folio(slot, head)):
+            return PG_4K
+        if self.private and self.vm.has_rmp and not self.vm.rmp.big(pfn)[0]:
+            return PG_4K
+        return PG_2M
+
+    def install(self) -> int:
+        """kvm_tdp_mmu_map(): how many faults these pages took (one for a 2M leaf)."""
+        self.thread.assert_mmu_lock("kvm_tdp_mmu_map()")
+        if self.level() == PG_4K:
+            self.vm.mmu.install(self.gfn, self.n, self.pfn, False)
+            return self.n
+        head = self.gfn - self.gfn % FAULTS_2M
+        assert self.slot is not None
+        pfn = self.vm.backing_pfn(self.slot, head, self.private)
+        self.vm.touch_backing(self.slot, head, FAULTS_2M, self.private)
+        self.vm.mmu.install(head, FAULTS_2M, pfn, True)
+        self.n = FAULTS_2M - (self.gfn - head)
+        return 1
+
+
+def run_fault(vm: Vm, vcpu: int, gfn: int, n: int, private: bool, write: bool, code: Npf) -> tuple[str, int]:
+    """One nested fault (or `n` alike): RETRY or DONE, and how many pages it dealt with.
+
+    Raises MemoryFaultExit or MmioExit for what goes to userspace, VmErrno if KVM_RUN fails.
+    """
+    fault = Fault(vm, vm.new_thread(f"vCPU {vcpu}"), gfn, n, private, write)
+    taken, answer = 1, DONE
+    kind = "npf-rmp" if code & Npf.RMP else "npf"
+    event = vm.log.add(kind, "private" if private else "shared", gfn, 1, int(code))
+    try:
+        for row in vm.rows("fault", private):
+            vm.reached(row)
+            if row.call == "is_page_fault_stale" and fault.stale():
+                vm.log.add("retry", page=gfn)
+                answer = RETRY
+                fault.thread.unwind()
+                break
+            if row.call == "kvm_tdp_mmu_map":
+                taken = fault.install()
+            else:
+                _row(fault, row)
+        fault.thread.leave("enters the guest")
+    finally:
+        vm.log.amend(event, taken)
+    if code & Npf.RMP:
+        _rmp_fault(fault, code)
+    return answer, fault.n
+
+
+def _row(fault: Fault, row: Row) -> None:
+    """One row of the fault path, apart from those that decide how it goes on."""
+    vm, thread = fault.vm, fault.thread
+    if row.call == "mmu_seq_snapshot":
+        fault.seq = vm.mmu.seq
+    elif row.call in ("kvm_mem_is_private", "kvm_gmem_is_private"):
+        fault.attributes_match()
+    elif row.call == "kvm_gmem_get_pfn":
+        fault.get_pfn()
+    elif row.call in PREPARES:
+        _prepare(fault, row)
+    elif row.lock:
+        if row.call in ("mutex_unlock", "write_unlock", "read_unlock") or "_unlock" in row.call:
+            thread.drop(row.lock)
+        else:
+            thread.take(row.lock, shared=row.call == "read_lock" or row.call.endswith("_shared"))
+    elif vm.has_rmp:
+        slot = fault.slot or fault.find_slot()
+        if slot.gmem is not None:
+            pfn = slot.private_pfn(fault.gfn)
+            _rmp_work(fault, row, pfn, fault.n, PG_4K)
+
+
+def _prepare(fault: Fault, row: Row) -> None:
+    """sev_gmem_prepare() (private faults on unassigned pages), or rmp_match() (either way), in its folio lock."""
+    vm, slot = fault.vm, fault.slot
+    if (
+        not vm.has_rmp
+        or slot is None
+        or slot.gmem is None
+        or (row.call == "rmp_prepare" and not fault.private)
+    ):
+        return
+    pfn = slot.private_pfn(fault.gfn)
+    assigned = vm.rmp.assigned(pfn, fault.n)
+    fault.n = prefix(assigned == assigned[0])
+    if bool(assigned[0]) == fault.private:
+        return
+    fault.thread.take("folio_lock")
+    size, n = PG_4K, fault.n
+    if row.call == "rmp_prepare" and vm.huge(True):
+        head = fault.gfn - fault.gfn % FAULTS_2M
+        base = pfn - (fault.gfn - head)
+        fits = base % FAULTS_2M == 0 and slot.contains(head, "2M") and vm.whole_folio(slot, head)
+        if fits and not vm.rmp.assigned(base, FAULTS_2M).any():
+            size, pfn, n = PG_2M, base, FAULTS_2M
+    for inner in row.body or ():
+        if inner.call != "adjust_direct_map" or size == PG_4K:
+            _rmp_work(fault, inner, pfn, n, size)
+    fault.thread.drop("folio_lock")
+
+
+def _rmp_work(fault: Fault, row: Row, pfn: int, n: int, size: str) -> None:
+    """Directmap calls and RMPUPDATE on the private PFNs of the fault; EINVAL if RMPUPDATE fails."""
+    sev, thread = fault.vm.sev, fault.thread
+    if row.call == "rmpupdate":
+        gfn = fault.gfn - fault.gfn % FAULTS_2M if size == PG_2M else fault.gfn
+        private = (row.target or "private") == "private"
+        done, code = sev.make_private(pfn, n, gfn, size) if private else sev.make_shared(pfn, n, gfn)
+        if code != Rmpupdate.OK:
+            if not done:
+                thread.unwind()
+                raise VmErrno(errno.EINVAL, f"KVM_RUN: RMPUPDATE of PFN {pfn:#x} = {code.name}")
+            fault.n = done  # the page that fails is the next one to fault
+    elif row.call == "adjust_direct_map":
+        sev.adjust_direct_map(thread, pfn, n)
+    elif row.call == "kvm_unmap_directmap":
+        sev.unmap_directmap(thread, pfn, n)
+    elif row.call == "kvm_map_directmap":
+        sev.map_directmap(thread, pfn, n)
+
+
+def _rmp_fault(fault: Fault, code: Npf) -> None:
+    """sev_handle_rmp_fault(): PSMASH a 2M entry and zap; everything else is a warning and a retry.
+
+    v8's handler acts only on SIZEM.  The guards are the handler's own; what it does then is the design's
+    `rmp_fault:` section, or, where that is written for 4K entries only, PSMASH and zap.
+    """
+    vm, gfn = fault.vm, fault.gfn
+    slot = vm.slots.find(gfn)
+    if not vm.merged and not code & Npf.SIZEM:
+        vm.log.add("warn", "RMP fault without SIZEM", gfn)
+        return
+    if not vm.attributes.is_private(gfn) or slot is None or slot.gmem is None:
+        vm.log.add("warn", "RMP fault on a gfn that is not private", gfn)
+        return
+    pfn = slot.private_pfn(gfn)
+    if not vm.rmp.assigned(pfn)[0]:
+        vm.log.add("warn", "RMP fault on an unassigned entry", gfn)
+        return
+    if not vm.rmp.big(pfn)[0]:
+        return  # somebody else has just split it: spurious
+    calls = [row.call for row in vm.rows("rmp_fault", True)] or ["psmash", "kvm_zap_gfn_range"]
+    if "psmash" in calls:
+        vm.sev.psmash(pfn)
+    if "kvm_zap_gfn_range" in calls or "kvm_unmap_gfn_range" in calls:
+        fault.thread.take("mmu_lock")
+        if vm.mmu.zap(gfn, gfn + FAULTS_2M):
+            vm.mmu.flush()
+        fault.thread.drop("mmu_lock")

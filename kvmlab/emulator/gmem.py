@@ -1,0 +1,207 @@
+"""guest_memfd: allocation, punch hole, binding, mmap, and their errno (virt/kvm/guest_memfd.c).
+
+A file keeps the PFN of each offset for life: freeing and allocating again gives the same PFN, zeroed.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .events import SigBus, VmErrno
+from .memory import PAGE, U8
+
+if TYPE_CHECKING:
+    from .slots import MemSlot
+    from .vm import Vm
+
+FLAG_MMAP, FLAG_INIT_SHARED = 1 << 0, 1 << 1
+KEEP_SIZE, PUNCH_HOLE = 1, 2  # FALLOC_FL_*
+_inodes = count(1)
+
+
+class GuestMemfd:
+    """One guest_memfd file of `pages` pages from PFN `base` on.  Offsets and sizes in calls are in bytes.
+
+    `prepared` marks pages that are up to date (zeroed); `present` those that take memory.
+    """
+
+    def __init__(self, vm: Vm, size: int, flags: int = 0) -> None:
+        if flags & ~(FLAG_MMAP | FLAG_INIT_SHARED):
+            raise VmErrno(errno.EINVAL, "KVM_CREATE_GUEST_MEMFD: unknown flags")
+        if size <= 0 or size % PAGE:
+            raise VmErrno(errno.EINVAL, f"KVM_CREATE_GUEST_MEMFD: size {size}")
+        if size // PAGE > 1 << 30:
+            raise VmErrno(errno.ENOMEM, "the emulator holds 4 TiB of a guest_memfd")
+        self.vm, self.pages, self.flags, self.inode = vm, size // PAGE, flags, next(_inodes)
+        self.base = vm.new_pfns(self.pages)
+        self.present: U8 = np.zeros(self.pages, np.uint8)
+        self.pinned: set[int] = set()  # offsets in pages that somebody else holds a reference to
+        self.broken: set[int] = set()  # 2M of the file whose folio was split by a partial punch
+        self.bindings: list[tuple[int, int, MemSlot]] = []
+
+    @property
+    def st_size(self) -> int:
+        """fstat(): the size in bytes; st_blksize is 4096."""
+        return self.pages * PAGE
+
+    def read(self, *_: object) -> NoReturn:
+        """read() and pread() do not exist for this file."""
+        raise VmErrno(errno.EINVAL, "read from a guest_memfd")
+
+    def write(self, *_: object) -> NoReturn:
+        """write() and pwrite() do not exist for this file."""
+        raise VmErrno(errno.EINVAL, "write to a guest_memfd")
+
+    def allocate(self, offset: int, size: int) -> None:
+        """fallocate(KEEP_SIZE): allocate the pages that are missing, zeroed."""
+        self.fallocate(KEEP_SIZE, offset, size)
+
+    def punch_hole(self, offset: int, size: int) -> None:
+        """fallocate(KEEP_SIZE | PUNCH_HOLE): unmap the pages from every VM, then free them."""
+        self.fallocate(KEEP_SIZE | PUNCH_HOLE, offset, size)
+
+    def fallocate(self, mode: int, offset: int, size: int) -> None:
+        """fallocate() with its checks in order: EOPNOTSUPP for the mode, EINVAL for the range."""
+        if not mode & KEEP_SIZE or mode & ~(KEEP_SIZE | PUNCH_HOLE):
+            raise VmErrno(errno.EOPNOTSUPP, f"fallocate mode {mode:#x}")
+        if offset < 0 or size <= 0 or offset % PAGE or size % PAGE:
+            raise VmErrno(errno.EINVAL, f"fallocate({offset}, {size})")
+        start, end = offset // PAGE, (offset + size) // PAGE
+        if mode & PUNCH_HOLE:
+            self._punch(start, min(end, self.pages))
+        elif end > self.pages:
+            raise VmErrno(errno.EINVAL, "fallocate beyond the end of the guest_memfd")
+        else:
+            self.get_pages(start, end - start)
+
+    def _punch(self, start: int, end: int) -> None:
+        if start >= end:
+            return
+        vm, held = self.vm, self.vm.new_thread("punch hole")
+        held.take("invalidate_lock")
+        bound = [(lo - at + slot.base, hi - at + slot.base) for lo, hi, at, slot in self.slots(start, end)]
+        held.take("mmu_lock")
+        for lo, hi in bound:
+            vm.mmu.begin((lo, hi))
+            if vm.mmu.zap(lo, hi):
+                vm.mmu.flush()
+        held.drop("mmu_lock")
+        self.free(start, end)
+        held.take("mmu_lock")
+        for _ in bound:
+            vm.mmu.end()
+        held.drop("mmu_lock")
+        held.drop("invalidate_lock")
+
+    def free(self, start: int, end: int) -> None:
+        """Truncate: each folio present goes back to the hypervisor in the RMP, and to the page allocator."""
+        for lo, hi in runs(self.present, start, end):
+            kept = self.vm.sev.invalidate(self.base + lo, hi - lo)
+            self.present[lo:hi] = 0
+            for head in {lo - lo % 512, hi - hi % 512}:
+                empty = not self.present[head : head + 512].any()
+                (self.broken.discard if empty else self.broken.add)(head)
+            self.vm.memory.zero(self.base + lo, hi - lo)
+            self.vm.log.add("gmem-free", page=self.base + lo, times=hi - lo)
+            self.vm.leaked |= kept
+
+    def get_pages(self, start: int, n: int) -> None:
+        """kvm_gmem_get_folio() of `n` pages: allocate and zero those that are missing.
+
+        A new page is zero because whatever freed it last cleared it; the clearing is counted here.
+        """
+        if self.vm.private_2m:
+            start, n = self._whole_folios(start, n)
+        new = n - int(np.count_nonzero(self.present[start : start + n]))
+        if new:
+            self.vm.fail_allocation()
+            self.present[start : start + n] = 1
+            self.vm.log.add("gmem-alloc", page=self.base + start, times=new)
+
+    def _whole_folios(self, start: int, n: int) -> tuple[int, int]:
+        """With 2M folios, an allocation in an empty 2M of the file takes all of it."""
+        end, head = start + n, start - start % 512
+        tail = end + -end % 512
+        if not self.present[head:start].any() and not self.broken & {head}:
+            start = head
+        if tail <= self.pages and not self.present[end:tail].any() and not self.broken & {tail - 512}:
+            end = tail
+        return start, end - start
+
+    def slots(self, start: int, end: int) -> Iterator[tuple[int, int, int, MemSlot]]:
+        """Bindings that overlap pages [start, end): the clipped range, the slot's offset, the slot."""
+        for lo, hi, slot in self.bindings:
+            if max(lo, start) < min(hi, end):
+                yield max(lo, start), min(hi, end), slot.offset, slot
+
+    def bind(self, slot: MemSlot, vm: Vm, offset: int) -> None:
+        """kvm_gmem_bind(): EINVAL for another VM's file, a misaligned offset, beyond the end, or bound already."""
+        if vm is not self.vm or offset % PAGE or offset < 0:
+            raise VmErrno(errno.EINVAL, "guest_memfd of another VM, or misaligned offset")
+        lo, hi = offset // PAGE, offset // PAGE + slot.npages
+        if hi > self.pages:
+            raise VmErrno(errno.EINVAL, "binding beyond the end of the guest_memfd")
+        if any(True for _ in self.slots(lo, hi)):
+            code = errno.EEXIST if vm.switches.bound_range_is_eexist else errno.EINVAL
+            raise VmErrno(code, "range of the guest_memfd is bound already")
+        self.bindings.append((lo, hi, slot))
+
+    def unbind(self, slot: MemSlot) -> None:
+        """kvm_gmem_unbind(), when the slot goes."""
+        self.bindings = [b for b in self.bindings if b[2] is not slot]
+
+    def mmap(self, *, shared: bool = True) -> Mapping:
+        """mmap(): ENODEV without the MMAP flag, EINVAL unless MAP_SHARED."""
+        if not self.flags & FLAG_MMAP:
+            raise VmErrno(errno.ENODEV, "mmap of a guest_memfd without GUEST_MEMFD_FLAG_MMAP")
+        if not shared:
+            raise VmErrno(errno.EINVAL, "mmap of a guest_memfd has to be MAP_SHARED")
+        return Mapping(self, lambda page: bool(self.flags & FLAG_INIT_SHARED))
+
+
+class Mapping:
+    """A mapping of a guest_memfd into the VMM: bytes, or SIGBUS beyond the end and on what is not shared."""
+
+    def __init__(self, gmem: GuestMemfd, may_touch: Callable[[int], bool]) -> None:
+        self.gmem, self.may_touch = gmem, may_touch
+
+    def _page(self, offset: int) -> int:
+        page = offset // PAGE
+        if not 0 <= page < self.gmem.pages or not self.may_touch(page):
+            raise SigBus(f"SIGBUS at offset {offset:#x} of the guest_memfd")
+        self.gmem.get_pages(page, 1)
+        return self.gmem.base + page
+
+    def read(self, offset: int, n: int) -> bytes:
+        """Load `n` bytes."""
+        return b"".join(
+            self.gmem.vm.memory.read(self._page(at), at % PAGE, step) for at, step in pagewise(offset, n)
+        )
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Store bytes."""
+        for at, step in pagewise(offset, len(data)):
+            pfn = self._page(at)
+            self.gmem.vm.memory.write(pfn, at % PAGE, data[at - offset : at - offset + step])
+
+
+def pagewise(start: int, n: int) -> Iterator[tuple[int, int]]:
+    """The pieces of [start, start + n) that lie in one page each: where it starts, how long it is."""
+    end = start + n
+    while start < end:
+        step = min(end - start, PAGE - start % PAGE)
+        yield start, step
+        start += step
+
+
+def runs(flags: U8 | NDArray[np.bool_], start: int, end: int) -> list[tuple[int, int]]:
+    """The maximal ranges of set flags within [start, end)."""
+    on = np.concatenate(([0], (flags[start:end] != 0).astype(np.int8), [0]))
+    edges = np.flatnonzero(np.diff(on)) + start
+    return [(int(lo), int(hi)) for lo, hi in zip(edges[::2], edges[1::2], strict=True)]

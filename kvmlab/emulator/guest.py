@@ -1,0 +1,212 @@
+"""The guest: one vCPU's loads, stores, PVALIDATE and requests, through the guest's own page table (C-bits)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..hw import snp, snp_pages
+from ..hw.snp import PG_2M, PG_4K, Pvalidate, Rmpupdate
+from . import linux, psc
+from .access import Walker
+from .events import GpFault, InstructionError, MmioExit, PscError, VmError
+from .gmem import pagewise
+from .memory import PAGE, U8, grown
+from .mmu import LIMIT
+from .psc import U64
+
+if TYPE_CHECKING:
+    from .vm import Vm
+
+SIZES = {4096: PG_4K, 1 << 21: PG_2M}
+
+
+class PageTable:
+    """The guest's own page table, as far as it matters: a C-bit a gfn."""
+
+    def __init__(self, private: bool) -> None:
+        self.private, self._bits = private, np.zeros(0, np.uint8)
+
+    def c_bits(self, lo: int, hi: int) -> U8:
+        """The C-bits of gfns [lo, hi), as a view; ValueError beyond what the emulator holds."""
+        if not 0 <= lo <= hi <= LIMIT:
+            raise ValueError("guest addresses go from 0 to 4 TiB here")
+        if hi > (old := len(self._bits)):
+            self._bits = grown(self._bits, hi)
+            if self.private:
+                self._bits[old:] = 1
+        return self._bits[lo:hi]
+
+
+class Guest:
+    """vCPU `index` of a Vm.  The page table belongs to the guest: all vCPUs see the same C-bits.
+
+    Addresses and sizes are in bytes.  `vmpl` is the privilege level at which this vCPU runs.
+    """
+
+    def __init__(self, vm: Vm, index: int, vmpl: int = 0) -> None:
+        self.vm, self.index, self.vmpl = vm, index, vmpl
+
+    def read(self, gpa: int, n: int) -> bytes:
+        """Load `n` bytes.  VcFault, GuestSpins, and the exits that the VMM does not resolve."""
+        out = bytearray(n)
+        try:
+            for gfn, pfn, enc in self._pages(gpa, n, "read"):
+                for at, step in _overlap(gfn, gpa, n):
+                    key = self.vm.key if enc and self.vm.encrypts else 0
+                    out[at - gpa : at - gpa + step] = self.vm.memory.read(pfn, at % PAGE, step, key)
+        except MmioExit:
+            if self.vm.mmio is None:
+                raise
+            return self.vm.mmio.to_bytes(n, "little")
+        return bytes(out)
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Store bytes; errors as for `read`."""
+        for gfn, pfn, enc in self._pages(gpa, len(data), "write"):
+            for at, step in _overlap(gfn, gpa, len(data)):
+                key = self.vm.key if enc and self.vm.encrypts else 0
+                self.vm.memory.write(pfn, at % PAGE, data[at - gpa : at - gpa + step], key)
+
+    def fill(self, gpa: int, n: int, byte: int) -> None:
+        """memset()."""
+        self.write(gpa, bytes([byte]) * n)
+
+    def touch(self, gpa: int, n: int, op: str = "write") -> None:
+        """Access each page without moving bytes: what faults, faults.  For sizes where contents do not matter."""
+        for _ in self._runs(gpa // PAGE, (gpa + n + PAGE - 1) // PAGE, op):
+            pass
+
+    def _runs(self, gfn: int, end: int, op: str) -> Iterator[tuple[int, list[int], bool]]:
+        for lo, hi, enc in self._by_c_bit(gfn, end):
+            walker, at = Walker(self.vm, self.index, op, enc, self.vmpl), lo
+            while at < hi:
+                pfns, _ = walker.run(at, hi)
+                yield at, pfns.tolist(), enc
+                at += len(pfns)
+
+    def _pages(self, gpa: int, n: int, op: str) -> Iterator[tuple[int, int, bool]]:
+        for gfn, pfns, enc in self._runs(gpa // PAGE, (gpa + n + PAGE - 1) // PAGE, op):
+            for i, pfn in enumerate(pfns):
+                yield gfn + i, pfn, enc
+
+    def _by_c_bit(self, lo: int, hi: int) -> Iterator[tuple[int, int, bool]]:
+        bits = self.vm.page_table.c_bits(lo, hi)
+        if lo >= hi:
+            return
+        if (bits == bits[0]).all():
+            yield lo, hi, bool(bits[0])
+            return
+        edges = [0, *(int(i) + 1 for i in np.flatnonzero(np.diff(bits.astype(np.int8)))), len(bits)]
+        for a, b in pairwise(edges):
+            yield lo + a, lo + b, bool(bits[a])
+
+    def set_private(self, gpa: int, private: bool, size: int = PAGE) -> None:
+        """Set or clear the C-bit in the guest's page table, and nothing else."""
+        self.vm.page_table.c_bits(gpa // PAGE, (gpa + size) // PAGE)[:] = private
+
+    def page_state_change(
+        self, gpa: int, size: int, private: bool, *, page_size: int = 1 << 21, batch: int = psc.MAX_ENTRIES
+    ) -> None:
+        """Ask for a conversion with PSC buffers of up to `batch` entries, 2M ones where they fit; PscError."""
+        for gfn, count, large in psc.plan(gpa // PAGE, (gpa + size) // PAGE, page_size != PAGE):
+            for first in range(0, count, batch):
+                n = min(batch, count - first)
+                buffer = psc.entries(gfn + first * (512 if large else 1), n, private, large)
+                if code := self.psc_buffer(0, n - 1, buffer):
+                    raise PscError(code)
+
+    def psc_buffer(self, cur_entry: int, end_entry: int, buffer: U64) -> int:
+        """One PSC buffer as it is; returns SW_EXITINFO2."""
+        self._snp("a page state change")
+        return psc.buffer_protocol(self.vm, cur_entry, end_entry, buffer)
+
+    def psc_msr(self, request: int) -> int:
+        """One request by the GHCB MSR; returns the response."""
+        self._snp("a page state change")
+        return psc.msr_protocol(self.vm, request)
+
+    def map_gpa_range(self, gpa: int, size: int, private: bool) -> int:
+        """KVM_HC_MAP_GPA_RANGE itself, as a guest of a software-protected VM asks; hypercall.ret."""
+        return self.vm.vmm.map_gpa_range(gpa, size // PAGE, private)
+
+    def pvalidate(self, gpa: int, validate: bool, size: int = PAGE) -> None:
+        """PVALIDATE of one page (4096 or 2 MiB); InstructionError with rAX, or 255 for the carry flag."""
+        self.pvalidate_range(gpa, size, validate, size)
+
+    def pvalidate_range(self, gpa: int, length: int, validate: bool, size: int = PAGE) -> None:
+        """PVALIDATE page after page of one size; stops at the first that fails."""
+        self._snp("PVALIDATE")
+        if size not in SIZES:
+            raise ValueError(f"PVALIDATE takes 4096 or {1 << 21}, not {size}")
+        if self.vmpl:
+            raise GpFault("#GP: PVALIDATE at another VMPL than 0")
+        asked, gfn, end = SIZES[size], gpa // PAGE, (gpa + length) // PAGE
+        if asked == PG_2M and gfn % 512:
+            self._answer("PVALIDATE", gfn, Pvalidate.FAIL_INPUT)
+        walker = Walker(self.vm, self.index, "pvalidate", True, validate=validate)
+        while gfn < end:
+            gfn = self._pvalidate(walker, gfn, end, validate, asked)
+
+    def _pvalidate(self, walker: Walker, gfn: int, end: int, validate: bool, asked: str) -> int:
+        """One run of PVALIDATE: pages alike, mapped to consecutive PFNs; the gfn to go on from."""
+        step = 512 if asked == PG_2M else 1
+        pfns, big = walker.run(gfn, end if step == 1 else gfn + 1)
+        n = step
+        if step == 1:
+            alike = np.ones(len(pfns), bool)
+            alike[1:] = (np.diff(pfns.astype(np.int64)) == 1) & (big[1:] == big[:-1])
+            n = int(np.argmin(alike)) or len(pfns) if not alike.all() else len(pfns)
+        done, answer = self.vm.rmp.pvalidate(int(pfns[0]), n, gfn, validate, asked, bool(big[0]))
+        if done:
+            self.vm.log.add("pvalidate", f"{int(validate)} {asked}", gfn, done // step, 0)
+        if answer in (snp.NPF_RMP, snp_pages.SIZEM):
+            walker.fault(gfn + done, 1, present=True, rmp=True, sizem=answer == snp_pages.SIZEM)
+        elif isinstance(answer, Pvalidate) and answer != Pvalidate.OK:
+            self._answer("PVALIDATE", gfn + done, answer)
+        return gfn + done
+
+    def rmpadjust(self, gpa: int, target_vmpl: int, mask: int, *, vmsa: bool = False) -> None:
+        """RMPADJUST of one 4K page; InstructionError for a failure code, VcFault if it is not validated."""
+        self._snp("RMPADJUST")
+        pfn = int(
+            Walker(self.vm, self.index, "read", True, self.vmpl).run(gpa // PAGE, gpa // PAGE + 1)[0][0]
+        )
+        held = self.vm.rmp.permissions.get(pfn, snp_pages.AFTER_RMPUPDATE)
+        code, entry, after = snp_pages.rmpadjust(
+            self.vm.rmp.entry(pfn), held, own=self.vmpl, target=target_vmpl, mask=mask, vmsa=vmsa
+        )
+        self.vm.log.add("rmpadjust", page=gpa // PAGE, code=int(code))
+        if code != Rmpupdate.OK:
+            raise InstructionError("RMPADJUST", gpa, int(code), code.name)
+        self.vm.rmp.put(pfn, entry)
+        self.vm.rmp.permissions[pfn] = after
+
+    def set_memory_encrypted(self, gpa: int, size: int) -> None:
+        """What a Linux guest does to go private; GuestTerminated if it gives up."""
+        linux.set_memory_encrypted(self, gpa, size)
+
+    def set_memory_decrypted(self, gpa: int, size: int) -> None:
+        """What a Linux guest does to go shared; GuestTerminated if it gives up."""
+        linux.set_memory_decrypted(self, gpa, size)
+
+    def accept(self, gpa: int, size: int = PAGE) -> None:
+        """TDG.MEM.PAGE.ACCEPT: of TDX, which this emulator does not have."""
+        raise VmError("ACCEPT is TDX's; SNP has PVALIDATE")
+
+    def _answer(self, name: str, gfn: int, code: Pvalidate) -> None:
+        self.vm.log.add("pvalidate", code.name, gfn, 1, int(code))
+        raise InstructionError(name, gfn * PAGE, int(code), code.name)
+
+    def _snp(self, what: str) -> None:
+        if not self.vm.has_rmp:
+            raise VmError(f"{what} needs platform snp, not {self.vm.platform}")
+
+
+def _overlap(gfn: int, gpa: int, n: int) -> Iterator[tuple[int, int]]:
+    """The part of [gpa, gpa + n) that lies in one page."""
+    start, end = max(gpa, gfn * PAGE), min(gpa + n, (gfn + 1) * PAGE)
+    return pagewise(start, end - start)

@@ -1,0 +1,104 @@
+"""The host: its userspace mapping of guest memory, and the kernel's direct map."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..hw import snp
+from ..hw.snp import PG_2M, PG_4K
+from .events import KernelBug, RmpFault, SigBus, VmError
+from .gmem import pagewise, runs
+from .memory import PAGE
+from .slots import MemSlot
+
+if TYPE_CHECKING:
+    from .vm import Vm
+
+
+class Host:
+    """What the VMM and the host kernel can do to guest memory.  Reads never fault; they give raw bytes."""
+
+    def __init__(self, vm: Vm) -> None:
+        self.vm = vm
+
+    def read(self, gpa: int, n: int) -> bytes:
+        """Load through the userspace mapping of the memslot (the shared backing)."""
+        return b"".join(self.vm.memory.read(self._page(at), at % PAGE, step) for at, step in pagewise(gpa, n))
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Store through the userspace mapping; RmpFault if it is the guest's page (in-place)."""
+        for at, step in pagewise(gpa, len(data)):
+            pfn = self._page(at)
+            large = self.vm.huge(False)
+            if self.vm.has_rmp and self._check(pfn, large) != snp.OK:
+                self.vm.log.add("host-rmp-fault", "user", pfn)
+                raise RmpFault(pfn, "from user mode (SIGBUS in older patches)", 1 << 31 | 7)
+            self.vm.memory.write(pfn, at % PAGE, data[at - gpa : at - gpa + step])
+
+    def fill(self, gpa: int, n: int, byte: int) -> None:
+        """memset()."""
+        self.write(gpa, bytes([byte]) * n)
+
+    def _slot(self, gfn: int) -> MemSlot:
+        slot = self.vm.slots.find(gfn)
+        if slot is None:
+            raise VmError(f"no memslot at gpa {gfn * PAGE:#x}: the VMM has nothing mapped for it")
+        return slot
+
+    def _page(self, gpa: int) -> int:
+        slot = self._slot(gpa // PAGE)
+        if self.vm.gmem_attributes and self.vm.attributes.is_private(gpa // PAGE):
+            raise SigBus(f"SIGBUS: gpa {gpa:#x} is private")
+        self.vm.touch_backing(slot, gpa // PAGE, 1, self.vm.in_place)
+        return self.vm.backing_pfn(slot, gpa // PAGE, False)
+
+    def discard(self, gpa: int, size: int) -> None:
+        """madvise(MADV_DONTNEED) on the shared backing: the MMU notifier zaps, the pages go, zeros come back."""
+        vm = self.vm
+        for slot, lo, hi in vm.slots.pieces(gpa // PAGE, (gpa + size) // PAGE):
+            if vm.in_place:
+                raise VmError("in-place, the shared backing is the guest_memfd: punch it")
+            thread = vm.new_thread("MMU notifier")
+            thread.take("mmu_lock")
+            vm.mmu.begin((lo, hi))
+            if vm.mmu.zap(lo, hi):
+                vm.mmu.flush()
+            vm.mmu.end()
+            thread.drop("mmu_lock")
+            for a, b in runs(slot.user.present, lo - slot.base, hi - slot.base):
+                slot.user.present[a:b] = 0
+                vm.memory.zero(slot.user.base + a, b - a)
+                vm.log.add("user-free", page=slot.user.base + a, times=b - a)
+
+    def pin(self, gpa: int, pinned: bool = True) -> None:
+        """Take (or drop) a reference to a guest_memfd page, as a device or GUP would."""
+        slot = self._slot(gpa // PAGE)
+        if slot.gmem is not None:
+            page = slot.offset + gpa // PAGE - slot.base
+            (slot.gmem.pinned.add if pinned else slot.gmem.pinned.discard)(page)
+
+    def directmap_write(self, pfn: int, data: bytes = b"host") -> None:
+        """A kernel store through the direct map; RmpFault or KernelBug (an oops) end the host."""
+        directmap = self.vm.directmap
+        if directmap.absent[pfn]:
+            raise KernelBug(f"oops: PFN {pfn:#x} is not present in the direct map")
+        large = not directmap.split[pfn // 512]
+        if self.vm.has_rmp and self._check(pfn, large) != snp.OK:
+            self.vm.log.add("host-rmp-fault", "kernel", pfn)
+            where = "its 2M entry covers an assigned page" if large else "the page is assigned"
+            raise RmpFault(pfn, f"{where}; snp_dump_hva_rmpentry(), then the oops")
+        self.vm.memory.write(pfn, 0, data)
+
+    def directmap_read(self, pfn: int, n: int = PAGE) -> bytes:
+        """A kernel load through the direct map: raw bytes, no RMP check."""
+        if self.vm.directmap.absent[pfn]:
+            raise KernelBug(f"oops: PFN {pfn:#x} is not present in the direct map")
+        return self.vm.memory.read(pfn, 0, n)
+
+    def _check(self, pfn: int, large: bool) -> str:
+        return snp.host_access(
+            "write",
+            mapping=PG_2M if large else PG_4K,
+            page=self.vm.rmp.entry(pfn),
+            region_assigned=large and self.vm.rmp.region_assigned(pfn),
+        )

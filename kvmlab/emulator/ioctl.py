@@ -1,0 +1,210 @@
+"""KVM_SET_MEMORY_ATTRIBUTES: input checks, then the rows of the design's `ioctl:` section on a whole range.
+
+What the text of a design does not say follows from its form.  With `range_add` it is the merged walk: uniform
+ranges return early, slots in the xarray are reserved first, and mmu_lock is taken only if a memslot overlaps.
+Without, it is the v8 era: the window covers the request, the store may stop early (then the rest is
+handed back), and a platform op that fails only logs.  With invalidate_lock it is the ioctl of a guest_memfd.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..design import Row
+from ..hw.snp import Rmpupdate
+from .events import PlatformError, VmErrno
+from .gmem import runs
+from .memory import PAGE
+from .slots import MemSlot, update_mixed
+
+if TYPE_CHECKING:
+    from .vm import Vm
+
+PRIVATE = 1 << 3  # KVM_MEMORY_ATTRIBUTE_PRIVATE
+MASK64 = (1 << 64) - 1
+MMU_ROWS = frozenset(
+    {"kvm_mmu_invalidate_begin", "kvm_mmu_invalidate_range_add", "kvm_mmu_invalidate_end",
+     "kvm_unmap_gfn_range", "kvm_flush_remote_tlbs", "kvm_update_lpage_mixed_flag"}
+)  # fmt: skip
+RMP_ROWS = frozenset({"rmpupdate", "adjust_direct_map", "kvm_unmap_directmap", "kvm_map_directmap"})
+
+
+class Remainder(NamedTuple):
+    """What the ioctl left undone: all of it done is size 0.  (v8; merged is all or nothing.)"""
+
+    gpa: int
+    size: int
+
+
+def check_input(vm: Vm, gpa: int | None, size: int, attributes: int, flags: int) -> None:
+    """The input checks of kvm_vm_ioctl_set_mem_attributes(), in their order."""
+    if gpa is None:
+        raise VmErrno(errno.EFAULT, "struct kvm_memory_attributes is not readable")
+    if flags:
+        raise VmErrno(errno.EINVAL, f"flags {flags:#x}")
+    if attributes & ~vm.supported_attributes:
+        raise VmErrno(errno.EINVAL, f"attributes {attributes:#x}")
+    if not (0 <= gpa <= MASK64 and 0 < size <= MASK64) or (gpa + size) & MASK64 < gpa:
+        raise VmErrno(errno.EINVAL, f"size {size:#x} is 0 or wraps")
+    if gpa % PAGE or size % PAGE:
+        raise VmErrno(errno.EINVAL, f"not page aligned: {gpa:#x}, {size:#x}")
+
+
+class SetAttributes:
+    """One run of the ioctl over gfns [start, end) towards private or shared."""
+
+    def __init__(self, vm: Vm, start: int, end: int, private: bool) -> None:
+        self.vm, self.start, self.end, self.private = vm, start, end, private
+        self.thread = vm.new_thread("ioctl")
+        self.pieces = vm.slots.pieces(start, end)
+        self.stored = end  # the store went up to here
+        self.did_store = self.flush = self.prologue = False
+        self.failed: dict[int, int] = {}  # slot id to the first gfn at which the platform op failed
+
+    def run(self) -> Remainder:
+        """Execute the rows; the return value is userspace's."""
+        vm, rows = self.vm, self.vm.rows("ioctl", self.private)
+        vm.log.add("set-attributes", "private" if self.private else "shared", self.start)
+        if not any(row.lock in ("slots_lock", "invalidate_lock") for row in rows[:1]) and self._begin():
+            return Remainder(self.end * PAGE, 0)
+        try:
+            for row in rows:
+                vm.reached(row)
+                if self._row(row) == "return":
+                    break
+        except BaseException:
+            self.thread.unwind()
+            raise
+        self.thread.leave("returns to user")
+        return Remainder(self.stored * PAGE, (self.end - self.stored) * PAGE)
+
+    def _begin(self) -> bool:
+        """What comes before the first row but the lock: uniform already, reservation; whether to return."""
+        vm, self.prologue = self.vm, True
+        vm.attributes.reserve(self.end)  # both eras end at ENOMEM beyond the host's memory
+        if not vm.merged:
+            return False
+        if vm.attributes.uniform(self.start, self.end, self.private):
+            return True
+        if vm.take_failure("xa_reserve") is not None:
+            raise VmErrno(errno.ENOMEM, "xarray reservation failed")
+        if vm.in_place and self.private:
+            self._nobody_holds()
+        return False
+
+    def _nobody_holds(self) -> None:
+        """In-place, to private: EAGAIN if somebody else holds a reference to a page."""
+        for slot, lo, hi in self.pieces:
+            held = slot.gmem.pinned if slot.gmem else set()
+            for page in sorted(held):
+                if lo <= (gfn := page - slot.offset + slot.base) < hi:
+                    raise VmErrno(
+                        errno.EAGAIN, f"page at offset {page * PAGE:#x} (gpa {gfn * PAGE:#x}) is held"
+                    )
+
+    def _row(self, row: Row) -> str | None:
+        if row.lock:
+            return self._lock(row)
+        if any(c.var == "flush" for c in row.when) and not self.flush:
+            return None
+        if row.call == "kvm_vm_set_region_attr":
+            self._store()
+        elif self.vm.merged and not self.pieces:
+            return None  # no memslot, no mmu_lock, no invalidation
+        elif row.call in MMU_ROWS:
+            self._mmu(row)
+        elif row.call in RMP_ROWS and self.vm.has_rmp:
+            for slot, lo, hi in self._done():
+                self._platform(row, slot, lo, hi)
+        return None
+
+    def _lock(self, row: Row) -> str | None:
+        if row.lock == "mmu_lock" and self.vm.merged and not self.pieces:
+            return None
+        if "unlock" in row.call:
+            self.thread.drop(row.lock or "")
+            return None
+        self.thread.take(row.lock or "", shared=row.call == "read_lock" or row.call.endswith("_shared"))
+        if not self.prologue and self._begin():
+            self.thread.unwind()
+            return "return"
+        return None
+
+    def _store(self) -> None:
+        """xa_store() of each gfn; v8 stops at the first that fails, merged has reserved them all."""
+        at = self.vm.take_failure("xa_store")
+        if at is not None and self.start <= self.start + at < self.end:
+            if self.vm.merged:
+                raise PlatformError("KVM_BUG_ON: xa_store() failed after its reservation")
+            self.stored = self.start + at
+        if self.stored > self.start:
+            self.vm.attributes.store(self.start, self.stored, self.private)
+        self.did_store = True
+
+    def _done(self) -> list[tuple[MemSlot, int, int]]:
+        """The clipped ranges, cut to what was stored: v8 does nothing for the rest."""
+        if not self.did_store:
+            return self.pieces
+        return [(slot, lo, min(hi, self.stored)) for slot, lo, hi in self.pieces if lo < self.stored]
+
+    def _mmu(self, row: Row) -> None:
+        vm, mmu = self.vm, self.vm.mmu
+        if row.call != "kvm_flush_remote_tlbs":
+            self.thread.assert_mmu_lock(f"{row.call}()")
+        if row.call == "kvm_mmu_invalidate_begin":
+            mmu.begin(None if vm.merged else (self.start, self.end))
+        elif row.call == "kvm_mmu_invalidate_range_add":
+            for slot, lo, hi in self.pieces:
+                mmu.range_add(*(mmu.hull(slot, lo, hi) if row.target == "hugepage" else (lo, hi)))
+        elif row.call == "kvm_mmu_invalidate_end":
+            mmu.end()
+        elif row.call == "kvm_unmap_gfn_range":
+            for _, lo, hi in self._done():
+                self.flush |= mmu.zap(lo, hi)
+        elif row.call == "kvm_flush_remote_tlbs":
+            mmu.flush()
+            self.flush = False
+        else:
+            for slot, lo, hi in self._done():
+                update_mixed(slot, lo, hi, self.private, vm.attributes.uniform)
+
+    def _platform(self, row: Row, slot: MemSlot, lo: int, hi: int) -> None:
+        """Directmap and RMP calls on the private PFNs of one clipped range; a failure ends it there."""
+        sev = self.vm.sev
+        hi = min(hi, self.failed.get(slot.id, hi))
+        if slot.gmem is None or lo >= hi:
+            return
+        if not self.vm.merged:  # kvm_restrictedmem_get_pfn() of each gfn allocates
+            self.vm.touch_backing(slot, lo, hi - lo, True)
+        pfn, n = slot.private_pfn(lo), hi - lo
+        if row.call == "adjust_direct_map":
+            sev.adjust_direct_map(self.thread, pfn, n)
+        elif row.call == "kvm_unmap_directmap":
+            sev.unmap_directmap(self.thread, pfn, n)
+        elif row.call == "kvm_map_directmap":
+            sev.map_directmap(self.thread, pfn, n)
+        else:
+            self._rmpupdate(row, slot, lo, hi)
+
+    def _rmpupdate(self, row: Row, slot: MemSlot, lo: int, hi: int) -> None:
+        """RMPUPDATE of one clipped range; merged code leaves unassigned entries alone (sev_gmem_invalidate())."""
+        sev, pfn = self.vm.sev, slot.private_pfn(lo)
+        private = (row.target == "private") if row.target else self.private
+        todo = [(pfn, pfn + hi - lo)]
+        if self.vm.merged and not private:
+            todo = [(pfn + a, pfn + b) for a, b in runs(self.vm.rmp.assigned(pfn, hi - lo), 0, hi - lo)]
+        for start, end in todo:
+            gfn = lo + start - pfn
+            call = sev.make_private if private else sev.make_shared
+            done, code = call(start, end - start, gfn)
+            if code != Rmpupdate.OK:
+                self._op_failed(slot, gfn + done, code)
+                return
+
+    def _op_failed(self, slot: MemSlot, gfn: int, code: Rmpupdate) -> None:
+        """v8: a rate-limited warning, and the ioctl succeeds; in-place has no way back: KVM_BUG_ON."""
+        if self.vm.merged:
+            raise PlatformError(f"RMPUPDATE at gfn {gfn:#x} = {code.name}", int(code))
+        self.failed[slot.id] = gfn
+        self.vm.log.add("warn", f"update_mem_attr failed: {code.name}", gfn, code=int(code))

@@ -1,0 +1,207 @@
+"""Attributes, NPT leaves, TLBs and the invalidation window of one VM, as arrays by gfn.
+
+A leaf is (pfn + 1) << 1 | large, and 0 for none; a 2M leaf stands on all its 512 gfns.  A TLB is a small
+dictionary with FIFO replacement: `entries` is a model's number, not a processor's.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .events import KernelBug, VmErrno
+from .memory import U8, U32, grown
+from .slots import LEVELS, MemSlot
+
+if TYPE_CHECKING:
+    from .events import Log
+
+LIMIT = 1 << 30  # gfns (4 TiB) whose attributes the emulated host has memory for
+
+
+class Attributes:
+    """The xarray of memory attributes: one byte a gfn, 1 for private; no entry reads as shared."""
+
+    def __init__(self) -> None:
+        self.private: U8 = np.zeros(0, np.uint8)
+
+    def get(self, lo: int, hi: int) -> U8:
+        """The attributes of gfns [lo, hi)."""
+        if hi > len(self.private):
+            self.private = grown(self.private, min(hi, LIMIT))
+        return self.private[lo:hi]
+
+    def is_private(self, gfn: int) -> bool:
+        """kvm_mem_is_private()."""
+        return gfn < len(self.private) and bool(self.private[gfn])
+
+    def uniform(self, lo: int, hi: int, private: bool) -> bool:
+        """kvm_range_has_memory_attributes(): whether all of [lo, hi) are so."""
+        stored = self.private[lo : min(hi, len(self.private))]
+        if private:
+            return hi <= len(self.private) and bool(stored.all())
+        return not stored.any()
+
+    def reserve(self, hi: int) -> None:
+        """xa_reserve() up to gfn `hi`: ENOMEM beyond what the emulated host has memory for."""
+        if hi > LIMIT:
+            raise VmErrno(errno.ENOMEM, "xarray reservation failed")
+
+    def store(self, lo: int, hi: int, private: bool) -> None:
+        """xa_store() of each gfn."""
+        self.get(lo, hi)[:] = private
+
+
+class Tlb:
+    """One vCPU's nested translations: gfn (or the first gfn of a 2M region, negated) to leaf."""
+
+    def __init__(self, entries: int) -> None:
+        self.entries, self.leaves = entries, dict[int, int]()
+
+    def overlay(self, lo: int, leaves: U32) -> None:
+        """Put what the TLB holds over the leaves of the NPT from gfn `lo` on."""
+        hi = lo + len(leaves)
+        for key, leaf in self.leaves.items():
+            if key >= 0:
+                if lo <= key < hi:
+                    leaves[key - lo] = leaf
+            elif (start := max(lo, ~key)) < (end := min(hi, ~key + 512)):
+                at = np.arange(start - ~key, end - ~key, dtype=np.uint32)
+                leaves[start - lo : end - lo] = np.uint32(leaf) + (at << np.uint32(1))
+
+    def fill(self, lo: int, leaves: U32) -> None:
+        """Remember the newest of these translations."""
+        first = max(0, len(leaves) - self.entries)
+        newest = zip(range(lo + first, lo + len(leaves)), leaves[first:].tolist(), strict=True)
+        self.leaves.update(
+            (~(gfn & ~511), leaf - (gfn % 512 << 1)) if leaf & 1 else (gfn, leaf) for gfn, leaf in newest
+        )
+        while len(self.leaves) > self.entries:
+            del self.leaves[next(iter(self.leaves))]
+
+    def drop(self, lo: int, hi: int) -> None:
+        """Forget every translation that overlaps [lo, hi)."""
+        small = [g for g in self.leaves if g >= 0 and lo <= g < hi]
+        for key in (*small, *(k for k in self.leaves if k < 0 and ~k < hi and lo < ~k + 512)):
+            del self.leaves[key]
+
+
+class Mmu:
+    """NPT, TLBs and the invalidation counters; `window` is the shared hull of what is being invalidated."""
+
+    def __init__(self, log: Log, vcpus: int, tlb_entries: int) -> None:
+        self.log = log
+        self.npt: U32 = np.zeros(0, np.uint32)
+        self.tlbs = [Tlb(tlb_entries) for _ in range(vcpus)]
+        self.seq = self.in_progress = 0
+        self.window: tuple[int, int] | None = None
+
+    def leaves(self, lo: int, hi: int) -> U32:
+        """The NPT leaves of gfns [lo, hi), as a view."""
+        if hi > len(self.npt):
+            self.npt = grown(self.npt, hi)
+        return self.npt[lo:hi]
+
+    def walk(self, vcpu: int, lo: int, hi: int) -> U32:
+        """What one vCPU translates [lo, hi) to: its TLB first, else the NPT."""
+        found = self.leaves(lo, hi).copy()
+        self.tlbs[vcpu].overlay(lo, found)
+        return found
+
+    def begin(self, covered: tuple[int, int] | None) -> None:
+        """kvm_mmu_invalidate_begin(); v8-era with the whole request as `covered`."""
+        if self.in_progress == 0:
+            self.window = None
+        self.in_progress += 1
+        if covered:
+            self.range_add(*covered)
+
+    def range_add(self, lo: int, hi: int) -> None:
+        """kvm_mmu_invalidate_range_add(): one hull for all invalidations in progress."""
+        self.window = (lo, hi) if self.window is None else (min(self.window[0], lo), max(self.window[1], hi))
+
+    def end(self) -> None:
+        """kvm_mmu_invalidate_end(): the sequence count moves first."""
+        self.seq += 1
+        if self.in_progress == 0:
+            raise KernelBug("BUG_ON(mmu_invalidate_in_progress < 0)")
+        self.in_progress -= 1
+
+    def retry(self, gfn: int, snapshot: int) -> bool:
+        """mmu_invalidate_retry_gfn()."""
+        inside = self.window is not None and self.window[0] <= gfn < self.window[1]
+        return bool(self.in_progress and inside) or self.seq != snapshot
+
+    def zap(self, lo: int, hi: int) -> bool:
+        """Remove the leaves that overlap [lo, hi), large ones whole; whether there was any."""
+        view = self.leaves(lo, hi)
+        if len(view) and view[0] & 1:
+            lo -= lo % 512
+        if len(view) and view[-1] & 1:
+            hi += -hi % 512
+        view = self.leaves(lo, hi)
+        there = view != 0
+        large = int(np.count_nonzero(view[there] & 1)) // 512
+        count = int(np.count_nonzero(there)) - 511 * large
+        if count:
+            view[:] = 0
+            self.log.add("zap", page=lo, times=count)
+        return bool(count)
+
+    def flush(self) -> None:
+        """kvm_flush_remote_tlbs(): one IPI a vCPU, counted as if every vCPU were in the guest."""
+        self.log.add("flush")
+        self.log.counters["ipi"] += len(self.tlbs)
+        for tlb in self.tlbs:
+            tlb.leaves.clear()
+
+    def drop_pages(self, lo: int, hi: int) -> None:
+        """Drop the TLB entries of [lo, hi) everywhere: what the thread says RMPUPDATE does by itself."""
+        for tlb in self.tlbs:
+            if tlb.leaves:
+                tlb.drop(lo, hi)
+
+    def install(self, gfn: int, n: int, pfn: int, large: bool) -> None:
+        """kvm_tdp_mmu_map() of `n` gfns: BUG() if a present leaf of that level maps another PFN.
+
+        A 4K leaf inside a 2M one splits that first; a 2M leaf takes the place of a table of 4K ones.
+        """
+        view = self.leaves(gfn, gfn + n)
+        new = (np.arange(pfn + 1, pfn + n + 1, dtype=np.uint32) << np.uint32(1)) | np.uint32(large)
+        if view.any():
+            if split := not large and bool((view & 1).any()):
+                self._split(gfn, n)
+            if large and ((view != 0) & (view & 1 == 0)).any():
+                self.zap(gfn, gfn + n)
+                self.flush()
+            there = (view != 0) & ((view & 1) == large)
+            wrong: NDArray[np.bool_] = there & (view != new)
+            if wrong.any():
+                at = int(wrong.argmax())
+                old = f"{(int(view[at]) >> 1) - 1:#x}"
+                raise KernelBug(
+                    f"BUG(): TDP MMU replaces present leaf of gfn {gfn + at:#x}: {old} by {pfn + at:#x}"
+                )
+            if there.any() and not split:
+                self.log.add("spurious-npf", page=gfn, times=1 if large else int(np.count_nonzero(there)))
+        view[:] = new
+
+    def _split(self, gfn: int, n: int) -> None:
+        """tdp_mmu_split_huge_page() of every 2M leaf that these gfns touch."""
+        self.log.add("npt-split", page=gfn)
+        around = self.leaves(gfn - gfn % 512, gfn + n + -(gfn + n) % 512)
+        around &= ~np.uint32(1)
+
+    def hull(self, slot: MemSlot, lo: int, hi: int) -> tuple[int, int]:
+        """range_add(hugepage), the pre hook: the huge pages at both ends too (9129633d568e, May 2025)."""
+        first, last = lo, hi
+        for level, shift in LEVELS.items():
+            head, tail = lo >> shift << shift, (hi - 1) >> shift << shift
+            for gfn in {head, tail}:
+                covered = lo <= gfn and gfn + (1 << shift) <= hi
+                if not covered and slot.contains(gfn, level) and not slot.test_mixed(gfn, level):
+                    first, last = min(first, gfn), max(last, gfn + (1 << shift))
+        return first, last

@@ -1,0 +1,149 @@
+"""KVM's and the host kernel's SNP side: RMPUPDATE in ranges, the directmap, the RMP fault handler.
+
+From arch/x86/kvm/svm/sev.c and arch/x86/virt/svm/sev.c.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..hw.snp import PG_2M, PG_4K, Rmpupdate
+from ..hw.snp_pages import PAGES_2M
+from .events import PlatformError
+from .gmem import runs
+from .memory import U8, grown
+
+if TYPE_CHECKING:
+    from .locks import Thread
+    from .vm import Vm
+
+
+class DirectMap:
+    """The kernel's direct map: which 2M regions are split (for good), which PFNs are absent."""
+
+    def __init__(self) -> None:
+        self.split: U8 = np.zeros(0, np.uint8)
+        self.absent: U8 = np.zeros(0, np.uint8)
+
+    def grow(self, pfns: int) -> None:
+        """Map PFNs below `pfns`, in 2M entries."""
+        self.split = grown(self.split, pfns // PAGES_2M + 1)
+        self.absent = grown(self.absent, pfns)
+
+    def split_to_4k(self, pfn: int, n: int) -> int:
+        """Split what maps these pages large; how many 2M entries that were."""
+        view = self.split[pfn // PAGES_2M : (pfn + n - 1) // PAGES_2M + 1]
+        count = len(view) - int(np.count_nonzero(view))
+        view[:] = 1
+        return count
+
+
+class Sev:
+    """What touches the RMP and the directmap, for one VM."""
+
+    def __init__(self, vm: Vm) -> None:
+        self.vm, self.rmp, self.directmap, self.log = vm, vm.rmp, vm.directmap, vm.log
+
+    def adjust_direct_map(self, thread: Thread, pfn: int, n: int) -> None:
+        """Split the directmap under these pages to 4K, as merged; may sleep."""
+        thread.might_sleep("set_memory_4k() takes a mutex")
+        self._split(pfn, n)
+
+    def unmap_directmap(self, thread: Thread, pfn: int, n: int) -> None:
+        """set_direct_map_invalid_noflush() page by page, as in the series; may sleep."""
+        thread.might_sleep("directmap update takes a mutex")
+        self._split(pfn, n)
+        self.directmap.absent[pfn : pfn + n] = 1
+        self.log.add("directmap-unmap", page=pfn, times=n)
+
+    def map_directmap(self, thread: Thread, pfn: int, n: int) -> None:
+        """set_direct_map_default_noflush() page by page; never merges; may sleep."""
+        thread.might_sleep("directmap update takes a mutex")
+        if n:
+            self._split(pfn, n)
+            self.directmap.absent[pfn : pfn + n] = 0
+            self.log.add("directmap-map", page=pfn, times=n)
+
+    def _split(self, pfn: int, n: int) -> None:
+        if n and (count := self.directmap.split_to_4k(pfn, n)):
+            self.log.add("directmap-split", page=pfn, times=count)
+
+    def make_private(self, pfn: int, n: int, gfn: int, size: str = PG_4K) -> tuple[int, Rmpupdate]:
+        """rmp_make_private(): how many pages were done, and the last code."""
+        return self._update(pfn, n, gfn, gfn, size)
+
+    def make_shared(self, pfn: int, n: int, gfn: int | None) -> tuple[int, Rmpupdate]:
+        """rmp_make_shared(), with PSMASH first where a 2M entry is not covered whole; `gfn` None: unmapped."""
+        done = 0
+        for lo, hi in self._by_size(pfn, n):
+            size = PG_2M if bool(self.rmp.big(lo)[0]) else PG_4K
+            if size == PG_2M and (lo % PAGES_2M or hi - lo < PAGES_2M):
+                self.psmash(lo)
+                size = PG_4K
+            count, code = self._update(lo, hi - lo, None, None if gfn is None else gfn + lo - pfn, size)
+            done += count
+            if code != Rmpupdate.OK:
+                return done, code
+        return done, Rmpupdate.OK
+
+    def _by_size(self, pfn: int, n: int) -> list[tuple[int, int]]:
+        """Cut a range where 2M entries begin and end, each 2M entry apart."""
+        big = self.rmp.big(pfn, n)
+        if not big.any():
+            return [(pfn, pfn + n)]
+        cuts = {pfn, pfn + n, *(int(at) + pfn for at in np.flatnonzero(np.diff(big.astype(np.int8))) + 1)}
+        for lo, hi in runs(big, 0, n):
+            cuts |= set(range(pfn + lo + -(pfn + lo) % PAGES_2M, pfn + hi, PAGES_2M))
+        edges = sorted(cuts)
+        return list(pairwise(edges))
+
+    def _update(
+        self, pfn: int, n: int, gfn: int | None, where: int | None, size: str
+    ) -> tuple[int, Rmpupdate]:
+        done, code = self.rmp.update(pfn, n, gfn, size)
+        step = PAGES_2M if size == PG_2M else 1
+        towards = "shared" if gfn is None else "private"
+        if done:
+            self.log.add("rmpupdate", f"{towards} {size}", pfn, done // step, int(Rmpupdate.OK))
+            if self.vm.switches.rmpupdate_flushes and where is not None:
+                self.vm.mmu.drop_pages(where, where + done)
+        if code == Rmpupdate.FAIL_OVERLAP and self.vm.merged:
+            raise PlatformError(
+                f"rmpupdate() repeats for ever: PFN {pfn + done:#x} = FAIL_OVERLAP", int(code)
+            )
+        if code != Rmpupdate.OK:
+            self.log.add("rmpupdate", f"{towards} {size} = {code.name}", pfn + done, 1, int(code))
+        return done, code
+
+    def psmash(self, pfn: int) -> Rmpupdate:
+        """snp_rmptable_psmash() of the 2M entry that covers a PFN."""
+        head = pfn - pfn % PAGES_2M
+        code = self.rmp.psmash(head)
+        self.log.add("psmash", code.name, head, 1, int(code))
+        return code
+
+    def invalidate(self, pfn: int, n: int) -> set[int]:
+        """sev_gmem_invalidate(), when guest_memfd frees pages: RMP back to shared, then CLFLUSH.
+
+        Returns the PFNs that could not be made shared (snp_leak_pages()).  Runs outside mmu_lock, may sleep.
+        """
+        leaked: set[int] = set()
+        if not self.vm.has_rmp:
+            return leaked
+        thread = self.vm.new_thread("free folio")
+        for lo, hi in runs(self.rmp.assigned(pfn, n), 0, n):
+            at, end = pfn + lo, pfn + hi
+            if at % PAGES_2M or end % PAGES_2M or not self.rmp.big(at, end - at).all():
+                self.adjust_direct_map(thread, at, end - at)
+            while at < end:
+                done, code = self.make_shared(at, end - at, None)
+                at += done
+                if code != Rmpupdate.OK:
+                    self.log.add("warn", f"rmp_make_shared() = {code.name}: page leaked", at)
+                    leaked.add(at)
+                    at += 1
+            self.log.add("clflush", page=pfn + lo, times=hi - lo)
+        return leaked

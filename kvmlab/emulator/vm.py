@@ -1,0 +1,290 @@
+"""`Vm`: one concrete virtual machine of any size, run by the rules of hw/ and the text of a design."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ..design import Design, Row
+from ..hw.snp import RmpEntry, Rmpupdate
+from ..machine import PLATFORMS, Switches
+from . import regions
+from .costs import Cost, estimate
+from .events import Event, Log, VmErrno
+from .gmem import GuestMemfd
+from .guest import Guest, PageTable
+from .host import Host
+from .ioctl import PRIVATE, Remainder, SetAttributes, check_input
+from .locks import Thread
+from .memory import PAGE, PhysicalMemory
+from .mmu import Attributes, Mmu
+from .rmp import Rmp
+from .sev import DirectMap, Sev
+from .slots import MemSlot, MemSlots, UserMemory
+from .vmm import Policy, Vmm
+
+BACKINGS = ("split", "in-place")
+GUEST_KEY = 0x5EED  # of the stand-in cipher; 0 is "in clear"
+
+
+@dataclass(frozen=True)
+class VmSwitches(Switches):
+    """The explorer's switches, and those that only real sizes need.
+
+    `head_4k_over_2m`: a 4K RMPUPDATE may resize the 2M entry whose first page it names (sources silent).
+    `bound_range_is_eexist`: binding a bound guest_memfd range gives EEXIST (2026), not EINVAL.
+    """
+
+    head_4k_over_2m: bool = False
+    bound_range_is_eexist: bool = False
+
+
+class Vm:
+    """One VM: `pages` of guest memory from gpa 0, or the memslots `slots` given as (gpa, size in bytes).
+
+    `platform`: snp, sev or sw.  `design`: a Design, the name of one that ships, or a file.  `backing`: split or
+    in-place (default: the design's).  `vmm`: convert, rerun, kill, or a function of the MemoryFaultExit;
+    `discard`: none, before, after.  `shared_2m`, `private_2m`: whether either backing comes in 2M pages.
+    ValueError for words that do not exist; what goes wrong later is in `kvmlab.emulator.events`.
+    """
+
+    def __init__(
+        self, platform: str = "snp", pages: int = 0, design: Design | str = "upstream",
+        backing: str | None = None, slots: Sequence[tuple[int, int]] | None = None, vmm: Policy = "convert", *,
+        discard: str = "none", vcpus: int = 1, private: bool = False, shared_2m: bool = False,
+        private_2m: bool = False, switches: VmSwitches | None = None, tlb_entries: int = 128,
+        keep_events: int = 100_000,
+    ) -> None:  # fmt: skip
+        self.design = design if isinstance(design, Design) else Design.load(design)
+        backing = backing or self.design.backing or "split"
+        _check(platform, backing, self.design)
+        self.platform, self.backing, self.switches = platform, backing, switches or VmSwitches()
+        self.has_rmp, self.encrypts = platform == "snp", platform in ("snp", "sev")
+        self.in_place = backing == "in-place"
+        self.shared_2m, self.private_2m = shared_2m, private_2m
+        self.supported_attributes, self.hypercall_exits, self.key = PRIVATE, True, GUEST_KEY
+        self.mmio: int | None = None  # what a read without a memslot gives; None raises MmioExit
+        self.on_row: Callable[[Row], None] | None = None
+        self.failures: dict[str, int] = {}
+        self.threads: list[Thread] = []
+        self.leaked: set[int] = set()
+        self.log, self.memory = Log(keep_events), PhysicalMemory()
+        self.rmp = Rmp(self.switches.identical_keeps_validated, self.switches.head_4k_over_2m)
+        self.directmap, self.attributes = DirectMap(), Attributes()
+        self.mmu = Mmu(self.log, vcpus, tlb_entries)
+        self.sev, self.host, self.vmm = Sev(self), Host(self), Vmm(self, vmm, discard)
+        self.slots, self._next_pfn, self.page_table = MemSlots(), 512, PageTable(private)
+        self._rows: dict[tuple[str, bool], tuple[Row, ...]] = {}
+        self._populate(pages, slots, private)
+
+    def _populate(self, pages: int, slots: Sequence[tuple[int, int]] | None, private: bool) -> None:
+        if pages < 0 or (slots is None and not pages):
+            raise ValueError(f"a Vm has at least one page, not {pages}; without memory: slots=[]")
+        wanted = [(0, pages * PAGE)] if slots is None else list(slots)
+        total = sum(size for _, size in wanted)
+        self._gmem, offset = self.create_guest_memfd(total) if total else None, 0
+        for number, (gpa, size) in enumerate(wanted):
+            self.set_user_memory_region2(number, gpa, size, self.gmem, offset)
+            offset += size
+            if private:
+                self.attributes.store(gpa // PAGE, (gpa + size) // PAGE, True)
+
+    # What a script reads.
+
+    @property
+    def events(self) -> list[Event]:
+        """The newest events: faults, exits, instructions, each with its code."""
+        return self.log.events[-self.log.keep :]
+
+    @property
+    def gmem(self) -> GuestMemfd:
+        """The guest_memfd behind the memslots that the Vm was made with; ValueError if there were none."""
+        if self._gmem is None:
+            raise ValueError("this Vm was made without memory: create_guest_memfd() gives a file")
+        return self._gmem
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """How often each kind of event happened, over the whole run."""
+        return dict(self.log.counters)
+
+    @property
+    def violations(self) -> list[tuple[str, str]]:
+        """Violations after which the run went on: (property, what)."""
+        return list(self.log.violations)
+
+    def cost(self) -> Cost:
+        """The counters as an estimated cost, from sourced figures only."""
+        return estimate(self.counters)
+
+    def guest(self, index: int = 0, vmpl: int = 0) -> Guest:
+        """vCPU `index`."""
+        if not 0 <= index < len(self.mmu.tlbs):
+            raise ValueError(f"no vCPU {index}: there are {len(self.mmu.tlbs)}")
+        return Guest(self, index, vmpl)
+
+    def rmp_entry(self, pfn: int) -> RmpEntry:
+        """The RMP entry that covers a PFN (its GPA as a gfn)."""
+        return self.rmp.entry(pfn)
+
+    def pfn(self, gpa: int, private: bool) -> int:
+        """The PFN of either backing of a guest address."""
+        slot = self.slots.find(gpa // PAGE)
+        if slot is None:
+            raise ValueError(f"no memslot at gpa {gpa:#x}")
+        return self.backing_pfn(slot, gpa // PAGE, private)
+
+    def resident(self) -> dict[str, int]:
+        """How many pages each backing takes now: conversion alone frees neither."""
+        users = {id(slot.user): slot.user for slot in self.slots}.values()
+        files = {id(slot.gmem): slot.gmem for slot in self.slots if slot.gmem}.values()
+        shared = 0 if self.in_place else sum(int(np.count_nonzero(u.present)) for u in users)
+        return {"shared": shared, "private": sum(int(np.count_nonzero(f.present)) for f in files)}
+
+    # System calls.
+
+    def set_memory_attributes(
+        self, gpa: int | None, size: int, private: bool, *, flags: int = 0, attributes: int | None = None
+    ) -> Remainder:
+        """KVM_SET_MEMORY_ATTRIBUTES, or its guest_memfd form if the design locks that; VmErrno as KVM gives."""
+        value = attributes if attributes is not None else PRIVATE * private
+        check_input(self, gpa, size, value, flags)
+        start, end = (gpa or 0) // PAGE, ((gpa or 0) + size) // PAGE
+        if self.gmem_attributes and sum(hi - lo for _, lo, hi in self.slots.pieces(start, end)) < end - start:
+            raise VmErrno(errno.EINVAL, "the range is not all in a guest_memfd")
+        return SetAttributes(self, start, end, bool(value & PRIVATE)).run()
+
+    def create_guest_memfd(self, size: int, flags: int = 0) -> GuestMemfd:
+        """KVM_CREATE_GUEST_MEMFD."""
+        return GuestMemfd(self, size, flags)
+
+    def set_user_memory_region2(
+        self, slot: int, gpa: int, size: int, gmem: object = None, offset: int = 0, *, flags: int | None = None,
+        user: UserMemory | None = None,
+    ) -> None:  # fmt: skip
+        """KVM_SET_USER_MEMORY_REGION2: create a memslot, move it (same size), or delete it (size 0).
+
+        EINVAL, EBADF and EEXIST as KVM gives; `user` is the memory of another slot, to map it again.
+        """
+        regions.set_region(self, slot, gpa, size, gmem, offset, flags, user)
+
+    def close(self) -> None:
+        """Close the VM: its memslots go; a guest_memfd that somebody holds lives on."""
+        for number in list(self.slots.by_id):
+            regions.delete(self, number)
+
+    def fail(self, what: str, at: int = 0, code: Rmpupdate = Rmpupdate.FAIL_PERMISSION) -> None:
+        """Inject one failure: "xa_store" (at index `at`), "xa_reserve", "gmem_alloc", or "rmpupdate" (at PFN `at`).
+
+        A failing RMPUPDATE goes on failing at that PFN until `repair()`.
+        """
+        if what == "rmpupdate":
+            self.rmp.failures[at] = code
+        elif what in ("xa_store", "xa_reserve", "gmem_alloc"):
+            self.failures[what] = at
+        else:
+            raise ValueError(
+                f"cannot inject {what!r}; there are: xa_store, xa_reserve, gmem_alloc, rmpupdate"
+            )
+
+    def repair(self) -> None:
+        """Take back every injected failure."""
+        self.failures.clear()
+        self.rmp.failures.clear()
+
+    # What the parts ask of each other.
+
+    @cached_property
+    def merged(self) -> bool:
+        """Whether the ioctl is the merged walk over memslots (it says range_add), or of the v8 era."""
+        rows = self.rows("ioctl", True) + self.rows("ioctl", False)
+        return any(row.call == "kvm_mmu_invalidate_range_add" for row in rows)
+
+    @cached_property
+    def prepares(self) -> bool:
+        """Whether a private fault assigns an unassigned page (sev_gmem_prepare(), or rmp_match())."""
+        return any(row.call in ("rmp_prepare", "rmp_match") for row in self.rows("fault", True))
+
+    @cached_property
+    def gmem_attributes(self) -> bool:
+        """Whether the attributes live with the guest_memfd (the design's ioctl locks it)."""
+        return any(row.lock == "invalidate_lock" for row in self.rows("ioctl", True)) and self.in_place
+
+    def rows(self, section: str, private: bool) -> tuple[Row, ...]:
+        """The design's rows for one direction on this platform."""
+        key = (section, private)
+        if key not in self._rows:
+            self._rows[key] = self.design.rows(section, "private" if private else "shared", self.platform)
+        return self._rows[key]
+
+    def reached(self, row: Row) -> None:
+        """Let a script look, or act as somebody else, before a row runs (`vm.on_row`); not while it acts."""
+        if self.on_row is not None:
+            call, self.on_row = self.on_row, None
+            try:
+                call(row)
+            finally:
+                self.on_row = call
+
+    def new_thread(self, name: str) -> Thread:
+        """A thread of control inside the kernel."""
+        return Thread(self, name)
+
+    def new_pfns(self, n: int) -> int:
+        """The first of `n` new consecutive PFNs, 2M aligned; what is left of the last 2M is the kernel's."""
+        base = self._next_pfn
+        self._next_pfn += n + -n % 512
+        self.rmp.grow(self._next_pfn)
+        self.directmap.grow(self._next_pfn)
+        return base
+
+    def backing_pfn(self, slot: MemSlot, gfn: int, private: bool) -> int:
+        """The PFN behind a gfn: two of them when split, one in-place."""
+        if slot.gmem is not None and (private or self.in_place):
+            return slot.private_pfn(gfn)
+        return slot.shared_pfn(gfn)
+
+    def touch_backing(self, slot: MemSlot, gfn: int, n: int, private: bool) -> None:
+        """Allocate (zeroed) what is missing of one backing."""
+        if slot.gmem is not None and (private or self.in_place):
+            slot.gmem.get_pages(slot.offset + gfn - slot.base, n)
+            return
+        at = gfn - slot.base
+        view = slot.user.present[at : at + n]
+        if new := n - int(np.count_nonzero(view)):
+            view[:] = 1
+            self.log.add("user-alloc", page=slot.user.base + at, times=new)
+
+    def huge(self, private: bool) -> bool:
+        """Whether that backing comes in 2M pages at all."""
+        return self.private_2m if private or self.in_place else self.shared_2m
+
+    def whole_folio(self, slot: MemSlot, head: int) -> bool:
+        """Whether the 2M of guest_memfd behind gfn `head` is one folio still."""
+        if slot.gmem is None:
+            return False
+        at = slot.offset + head - slot.base
+        inside = at % 512 == 0 and at + 512 <= slot.gmem.pages
+        return inside and at not in slot.gmem.broken and bool(slot.gmem.present[at : at + 512].all())
+
+    def take_failure(self, what: str) -> int | None:
+        """The injected failure of that name, once."""
+        return self.failures.pop(what, None)
+
+    def fail_allocation(self) -> None:
+        """ENOMEM if a failing guest_memfd allocation was injected."""
+        if self.take_failure("gmem_alloc") is not None:
+            raise VmErrno(errno.ENOMEM, "kvm_gmem_get_folio()")
+
+
+def _check(platform: str, backing: str, design: Design) -> None:
+    if platform not in PLATFORMS:
+        raise ValueError(f"unknown platform {platform!r}; there are: {', '.join(PLATFORMS)}")
+    if backing not in BACKINGS:
+        raise ValueError(f"unknown backing {backing!r}; there are: {', '.join(BACKINGS)}")
+    if design.backing not in (None, backing):
+        raise ValueError(f"{design.name} exists with {design.backing} backing only")

@@ -1,0 +1,215 @@
+"""RMPUPDATE, PSMASH, PVALIDATE and RMPADJUST with page sizes and VMPLs, each alone and then through a Vm."""
+
+import pytest
+
+from kvmlab.emulator import (
+    GpFault,
+    GuestSpins,
+    InstructionError,
+    Vm,
+    VmplFault,
+)
+from kvmlab.hw import snp, snp_pages
+from kvmlab.hw.snp import HYPERVISOR, PG_2M, PG_4K, Npf, Pvalidate, RmpEntry, Rmpupdate
+from kvmlab.hw.snp_pages import SIZEM, pvalidate_at, rmpupdate_at
+
+P, M2 = 4096, 1 << 21
+OURS = snp.assigned_to(1, 0)
+VALID = OURS._replace(validated=True)
+BIG = VALID._replace(size=PG_2M)
+
+
+def private_vm(pages=4, **more):
+    """A VM whose guest has accepted all its memory."""
+    vm = Vm("snp", pages, private=True, **more)
+    for gpa in range(0, pages * P, M2):
+        vm.guest().set_memory_encrypted(gpa, min(M2, pages * P - gpa))
+    return vm
+
+
+def pvalidate(entry, **more):
+    return pvalidate_at(entry, **{"validate": True, "asid": 1, "gpa": 0, **more})
+
+
+# RMPUPDATE
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "more", "code"),
+    [
+        (HYPERVISOR, OURS, {}, "OK"),
+        (VALID, HYPERVISOR, {}, "OK"),
+        (VALID._replace(immutable=True), HYPERVISOR, {}, "FAIL_PERMISSION"),
+        (OURS, HYPERVISOR, {"locked": True}, "FAIL_INUSE"),
+        (HYPERVISOR, OURS._replace(size=PG_2M), {"others": True}, "FAIL_OVERLAP"),
+        (BIG, OURS, {"part": True}, "FAIL_OVERLAP"),
+        (BIG, OURS, {}, "FAIL_OVERLAP"),
+        (BIG, OURS, {"resizes": True}, "OK"),
+        (HYPERVISOR, OURS._replace(size=PG_2M), {"part": True}, "FAIL_INPUT"),
+        (HYPERVISOR, RmpEntry(assigned=True), {}, "FAIL_INPUT"),
+        (HYPERVISOR, OURS._replace(validated=True), {}, "FAIL_INPUT"),
+    ],
+)
+def test_rmpupdate_answers(old, new, more, code):
+    assert rmpupdate_at(old, new, **more)[0].name == code
+
+
+@pytest.mark.parametrize("new", [OURS._replace(gpa=8), OURS._replace(asid=2), HYPERVISOR])
+def test_reassigning_deassigning_and_a_new_gpa_clear_validated(new):
+    assert not rmpupdate_at(VALID, new)[1].validated
+
+
+def test_a_page_size_change_clears_validated():
+    assert not rmpupdate_at(VALID, OURS._replace(size=PG_2M))[1].validated
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_identical_rmpupdate_keeps_validated_only_by_the_switch(keeps):
+    assert rmpupdate_at(VALID, OURS, identical_keeps_validated=keeps)[1].validated is keeps
+
+
+def test_the_arrays_answer_as_the_scalar_rule_does():
+    vm = Vm("snp", 8)
+    vm.rmp.update(512, 8, 100)
+    vm.rmp.pvalidate(513, 2, 101, True, PG_4K, False)
+    vm.rmp.put(515, RmpEntry(True, 2, 7))
+    before = [vm.rmp.entry(p) for p in range(512, 520)]
+    vm.rmp.update(512, 8, 100)
+    want = [snp.rmpupdate(old, snp.assigned_to(1, 100 + i))[1] for i, old in enumerate(before)]
+    assert [vm.rmp.entry(p) for p in range(512, 520)] == want
+
+
+def test_a_range_stops_at_the_first_entry_that_fails():
+    vm = Vm("snp", 8)
+    vm.rmp.put(515, RmpEntry(True, 0, 0, immutable=True))
+    assert vm.rmp.update(512, 8, 0) == (3, Rmpupdate.FAIL_PERMISSION)
+    assert vm.rmp.assigned(512, 8).tolist() == [True] * 4 + [False] * 4
+
+
+def test_2m_over_an_assigned_4k_entry_overlaps():
+    vm = Vm("snp", 1024)
+    vm.rmp.update(512 + 5, 1, 5)
+    assert vm.rmp.update(512, 512, 0, PG_2M) == (0, Rmpupdate.FAIL_OVERLAP)
+    assert vm.rmp.update(1024, 512, 512, PG_2M) == (512, Rmpupdate.OK)
+
+
+# PSMASH
+
+
+def test_psmash_keeps_validated_and_gives_consecutive_gpas():
+    vm = Vm("snp", 512)
+    vm.rmp.update(512, 512, 1024, PG_2M)
+    vm.rmp.pvalidate(512, 512, 1024, True, PG_2M, True)
+    assert vm.rmp.psmash(512) == Rmpupdate.OK
+    assert vm.rmp.entry(512 + 9) == RmpEntry(True, 1, 1024 + 9, PG_4K, validated=True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "more", "code"),
+    [(BIG, {}, "OK"), (BIG, {"locked": True}, "FAIL_INUSE"), (VALID, {}, "FAIL_INPUT"),
+     (BIG, {"part": True}, "FAIL_INPUT"), (HYPERVISOR, {}, "FAIL_INPUT")],
+)  # fmt: skip
+def test_psmash_answers(entry, more, code):
+    assert snp_pages.psmash_at(entry, **more)[0].name == code
+
+
+# PVALIDATE
+
+
+@pytest.mark.parametrize(
+    ("entry", "more", "answer"),
+    [
+        (OURS, {}, Pvalidate.OK),
+        (VALID, {}, Pvalidate.NOUPDATE),
+        (OURS, {"validate": False}, Pvalidate.NOUPDATE),
+        (HYPERVISOR, {}, snp.NPF_RMP),
+        (OURS, {"asid": 2}, snp.NPF_RMP),
+        (OURS, {"gpa": 9}, snp.NPF_RMP),
+        (OURS._replace(immutable=True), {}, snp.NPF_RMP),
+        (BIG, {}, SIZEM),
+        (BIG, {"mapping": PG_2M}, SIZEM),
+        (OURS, {"mapping": PG_2M}, snp.NPF_RMP),
+        (OURS, {"asked": PG_2M}, Pvalidate.FAIL_SIZEMISMATCH),
+        (BIG, {"asked": PG_2M}, Pvalidate.FAIL_SIZEMISMATCH),
+        (BIG, {"asked": PG_2M, "mapping": PG_2M, "validate": False}, Pvalidate.OK),
+        (BIG, {"asked": PG_2M, "mapping": PG_2M, "part": True}, Pvalidate.FAIL_INPUT),
+        (OURS, {"vmpl": 1}, snp_pages.GP),
+    ],
+)
+def test_pvalidate_answers(entry, more, answer):
+    assert pvalidate(entry, **more)[0] == answer
+
+
+def test_4k_pvalidate_of_a_2m_entry_takes_a_sizem_fault_and_the_host_psmashes():
+    vm = Vm("snp", 512, private=True, private_2m=True)
+    vm.guest().pvalidate(3 * P, True)
+    codes = [Npf(e.code) for e in vm.events if e.kind == "npf-rmp"]
+    assert [bool(code & Npf.SIZEM) for code in codes] == [True] and vm.counters["psmash"] == 1
+    assert [vm.rmp_entry(vm.pfn(g * P, True)).validated for g in (2, 3, 4)] == [False, True, False]
+
+
+def test_2m_pvalidate_of_a_2m_page_is_one_instruction():
+    vm = Vm("snp", 512, private=True, private_2m=True)
+    vm.guest().pvalidate(0, True, M2)
+    assert vm.counters["pvalidate"] == vm.counters["rmpupdate"] == vm.counters["npf"] == 1
+    vm.guest().write(M2 - 4, b"last")
+
+
+def test_2m_pvalidate_of_4k_pages_is_a_size_mismatch():
+    vm = Vm("snp", 512, private=True)
+    with pytest.raises(InstructionError) as caught:
+        vm.guest().pvalidate(0, True, M2)
+    assert caught.value.status == Pvalidate.FAIL_SIZEMISMATCH
+
+
+def test_misaligned_2m_pvalidate_is_fail_input():
+    with pytest.raises(InstructionError) as caught:
+        Vm("snp", 1024, private=True).guest().pvalidate(P, True, M2)
+    assert caught.value.status == Pvalidate.FAIL_INPUT
+
+
+def test_v8s_handler_acts_on_sizem_only():
+    vm = Vm("snp", 512, "v8-post-hook")
+    vm.set_memory_attributes(0, M2, True)
+    vm.rmp.update(512, 512, None)
+    vm.rmp.update(vm.pfn(0, True), 512, None)
+    vm.rmp.update(vm.pfn(0, True), 512, 0, PG_2M)
+    vm.guest().set_private(0, True, M2)
+    vm.guest().pvalidate(0, True)  # 4K asked, 2M entry: SIZEM
+    vm.rmp.update(vm.pfn(0, True), 512, None)
+    vm.rmp.update(vm.pfn(0, True), 512, 0, PG_2M)
+    with pytest.raises(GuestSpins):
+        vm.guest().read(0, 1)  # the same mismatch without SIZEM
+
+
+# RMPADJUST and VMPLs
+
+
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [
+        (dict(own=0, target=1, mask=3), "OK"),
+        (dict(own=1, target=1, mask=0), "FAIL_PERMISSION"),
+        (dict(own=1, target=0, mask=0), "FAIL_PERMISSION"),
+        (dict(own=1, target=2, mask=1), "FAIL_PERMISSION"),
+        (dict(own=0, target=4, mask=1), "FAIL_INPUT"),
+        (dict(own=0, target=1, mask=1, asked=PG_2M), "FAIL_SIZEMISMATCH"),
+        (dict(own=1, target=2, mask=0, vmsa=True), "FAIL_PERMISSION"),
+    ],
+)
+def test_rmpadjust_answers(more, code):
+    assert snp_pages.rmpadjust(VALID, snp_pages.AFTER_RMPUPDATE, **more)[0].name == code
+
+
+def test_another_vmpl_may_do_nothing_until_rmpadjust_allows_it():
+    vm = private_vm()
+    low = vm.guest(0, vmpl=1)
+    with pytest.raises(VmplFault) as caught:
+        low.read(0, 1)
+    assert Npf(caught.value.error_code) & Npf.VMPL
+    vm.guest().rmpadjust(0, 1, snp_pages.READ)
+    low.read(0, 1)
+    with pytest.raises(VmplFault):
+        low.write(0, b"x")
+    with pytest.raises(GpFault):
+        low.pvalidate(0, True)
