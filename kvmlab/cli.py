@@ -315,7 +315,7 @@ def _replay(options: argparse.Namespace) -> int:
     trace = replay(pasted)
     text = trace.text()
     print(text)
-    if options.code == "-" and text.split("\n=> ")[0].split() != _unquoted(pasted).split("\n=> ")[0].split():
+    if options.code == "-" and _lanes(text) != _lanes(pasted):
         print("kvmlab: the pasted diagram is not what its code replays; the above is", file=sys.stderr)
     if options.step is not None:
         if not 0 <= options.step < len(trace.frames):
@@ -326,10 +326,13 @@ def _replay(options: argparse.Namespace) -> int:
     return int(any(f.event and f.event.violations for f in trace.frames))
 
 
-def _unquoted(text: str) -> str:
+def _lanes(text: str) -> list[str]:
+    """The words of a diagram from the rule under its heads to its verdict, without quote marks."""
     import re
 
-    return "\n".join(re.sub(r"^(?:\s*>)+ ?", "", line) for line in text.splitlines())
+    plain = "\n".join(re.sub(r"^(?:\s*>)+ ?", "", line) for line in text.splitlines())
+    under = re.search(r"^-{4,}(?: +-{4,})*$(.*?)^=> ", plain, re.M | re.S)
+    return under[1].split() if under else []
 
 
 def _lab(options: argparse.Namespace) -> int:

@@ -168,6 +168,17 @@ def test_trace_then_replay_gives_the_same_diagram(run):
     assert run("replay", "-", stdin=quoted)[1:] == (diagram, "")
 
 
+def test_a_diagram_of_an_edited_design_replays_from_a_mail_without_complaint(run, tmp_path):
+    mine = tmp_path / "mine.kvm"
+    mine.write_text(
+        run("show", "v8-post-hook")[1].replace("static_call(kvm_x86_update_mem_attr)()", "rmpupdate()")
+    )
+    diagram = run("trace", str(mine), "--scenario", "tiny")[1]
+    mail = "".join(f"> {line}\n" for line in ["Hi,", "", *diagram.splitlines(), "", "-- ", "me"])
+    status, out, err = run("replay", "-", stdin=mail)
+    assert (status, err) == (1, "") and "host-rmp-fault" in out
+
+
 def test_a_pasted_diagram_that_was_changed_is_told_apart_from_its_code(run):
     diagram = run("trace", "no-zap", "--scenario", "tiny")[1]
     _, out, err = run(
