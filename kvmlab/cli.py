@@ -66,6 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     _case(trace, many=False)
     trace.add_argument("--property", metavar="NAME", help="of this property (default: the nearest violation)")
     trace.add_argument("--measure", metavar="NAME", help="the shortest run that counts this measure instead")
+    trace.add_argument(
+        "--count", type=_positive, default=1, metavar="N", help="up to N runs that differ in who acts"
+    )
     trace.add_argument("--code", action="store_true", help="print only the code that replays it")
     replay = command("replay", "replay a run from its code, or (-) from a diagram on standard input")
     replay.add_argument("code")
@@ -302,9 +305,14 @@ def _trace(options: argparse.Namespace) -> int:
         options.backing or "split",
         parse_switches(options.switch),
     )
-    trace = report.example(options.measure) if options.measure else report.trace(options.property)
-    print(trace.code if options.code else trace.text())
-    return int(trace.why in BY_NAME)
+    if options.measure:
+        found = [report.example(options.measure)]
+    elif options.count > 1:
+        found = report.traces(options.property or next(iter(report.violated), "livelock"), options.count)
+    else:
+        found = [report.trace(options.property)]
+    print("\n\n".join(trace.code if options.code else trace.text() for trace in found))
+    return int(any(trace.why in BY_NAME for trace in found))
 
 
 def _replay(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from .design import Design
@@ -17,6 +18,7 @@ from .scenario import SCENARIOS, InputError
 from .trace import Case, Trace
 
 NEVER, SOMETIMES, ALWAYS, UNJUDGED = "Never", "Sometimes", "Always", "not judged"
+HITS_TRIED = 40  # how many shortest violations are looked at for runs that differ
 SMALL = 6_000  # states up to which the dict engine is the faster one
 
 
@@ -117,12 +119,29 @@ class Report:
             return Trace(self.case, stem + loop, name, len(stem))
         return Trace(self.case, paths.shortest(self.graph, self.graph.hits[name]), name)
 
+    def traces(self, prop: str, most: int = 3) -> list[Trace]:
+        """Up to `most` shortest runs that violate `prop` and differ in who acts after whom, or in the last step.
+
+        The first is `trace(prop)`.  Only shortest violations are remembered, so there may be fewer.
+        """
+        first = self.trace(prop)
+        if prop not in self.graph.hits or self.verdicts[prop].depth is None:
+            return [first]
+        found = {_shape(first): first}
+        for hit in self.graph.hits[prop][:HITS_TRIED]:
+            run = Trace(self.case, paths.shortest(self.graph, [hit]), prop)
+            found.setdefault(_shape(run), run)
+        return sorted(found.values(), key=lambda run: run.switches)[:most]
+
     def example(self, measure: str) -> Trace:
         """A shortest run that counts `measure`, or the sample run if none does; InputError if there is no such."""
         if measure not in MEASURES:
             raise InputError(f"unknown measure {measure!r}; there are: {', '.join(MEASURES)}")
         hits = liveness.first_edges(self.graph, measure)
-        hits = hits or [Hit(i, None, None) for i, found in self.graph.quiet_found.items() if measure in found[1]][:1]
+        hits = (
+            hits
+            or [Hit(i, None, None) for i, found in self.graph.quiet_found.items() if measure in found[1]][:1]
+        )
         return Trace(self.case, paths.shortest(self.graph, hits), measure) if hits else self.sample()
 
     def sample(self) -> Trace:
@@ -184,6 +203,13 @@ class Report:
         from .show.html import report_html
 
         return {"text/plain": self.text(), "text/html": report_html(self)}
+
+
+def _shape(run: Trace) -> tuple[object, ...]:
+    """Who acts after whom, and what the last step is: runs alike in this tell the same story."""
+    turns = tuple(actor for actor, _ in groupby(actor for actor, _ in run.schedule))
+    last = run.frames[-1].event
+    return (turns, last.call if last else "", last.actor if last else "")
 
 
 def explore(case: Case, limit: int | None = None) -> Graph:

@@ -72,6 +72,14 @@ def test_the_run_that_closes_a_cycle_comes_back_to_where_the_cycle_began():
     assert trace.frames[trace.cycle].state == trace.frames[-1].state
 
 
+def test_several_counterexamples_differ_in_who_acts_or_in_the_last_step():
+    report = check("no-zap", scenario="to-private")
+    runs = report.traces("kernel-bug", most=3)
+    assert runs[0].schedule == report.trace("kernel-bug").schedule
+    assert len(runs) == 2 and runs[0].code != runs[1].code
+    assert {run.steps for run in runs} == {runs[0].steps}
+
+
 def test_when_nothing_is_violated_a_sample_run_is_shown_in_which_the_guest_uses_its_page():
     trace = check("pre-post-directmap", scenario="tiny").trace()
     assert trace.why == "sample"
