@@ -1,6 +1,7 @@
 """Which accesses SNP checks, in which order, and the codes of their faults, on a Vm."""
 
 import pytest
+from vm_tools import BIG, OURS, VALID, P, private_vm
 
 from kvmlab.emulator import (
     GuestSpins,
@@ -12,25 +13,6 @@ from kvmlab.emulator import (
 )
 from kvmlab.hw import snp, snp_pages
 from kvmlab.hw.snp import HYPERVISOR, PG_2M, PG_4K, Npf, RmpEntry
-from kvmlab.hw.snp_pages import pvalidate_at
-
-P, M2 = 4096, 1 << 21
-OURS = snp.assigned_to(1, 0)
-VALID = OURS._replace(validated=True)
-BIG = VALID._replace(size=PG_2M)
-
-
-def private_vm(pages=4, **more):
-    """A VM whose guest has accepted all its memory."""
-    vm = Vm("snp", pages, private=True, **more)
-    for gpa in range(0, pages * P, M2):
-        vm.guest().set_memory_encrypted(gpa, min(M2, pages * P - gpa))
-    return vm
-
-
-def pvalidate(entry, **more):
-    return pvalidate_at(entry, **{"validate": True, "asid": 1, "gpa": 0, **more})
-
 
 # Which accesses are checked
 

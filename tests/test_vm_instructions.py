@@ -1,6 +1,7 @@
 """RMPUPDATE, PSMASH, PVALIDATE and RMPADJUST with page sizes and VMPLs, each alone and then through a Vm."""
 
 import pytest
+from vm_tools import BIG, M2, OURS, VALID, P, private_vm, pvalidate
 
 from kvmlab.emulator import (
     GpFault,
@@ -11,25 +12,7 @@ from kvmlab.emulator import (
 )
 from kvmlab.hw import snp, snp_pages
 from kvmlab.hw.snp import HYPERVISOR, PG_2M, PG_4K, Npf, Pvalidate, RmpEntry, Rmpupdate
-from kvmlab.hw.snp_pages import SIZEM, pvalidate_at, rmpupdate_at
-
-P, M2 = 4096, 1 << 21
-OURS = snp.assigned_to(1, 0)
-VALID = OURS._replace(validated=True)
-BIG = VALID._replace(size=PG_2M)
-
-
-def private_vm(pages=4, **more):
-    """A VM whose guest has accepted all its memory."""
-    vm = Vm("snp", pages, private=True, **more)
-    for gpa in range(0, pages * P, M2):
-        vm.guest().set_memory_encrypted(gpa, min(M2, pages * P - gpa))
-    return vm
-
-
-def pvalidate(entry, **more):
-    return pvalidate_at(entry, **{"validate": True, "asid": 1, "gpa": 0, **more})
-
+from kvmlab.hw.snp_pages import SIZEM, rmpupdate_at
 
 # RMPUPDATE
 

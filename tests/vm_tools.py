@@ -1,0 +1,23 @@
+"""What several tests of the emulator start from."""
+
+from kvmlab.emulator import Vm
+from kvmlab.hw import snp
+from kvmlab.hw.snp import PG_2M
+from kvmlab.hw.snp_pages import pvalidate_at
+
+P, M2 = 4096, 1 << 21
+OURS = snp.assigned_to(1, 0)
+VALID = OURS._replace(validated=True)
+BIG = VALID._replace(size=PG_2M)
+
+
+def private_vm(pages=4, **more):
+    """A VM whose guest has accepted all its memory."""
+    vm = Vm("snp", pages, private=True, **more)
+    for gpa in range(0, pages * P, M2):
+        vm.guest().set_memory_encrypted(gpa, min(M2, pages * P - gpa))
+    return vm
+
+
+def pvalidate(entry, **more):
+    return pvalidate_at(entry, **{"validate": True, "asid": 1, "gpa": 0, **more})
