@@ -10,20 +10,16 @@ from .design import Design
 from .kernel import locks
 from .kvm import mmu
 from .machine import Conf
-from .section import KINDS, RMP_ONLY, UNDO, Section
+from .section import KINDS, UNDO, Section
 from .step import Instr
 
 
-def fault_paths(design: Design, conf: Conf) -> tuple[list[Draft], set[tuple[str, str]], bool]:
-    """The fault and rmp_fault sections for both kinds of fault; how locks nest there; whether the RMP bit matters."""
+def fault_paths(design: Design, conf: Conf) -> tuple[list[Draft], set[tuple[str, str]]]:
+    """The fault and rmp_fault sections for both kinds of fault; and how locks nest there."""
     drafts: list[Draft] = []
     nests: set[tuple[str, str]] = set()
-    handler = any(
-        row.call not in RMP_ONLY or conf.has_rmp
-        for k in KINDS
-        for row in design.rows("rmp_fault", to=k, platform=conf.platform)
-    )
-    handler = handler and conf.has_rmp
+    rows = (row for kind in KINDS for row in design.rows("rmp_fault", to=kind, platform=conf.platform))
+    handler = conf.has_rmp and any(rows)
     for kind in KINDS:
         done = f"handler-{kind}" if handler else "guest"
         section = Section(conf, "fault", kind, f"fault-{kind}", None)
@@ -41,7 +37,7 @@ def fault_paths(design: Design, conf: Conf) -> tuple[list[Draft], set[tuple[str,
             rmp.compile(design.rows("rmp_fault", to=kind, platform=conf.platform))
             drafts += _leave(rmp, "guest")
             nests |= rmp.nests
-    return drafts, nests, handler
+    return drafts, nests
 
 
 def _leave(section: Section, done: str) -> list[Draft]:
@@ -148,7 +144,7 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
                 jumps={f"fault-{k}": f"fault-{k}" for k in KINDS},
             )
         )
-    paths, more, _ = fault_paths(design, conf)
+    paths, more = fault_paths(design, conf)
     return assemble(without_markers(head + body + paths)), nests | more
 
 

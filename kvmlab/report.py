@@ -14,7 +14,7 @@ from .explore import liveness, paths, rows
 from .explore.graph import Graph, Hit
 from .machine import Switches
 from .properties import BY_NAME, MEASURES, PROPERTIES
-from .scenario import SCENARIOS, InputError
+from .scenario import InputError
 from .trace import Case, Trace
 
 NEVER, SOMETIMES, ALWAYS, UNJUDGED = "Never", "Sometimes", "Always", "not judged"
@@ -275,8 +275,3 @@ class Comparison:
 def compare(designs: Iterable[Design | str], **case: Any) -> Comparison:
     """Check several designs in one scenario; keyword arguments as for `check`."""
     return Comparison([check(design, **case) for design in designs])
-
-
-def scenario_names() -> tuple[str, ...]:
-    """The scenarios that exist."""
-    return tuple(SCENARIOS)

@@ -262,7 +262,6 @@ class Section:
 
     def mark(self, label: str) -> None:
         """Give the place reached now a name; a step that does nothing stands there only if it must."""
-        self.pending = label
         self.drafts.append(Draft(nothing, (), "", 0, self.section, label=label))
 
 

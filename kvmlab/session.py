@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from .design import Design, DesignError
@@ -21,13 +21,6 @@ class Option(NamedTuple):
     number: int
     choice: int
     event: Event
-
-
-@dataclass
-class Problem:
-    """Why the last edit or choice was not taken; the session keeps what it had."""
-
-    text: str
 
 
 class Session:

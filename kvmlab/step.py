@@ -8,7 +8,7 @@ the cells that it reads and keeps the outcome as a row; everything else applies 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -171,8 +171,3 @@ class Learner:
             row = (Outcome(-1, 0, tuple(dict.fromkeys(view.violations)), tuple(view.counts), 0, False),)
             table.rows[x & table.mask] = row
         return row[0].violations, row[0].counts
-
-
-def idle_everywhere(model: Model, pcs: Sequence[int]) -> bool:
-    """Whether every actor, at program counters `pcs`, owes nothing."""
-    return all(actor.program[pc].idle for actor, pc in zip(model.actors, pcs, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
@@ -323,8 +323,3 @@ def replay(text: str) -> Trace:
             break
         code += line
     return decode(code)
-
-
-def merge_events(frames: Sequence[Frame]) -> list[Event]:
-    """The events of a run in order."""
-    return [frame.event for frame in frames if frame.event is not None]
