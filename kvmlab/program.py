@@ -86,8 +86,8 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
     eras = list(enumerate(conf.eras))[1:]
     head: list[Draft] = []
     nests: set[tuple[str, str]] = set()
-    ways: dict[str, str] = {"idle": "idle", "fault": "fault"}
-    ways |= {f"fault-{kind}": f"fault-{kind}" for kind in KINDS} if conf.kind_from_c_bit else {}
+    entries = [f"fault-{kind}" for kind in KINDS]
+    ways = {label: label for label in ("idle", *(entries if conf.kind_from_c_bit else ["fault"]))}
     for era, to in eras if asks else ():
         head.append(
             Draft(
@@ -130,9 +130,7 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
         nests |= section.nests
     if conf.injects:
         body.append(Draft(actors.kvm_run_fails, (), "", 0, "fault", label="killed", after="idle"))
-    if conf.kind_from_c_bit:
-        ways.pop("fault")
-    else:
+    if not conf.kind_from_c_bit:
         body.append(
             Draft(
                 mmu.fault_kind,
@@ -141,7 +139,7 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
                 0,
                 "fault",
                 label="fault",
-                jumps={f"fault-{k}": f"fault-{k}" for k in KINDS},
+                jumps={label: label for label in entries},
             )
         )
     paths, more = fault_paths(design, conf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from .assembly import Draft, nothing
@@ -104,23 +105,26 @@ class Section:
         """Add the drafts of `rows`, keeping `if (flush)` groups together."""
         if self.gfns and not any(row.call == "kvm_mmu_invalidate_range_add" for row in rows):
             self.covered = (min(self.gfns), max(self.gfns) + 1)
+        for guarded, group in groupby(rows, _under_flush):
+            if not guarded:
+                self.straight(list(group))
+                continue
+            inside, skip = list(group), self.new_label()
+            self.emit(mmu.flush_if_zapped, (), inside[0], text="if (flush)", jumps={"skip": skip})
+            self.straight(inside)
+            self.mark(skip)
+
+    def straight(self, rows: Sequence[Row]) -> None:
+        """Add the drafts of rows that all run or are all skipped."""
         i = 0
         while i < len(rows):
             helper = _helper(rows, i)
             if self.gfns and len(helper) > 1:
                 self.page_by_page(helper)
                 i += len(helper)
-                continue
-            if not _under_flush(rows[i]):
+            else:
                 self.row(rows[i])
                 i += 1
-                continue
-            skip = self.new_label()
-            self.emit(mmu.flush_if_zapped, (), rows[i], text="if (flush)", jumps={"skip": skip})
-            while i < len(rows) and _under_flush(rows[i]):
-                self.row(rows[i])
-                i += 1
-            self.mark(skip)
 
     def page_by_page(self, rows: Sequence[Row]) -> None:
         """The op of the series: all its work on one page, then the next; it gives up where RMPUPDATE fails."""
@@ -223,7 +227,8 @@ class Section:
 
     def unwind(self, why: str) -> str:
         """Label of the code that drops the locks held here and then leaves for `why`."""
-        label = f"{self.prefix}-{why}-{'+'.join(name for _, name in self.holding)}"
+        held = "+".join(f"{take.__name__}:{name}" for take, name in self.holding)
+        label = f"{self.prefix}-{why}-{held}"
         self.unwinds[label] = (tuple(self.holding), why)
         return label
 

@@ -166,3 +166,20 @@ def test_where_hardware_checks_nothing_implicit_conversion_leaks():
 def test_a_neighbour_s_fault_maps_a_2m_page_over_a_changing_one_unless_the_hull_is_wide():
     assert "kernel-bug" in check("narrow-hull", scenario="huge").violated
     assert check("upstream", scenario="huge").violated == []
+
+
+def test_an_op_under_if_flush_runs_only_when_the_zap_found_a_leaf():
+    text = Design.load("v8-post-hook").text
+    changed = text.replace(
+        "kvm_mem_attrs_changed()", "flush |= kvm_unmap_gfn_range()\n kvm_flush_remote_tlbs()"
+    )
+    guarded = changed.replace("    static_call(", "    if (flush)\n            static_call(")
+    assert check(changed, scenario="tiny").violated == []
+    assert check(guarded, scenario="tiny").violated == ["livelock"]
+
+
+def test_a_stale_fault_drops_the_lock_in_the_way_in_which_it_holds_it():
+    text = Design.load("v8-post-hook").text
+    first = "    write_lock(mmu_lock)\n    is_page_fault_stale()\n    write_unlock(mmu_lock)\n"
+    twice = text.replace("    read_lock(mmu_lock)\n", first + "    read_lock(mmu_lock)\n")
+    assert "lock-misuse" not in check(twice, scenario="tiny").violated

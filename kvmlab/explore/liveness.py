@@ -31,19 +31,20 @@ def livelock(graph: Graph) -> Cycle | None:
     actor owes nothing.  Repeating an access after KVM_EXIT_MEMORY_FAULT is the VMM's policy and no cycle of
     the design, so those edges do not count.
     """
-    found = [cycle for v in range(len(graph.model.actors)) for cycle in _of_actor(graph, v)]
+    arrays = _Arrays(graph) if graph.engine == "arrays" else None
+    found = [cycle for v in range(len(graph.model.actors)) for cycle in _of_actor(graph, v, arrays)]
     return min(found, key=lambda c: min(c.states), default=None)
 
 
-def _of_actor(graph: Graph, v: int) -> list[Cycle]:
+def _of_actor(graph: Graph, v: int, arrays: _Arrays | None) -> list[Cycle]:
     family = graph.model.layout.fields.get("acc")
     key = graph.model.actors[v].key
     if not isinstance(family, dict) or key not in family:
         return []
     parts = (
-        _parts_arrays(graph, v, family[key])
-        if graph.engine == "arrays"
-        else _parts_lists(graph, v, family[key])
+        _parts_lists(graph, v, family[key])
+        if arrays is None
+        else _parts_arrays(graph, arrays, v, family[key])
     )
     return [cycle for part in parts if (cycle := _fair(graph, v, part)) is not None]
 
@@ -126,12 +127,11 @@ def _tarjan(roots: Iterable[int], successors: Any) -> list[list[int]]:
     return components
 
 
-def _parts_arrays(graph: Graph, v: int, cell: Cell) -> list[frozenset[int]]:
+def _parts_arrays(graph: Graph, arrays: _Arrays, v: int, cell: Cell) -> list[frozenset[int]]:
     import numpy as np
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import connected_components
 
-    arrays = _Arrays(graph)
     access = arrays.bits(cell)
     events = np.array([[FAULT in la.counts, EXIT in la.counts] for la in graph.labels], dtype=bool)
     fault = events[arrays.label, 0] & (arrays.actor == v)

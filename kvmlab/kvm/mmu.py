@@ -85,9 +85,8 @@ def kvm_gmem_get_pfn(s: View, me: str, kind: str) -> None:
 def is_page_fault_stale(s: View, me: str, kind: str) -> str | None:
     """Under mmu_lock: has the gfn been invalidated since the snapshot?"""
     assert_held(s, me, "is_page_fault_stale()", write=False)
-    stale = mmu_invalidate_retry_gfn(s, me, s.acc[me].gfn)
-    s.snapshot[me] = "none"
-    if stale:
+    if mmu_invalidate_retry_gfn(s, me, s.acc[me].gfn):
+        s.snapshot[me] = "none"  # the fault is over; one that is fresh keeps its snapshot until it maps
         s.count("retry")
         s.say("stale: RET_PF_RETRY")
         return "retry"

@@ -100,7 +100,6 @@ def _closing(trace: Trace, events: Sequence[Event], width: int) -> list[str]:
     size = f"{trace.steps} steps, {trace.switches} switch{plural}"
     if trace.cycle is not None:
         size += f", the last {trace.steps - trace.cycle} repeat for ever"
-    ended = dict.fromkeys(r.split(":")[0] for n in range(len(trace.frames)) for r in broken(trace, n))
     if trace.why in BY_NAME:
         lines = textwrap.wrap(
             f"=> {trace.why}: {BY_NAME[trace.why].sentence} ({size})", width, subsequent_indent="   "
@@ -110,6 +109,7 @@ def _closing(trace: Trace, events: Sequence[Event], width: int) -> list[str]:
             f"=> {trace.why}: {MEASURES[trace.why]} ({size})", width, subsequent_indent="   "
         )
     else:
+        ended = dict.fromkeys(r.split(":")[0] for n in range(len(trace.frames)) for r in broken(trace, n))
         lines = [f"=> {'a run in which nothing is violated' if not ended else ', '.join(ended)} ({size})"]
     return [*lines, *_folded(trace.code, width)]
 
