@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 
 from .actors import Access
 from .hw.memory import EMPTY, GUEST_KEY, PLAIN, Content
@@ -247,7 +248,9 @@ def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
     for lock, who in sorted(conf.writers.items()):
         fields += [
             Field(f"{lock}_writer", (None, *sorted(who))),
-            Field(f"{lock}_waiting", (False, True), tuple(sorted(who))),
+            Field(
+                f"{lock}_queue", tuple(p for n in range(len(who) + 1) for p in permutations(sorted(who), n))
+            ),
         ]
     for lock, who in sorted(conf.readers.items()):
         fields.append(Field(f"{lock}_reader", (False, True), tuple(sorted(who))))

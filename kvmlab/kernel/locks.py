@@ -82,19 +82,20 @@ def mutex_unlock(s: View, me: str, lock: str) -> None:
 
 
 def write_lock(s: View, me: str, lock: str) -> str | None:
-    """write_lock() or down_write(): takes the lock if it is free, else queues, which stops new readers."""
+    """write_lock() or down_write(): takes the lock if it is free, else queues (FIFO), which stops new readers."""
     if lock not in SPINNING:
         might_sleep(s, me, f"down_write({lock})")
-    waiting, readers = getattr(s, f"{lock}_waiting"), getattr(s, f"{lock}_reader", ())
-    if not waiting[me] and (stuck := _may_take(s, me, lock)):
+    queue, readers = getattr(s, f"{lock}_queue"), getattr(s, f"{lock}_reader", ())
+    if me not in queue and (stuck := _may_take(s, me, lock)):
         return stuck
-    if getattr(s, f"{lock}_writer") is None and not any(readers[r] for r in readers):
+    first = queue[0] == me if queue else True
+    if first and getattr(s, f"{lock}_writer") is None and not any(readers[r] for r in readers):
         setattr(s, f"{lock}_writer", me)
-        if waiting[me]:
-            waiting[me] = False
+        if queue:
+            setattr(s, f"{lock}_queue", queue[1:])
         return None
-    s.wait(not waiting[me])
-    waiting[me] = True
+    s.wait(me not in queue)
+    setattr(s, f"{lock}_queue", (*queue, me))
     s.say("[waits]")
     return "again"
 
@@ -113,8 +114,7 @@ def read_lock(s: View, me: str, lock: str) -> str | None:
         might_sleep(s, me, f"down_read({lock})")
     if stuck := _may_take(s, me, lock):
         return stuck
-    waiting = getattr(s, f"{lock}_waiting", ())
-    s.wait(getattr(s, f"{lock}_writer", None) is None and not any(waiting[w] for w in waiting))
+    s.wait(getattr(s, f"{lock}_writer", None) is None and not getattr(s, f"{lock}_queue", ()))
     getattr(s, f"{lock}_reader")[me] = True
     return None
 

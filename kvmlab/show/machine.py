@@ -91,6 +91,6 @@ def _locks(values: dict[object, object], names: object) -> tuple[tuple[str, str]
             held.append((str(name).removesuffix("_writer"), f"{value} (write)"))
         elif str(name).endswith("_reader") and value:
             held.append((str(name).removesuffix("_reader"), f"{key} (read)"))
-        elif str(name).endswith("_waiting") and value:
-            held.append((str(name).removesuffix("_waiting"), f"{key} waits"))
+        elif str(name).endswith("_queue") and isinstance(value, tuple):
+            held += [(str(name).removesuffix("_queue"), f"{waiting} waits") for waiting in value]
     return tuple(held) or (("", "none held"),)
