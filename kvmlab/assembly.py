@@ -52,20 +52,31 @@ def nothing(s: View, me: str) -> None:
 
 
 def without_markers(drafts: list[Draft]) -> list[Draft]:
-    """Remove the do-nothing places: what jumped to one jumps to the instruction after it."""
+    """Remove the do-nothing places: what jumped to one jumps to the instruction after it, or to its `after`."""
     real: list[Draft] = []
     moved: dict[str, str] = {}
     waiting: list[str] = []
     for d in drafts:
         if d.step is nothing and d.label:
             waiting.append(d.label)
+            if d.after:
+                moved.update({label: d.after for label in waiting})
+                waiting = []
+                if real and not real[-1].after:
+                    real[-1].after = d.after
             continue
         if waiting:
             d.label = d.label or waiting[0]
             moved.update({label: d.label for label in waiting})
             waiting = []
         real.append(d)
+
+    def end(label: str) -> str:
+        while moved.get(label, label) != label:
+            label = moved[label]
+        return label
+
     for d in real:
-        d.jumps = {name: moved.get(label, label) for name, label in d.jumps.items()}
-        d.after = moved.get(d.after, d.after) if d.after else None
+        d.jumps = {name: end(label) for name, label in d.jumps.items()}
+        d.after = end(d.after) if d.after else None
     return real

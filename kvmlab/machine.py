@@ -2,11 +2,13 @@
 
 global      era, running, guest[gfn]                     what the guest has asked for, and knows
 per gfn     attr, npt                                    the xarray; the NPT leaf
-            npt_2m, mixed                                huge pages: the leaf, the lpage flag
+            npt_2m, mixed, reserved                      huge pages: the leaf, the lpage flag; empty xarray entries
+per gfn     gmem                                         the private page: cached, dying or free
 per PFN     rmp, memory, directmap (+ directmap_2m)      RMP entry, contents, direct map of one 2M region
 KVM         in_progress, invalidate_range, flush         the invalidation window
 locks       slots_lock, folio_lock, mmu_lock_*, invalidate_lock_*
-per vCPU    acc, tlb[vcpu, gfn], snapshot, rmp_bit       the pending access, its translations, its fault
+per vCPU    acc, tlb[vcpu, gfn], tlb_2m, snapshot, rmp_bit   the pending access, its translations, its fault
+            folio_ref                                    whether its thread holds a guest_memfd page
 per actor   pc
 """
 
@@ -16,12 +18,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 
-from .actors import Access
+from .accesses import Access
+from .actors import anything
 from .hw.memory import EMPTY, GUEST_KEY, PLAIN, Content
-from .hw.snp import HYPERVISOR, RmpEntry, assigned_to
+from .hw.snp import HYPERVISOR, PG_2M, RmpEntry, assigned_to
 from .kernel import locks
 from .kernel.directmap import ABSENT, PRESENT
-from .kvm.attributes import kvm_mmu_invalidate_begin
+from .kvm.attributes import kvm_mmu_invalidate_begin, xa_reserve
 from .kvm.mmu import flush_if_zapped, had_rmp_bit, mmu_seq_snapshot
 from .kvm.sev import ASID
 from .state import Field, Layout
@@ -70,6 +73,12 @@ class Conf:
     request: tuple[int, ...] = ()  # the gfns that are converted, if not all
     stray: bool = False  # vCPUs may also write with the C-bit of the kind that the page no longer has
     auto_convert: bool = False  # the VMM answers KVM_EXIT_MEMORY_FAULT by converting to what was touched
+    hostile: bool = False  # a careless guest that also rescinds at any time
+    folio_2m: bool = False  # guest_memfd gives one 2M page for all gfns
+    punch: str = ""  # the VMM discards the private page "after" or "before" the ioctl; "free": at any time
+    xa_fails: bool = False  # one allocation of the xarray may fail
+    unlucky: str = ""  # whose reservation fails for certain, at its last gfn
+    yields: bool = False  # a zap may yield mmu_lock between two gfns
     switches: Switches = Switches()
     owners: Mapping[str, frozenset[str]] = field(default_factory=dict)
     writers: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -77,6 +86,7 @@ class Conf:
     inverted: frozenset[tuple[str, str]] = frozenset()
     asks_flush: bool = False
     remembers_rmp_bit: bool = False
+    reserves: bool = False  # the design reserves xarray entries, so that a store cannot fail
     backing: Mapping[tuple[str, int], str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,6 +101,21 @@ class Conf:
     def converted(self) -> tuple[int, ...]:
         """The gfns that the request covers; the others keep the kind of the first era."""
         return self.request or self.gfns
+
+    @property
+    def gmem(self) -> bool:
+        """Whether private pages are allocated and freed in this scenario."""
+        return bool(self.punch)
+
+    @property
+    def residue(self) -> bool:
+        """Whether entries can stay reserved and empty."""
+        return bool(self.unlucky)
+
+    @property
+    def gfn_of(self) -> Mapping[str, int]:
+        """The gfn of each private PFN."""
+        return {self.backing["private", g]: g for g in self.gfns}
 
     @property
     def has_rmp(self) -> bool:
@@ -164,6 +189,7 @@ def with_usage(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Conf:
         readers=frozen[2],
         asks_flush=flush_if_zapped in steps,
         remembers_rmp_bit=had_rmp_bit in steps,
+        reserves=xa_reserve in steps,
     )
 
 
@@ -171,7 +197,8 @@ def rmp_states(conf: Conf, pfn: str) -> tuple[RmpEntry, ...]:
     """Every RMP entry that `pfn` can have in this machine."""
     gfn = next(g for g in conf.gfns if conf.backing["private", g] == pfn)
     ours = assigned_to(ASID, gfn)
-    return (HYPERVISOR, ours, ours._replace(validated=True))
+    sizes = (ours, ours._replace(size=PG_2M)) if conf.folio_2m else (ours,)
+    return (HYPERVISOR, *(e._replace(validated=valid) for e in sizes for valid in (False, True)))
 
 
 def _contents(conf: Conf) -> tuple[Content, ...]:
@@ -191,14 +218,14 @@ def _accesses(conf: Conf) -> tuple[Access | None, ...]:
     found: list[Access | None] = [None]
     for gfn in conf.gfns:
         if not conf.correct_guest:
-            found += [Access(k, op, gfn, 0) for k in ("shared", "private") for op in ("read", "write")]
-            found += [Access("private", "pvalidate1", gfn, 0)] if conf.has_rmp else []
+            found += anything(conf, gfn)
             continue
         for era, kind in enumerate(conf.eras if gfn in conf.converted else conf.eras[:1]):
             found += [Access(kind, op, gfn, era) for op in ("read", "write")]
             found += [Access("shared", "write", gfn, era)] if conf.stray and kind == "private" else []
             if era and conf.has_rmp:
                 found.append(Access("private", "pvalidate1" if kind == "private" else "pvalidate0", gfn, era))
+                found += [Access("private", "pvalidate2M", gfn, era)] if conf.folio_2m else []
     return tuple(found)
 
 
@@ -212,7 +239,7 @@ def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
     layout = [
         Field("era", tuple(range(len(conf.eras)))),
         Field("running", tuple(range(conf.ioctls + 1 + (len(conf.vcpus) if conf.auto_convert else 0)))),
-        Field("failures_left", (1, 0) if conf.injects else (0,)),
+        Field("failures_left", (1, 0) if conf.injects or conf.xa_fails else (0,)),
         Field("guest", ("ready", "new", "claimed", "accepted") if conf.correct_guest else ("ready",), gfns),
         Field("attr", ("shared", "private"), gfns),
         Field("in_progress", tuple(range(begins + 1))),
@@ -221,10 +248,17 @@ def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
         Field("memory", _contents(conf), pfns),
         Field("snapshot", ("none", "same", "moved"), faulting or conf.vcpus),
         Field("acc", _accesses(conf), conf.vcpus),
-        Field("npt_2m", (False, True) if conf.huge else (False,)),
+        Field("npt_2m", (None, "shared", "private") if conf.huge else (None,)),
         Field("mixed", (False, True) if conf.huge else (False,)),
-        Field("rmp_bit", (False, True) if conf.remembers_rmp_bit else (False,), conf.vcpus),
+        Field("rmp_bit", (None, "RMP", "SIZEM") if conf.remembers_rmp_bit else (None,), conf.vcpus),
     ]
+    if conf.folio_2m:
+        layout.append(Field("tlb_2m", (False, True), conf.vcpus))
+    if conf.gmem:
+        layout.append(Field("gmem", ("cached", "dying", "free"), gfns))
+        layout.append(Field("folio_ref", (False, True), tuple(a for a in programs if a != "host")))
+    if conf.residue:
+        layout.append(Field("reserved", (False, True), gfns))
     fields += layout
     for gfn in gfns:
         pages = (None, *dict.fromkeys((conf.backing["shared", gfn], conf.backing["private", gfn])))
@@ -234,7 +268,7 @@ def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
             rights = [
                 (kind, op)
                 for kind in ("shared", "private")
-                for op in ("read", "write", "pvalidate1", "pvalidate0")
+                for op in ("read", "write", "pvalidate1", "pvalidate0", "pvalidate2M")
             ]
             fields.append(Field("checked", (None, *rights), tuple((v, gfn) for v in conf.vcpus)))
     if conf.has_rmp:

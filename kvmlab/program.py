@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from . import actors
+from . import accesses, actors
 from .assembly import Draft, assemble, nothing, without_markers
 from .design import Design
 from .kernel import locks
-from .kvm import mmu
+from .kvm import gmem, mmu
 from .machine import Conf
 from .section import KINDS, UNDO, Section
+from .state import View
 from .step import Instr
 
 
@@ -29,12 +30,19 @@ def fault_paths(design: Design, conf: Conf) -> tuple[list[Draft], set[tuple[str,
         nests |= section.nests
         if handler:
             rmp = Section(conf, "rmp_fault", kind, f"handler-{kind}", None)
+            handled = design.rows("rmp_fault", to=kind, platform=conf.platform)
             drafts.append(
                 Draft(
-                    mmu.had_rmp_bit, (), "", 0, "rmp_fault", label=f"handler-{kind}", jumps={"skip": "guest"}
+                    mmu.had_rmp_bit,
+                    (any(row.call == "npf_sizem" for row in handled),),
+                    "if (error_code & PFERR_GUEST_RMP)",
+                    0,
+                    "rmp_fault",
+                    label=f"handler-{kind}",
+                    jumps={"skip": "guest"},
                 )
             )
-            rmp.compile(design.rows("rmp_fault", to=kind, platform=conf.platform))
+            rmp.compile(handled)
             drafts += _leave(rmp, "guest")
             nests |= rmp.nests
     return drafts, nests
@@ -48,17 +56,21 @@ def _leave(section: Section, done: str) -> list[Draft]:
     if (drafts and drafts[-1].step is nothing) or not drafts:
         drafts.append(Draft(nothing, (), "re-enters the guest", 0, section.section))
     drafts[-1].after = done
+    leaves = f"auto-{section.kind}" if section.conf.auto_convert else "guest"
+    return _unwound(section, drafts, {"retry": done, "leave": done, "exit": leaves, "killed": "killed"})
+
+
+def _unwound(section: Section, drafts: list[Draft], targets: Mapping[str, str]) -> list[Draft]:
+    """The drafts with the code behind them that drops what is held on each way out, and then goes on."""
     for label, (holding, why) in section.unwinds.items():
-        leaves = f"auto-{section.kind}" if section.conf.auto_convert else "guest"
-        target = {"retry": done, "exit": leaves, "killed": "killed"}[why]
         undo = [
             Draft(UNDO[take], (name,), f"{UNDO[take].__name__}({name})", 0, section.section)
             for take, name in reversed(holding)
         ]
         if not undo:
-            _redirect(drafts, label, target)
+            _redirect(drafts, label, targets[why])
             continue
-        undo[0].label, undo[-1].after = label, target
+        undo[0].label, undo[-1].after = label, targets[why]
         drafts = drafts + undo
     return drafts
 
@@ -68,17 +80,94 @@ def _redirect(drafts: Iterable[Draft], label: str, target: str) -> None:
         d.jumps = {name: target if to == label else to for name, to in d.jumps.items()}
 
 
+class Ioctl:
+    """The drafts of one KVM_SET_MEMORY_ATTRIBUTES and, where the scenario has it, of the discard beside it."""
+
+    def __init__(self, design: Design, conf: Conf, to: str, label: str, gfns: tuple[int, ...]) -> None:
+        self.design, self.conf, self.to, self.label = design, conf, to, label
+        self.nests: set[tuple[str, str]] = set()
+        self.drafts: list[Draft] = []
+        start = f"{label}-whole"
+        if conf.punch == "before" and to == "shared":
+            self.drafts += self._punch(label, gfns)
+            self.drafts += self._whole(start, gfns)
+        else:
+            self.drafts += [Draft(nothing, (), "", 0, "ioctl", label=label), *self._whole(start, gfns)]
+        self.drafts.append(Draft(nothing, (), "", 0, "ioctl", label=f"{label}-done"))
+        if conf.gmem:
+            self.drafts.append(Draft(_puts_pages, (), "put_page()", 0, "ioctl"))
+        if conf.punch == "after" and to == "shared":
+            self.drafts += self._punch(f"{label}-punch", gfns)
+
+    def returns(self, after: str | None) -> list[Draft]:
+        """All of it, and the return to user space."""
+        return [*self.drafts, Draft(actors.ioctl_return, (), "return 0", 0, "ioctl", after=after)]
+
+    def _whole(self, label: str, gfns: tuple[int, ...]) -> list[Draft]:
+        """One ioctl on `gfns`; what it could not store it is called for again."""
+        section = Section(self.conf, "ioctl", self.to, label, gfns)
+        section.mark(label)
+        section.compile(self.design.rows("ioctl", to=self.to, platform=self.conf.platform))
+        done = f"{self.label}-done"
+        refused = done if self.conf.unlucky else label  # the VMM gives up, or asks again
+        drafts = _unwound(section, self._to(done, section.drafts), {"done": done, "ENOMEM": refused})
+        self.nests |= section.nests
+        for stored, partly in section.partly.items():
+            part = Section(self.conf, "ioctl", self.to, partly.label, gfns[:stored])
+            part.holding = list(partly.holding)
+            part.mark(partly.label)
+            part.compile(partly.rows)
+            rest = f"{label}-from{stored}" if stored else label
+            drafts += self._to(rest, part.drafts)
+            if stored:
+                drafts += self._whole(rest, gfns[stored:])
+        return drafts
+
+    def _to(self, target: str, drafts: list[Draft]) -> list[Draft]:
+        return [*drafts, Draft(nothing, (), "", 0, "ioctl", label=f"before {target}", after=target)]
+
+    def _punch(self, label: str, gfns: tuple[int, ...]) -> list[Draft]:
+        drafts, nests = punch_drafts(self.design, self.conf, label, gfns)
+        self.nests |= nests
+        return drafts
+
+
+def _puts_pages(s: View, me: str) -> None:
+    """The ioctl lets go of the pages that it worked on."""
+    gmem.put_page(s, me)
+
+
+def punch_drafts(
+    design: Design, conf: Conf, label: str, gfns: tuple[int, ...]
+) -> tuple[list[Draft], set[tuple[str, str]]]:
+    """fallocate(PUNCH_HOLE) on the private pages of `gfns`: the section punch of the design."""
+    section = Section(conf, "punch", "shared", label, gfns)
+    section.mark(label)
+    section.compile(design.rows("punch", to="shared", platform=conf.platform))
+    return section.drafts, section.nests
+
+
 def vmm_program(
     design: Design, conf: Conf, gfns: tuple[int, ...]
 ) -> tuple[tuple[Instr, ...], set[tuple[str, str]]]:
     """A VMM thread beside the asking one: its own ioctl on `gfns`, once the guest has asked."""
-    section = Section(conf, "ioctl", conf.eras[1], "ioctl", gfns)
-    section.compile(design.rows("ioctl", to=conf.eras[1], platform=conf.platform))
+    ioctl = Ioctl(design, conf, conf.eras[1], "ioctl", gfns)
     waits = Draft(actors.vmm_waits, (), "", 0, "ioctl", label="waits", idle=True)
-    returns = Draft(actors.ioctl_return, (), "return 0", 0, "ioctl")
+    return _vmm_thread([waits, *ioctl.returns(None)]), ioctl.nests
+
+
+def vmm_punch_program(design: Design, conf: Conf) -> tuple[tuple[Instr, ...], set[tuple[str, str]]]:
+    """A VMM thread that discards the private pages whenever it likes, once."""
+    drafts, nests = punch_drafts(design, conf, "punch", conf.gfns)
+    return _vmm_thread(
+        [Draft(actors.vmm_punches, (), "", 0, "punch", label="any", idle=True), *drafts]
+    ), nests
+
+
+def _vmm_thread(drafts: list[Draft]) -> tuple[Instr, ...]:
     done = Draft(actors.vmm_done, (), "", 0, "ioctl", label="done", idle=True)
     stuck = Draft(locks.stuck, (), "hangs", 0, "ioctl", label="stuck")
-    return assemble(without_markers([waits, *section.drafts, returns, done, stuck])), section.nests
+    return assemble(without_markers([*drafts, done, stuck]))
 
 
 def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, ...], set[tuple[str, str]]]:
@@ -89,28 +178,14 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
     entries = [f"fault-{kind}" for kind in KINDS]
     ways = {label: label for label in ("idle", *(entries if conf.kind_from_c_bit else ["fault"]))}
     for era, to in eras if asks else ():
-        head.append(
-            Draft(
-                actors.ask,
-                (),
-                "",
-                0,
-                "guest",
-                label=f"ask{era}",
-                after=f"ioctl{era}",
-                jumps={"rescind": "guest"},
-            )
+        label = f"ioctl{era}"
+        asking = Draft(
+            actors.ask, (), "", 0, "guest", label=f"ask{era}", after=label, jumps={"rescind": "guest"}
         )
-        ways[f"rescinded{era}"] = f"ioctl{era}"
-        section = Section(conf, "ioctl", to, f"ioctl{era}", conf.converted)
-        section.mark(f"ioctl{era}")
-        section.compile(design.rows("ioctl", to=to, platform=conf.platform))
-        last = era == len(eras)
-        section.drafts.append(
-            Draft(actors.ioctl_return, (), "return 0", 0, "ioctl", after="idle" if last else "between")
-        )
-        head += section.drafts
-        nests |= section.nests
+        ways[f"rescinded{era}"] = label
+        ioctl = Ioctl(design, conf, to, label, conf.converted)
+        head += [asking, *ioctl.returns("idle" if era == len(eras) else "between")]
+        nests |= ioctl.nests
     if asks and len(eras) > 1:
         again = {f"ask{era}": f"ask{era}" for era, _ in eras}
         head.append(
@@ -119,15 +194,14 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
         ways["between"] = "between"
     body = [
         Draft(actors.guest_idle, (), "", 0, "guest", label="idle", after="guest", idle=True),
-        Draft(actors.guest_runs, (), "", 0, "guest", label="guest", jumps=ways),
+        Draft(accesses.guest_runs, (), "", 0, "guest", label="guest", jumps=ways),
         Draft(locks.stuck, (), "hangs", 0, "guest", label="stuck"),
     ]
     for kind in KINDS if conf.auto_convert else ():
-        section = Section(conf, "ioctl", kind, f"auto-{kind}", conf.converted)
+        ioctl = Ioctl(design, conf, kind, f"auto-ioctl-{kind}", conf.converted)
         body.append(Draft(actors.auto_convert, (kind,), "", 0, "ioctl", label=f"auto-{kind}"))
-        section.compile(design.rows("ioctl", to=kind, platform=conf.platform))
-        body += [*section.drafts, Draft(actors.ioctl_return, (), "return 0", 0, "ioctl", after="guest")]
-        nests |= section.nests
+        body += ioctl.returns("guest")
+        nests |= ioctl.nests
     if conf.injects:
         body.append(Draft(actors.kvm_run_fails, (), "", 0, "fault", label="killed", after="idle"))
     if not conf.kind_from_c_bit:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .actors import may_begin, out_of_sync
+from .actors import may_begin
 from .design import Design
 from .design.calls import BACKINGS
 from .hw.memory import GUEST_KEY, PLAIN, Content
 from .machine import NEIGHBOUR, PLATFORMS, Conf, Switches, build_layout, with_usage
-from .program import host_program, inverted, vcpu_program, vmm_program
+from .program import host_program, inverted, vcpu_program, vmm_program, vmm_punch_program
 from .properties import FATAL
 from .step import Actor, Model, run_step
+from .sync import out_of_sync
 
 
 class InputError(ValueError):
@@ -43,6 +44,12 @@ class Scenario:
     fails: bool = False  # one RMPUPDATE may fail
     stray: bool = False  # a vCPU may also write through the old kind
     auto_convert: bool = False  # the VMM converts to what was touched
+    hostile: bool = False  # a careless guest that rescinds at any time, too
+    folio_2m: bool = False  # guest_memfd has one 2M page for all gfns
+    punch: str = ""  # the VMM discards the private page "after" or "before" the ioctl, or "free": at any time
+    xa_fails: bool = False  # one allocation of the xarray may fail
+    unlucky: bool = False  # the other VMM thread's reservation fails for certain
+    yields: bool = False  # a zap may yield mmu_lock
 
 
 _ALL = (
@@ -102,6 +109,84 @@ _ALL = (
     ),
     Scenario("hook-fails", "to private; one RMPUPDATE may fail", ("shared", "private"), fails=True),
     Scenario(
+        "punch",
+        "to shared and back; the VMM discards the private page after the ioctl, the host then uses it",
+        ("private", "shared", "private"),
+        host="freed",
+        punch="after",
+    ),
+    Scenario(
+        "punch-first",
+        "the same, but the VMM discards it before the ioctl, as the selftests do",
+        ("private", "shared", "private"),
+        host="freed",
+        punch="before",
+    ),
+    Scenario(
+        "huge-accept",
+        "to private, both pages of one 2M guest_memfd page; the guest validates 2M",
+        ("shared", "private"),
+        gfns=(0, 1),
+        huge=True,
+        folio_2m=True,
+    ),
+    Scenario(
+        "huge-split",
+        "to shared, one page of a private 2M page, discarded afterwards",
+        ("private", "shared"),
+        host="freed",
+        gfns=(0, 1),
+        request=(0,),
+        huge=True,
+        folio_2m=True,
+        punch="after",
+    ),
+    Scenario(
+        "vmm-punches",
+        "a careless vCPU on a private 2M page, which a VMM thread discards at any time",
+        ("private",),
+        racers=0,
+        host="freed",
+        correct_guest=False,
+        gfns=(0, 1),
+        huge=True,
+        folio_2m=True,
+        punch="free",
+    ),
+    Scenario(
+        "zap-yields",
+        "to private, two gfns; the zap may yield mmu_lock between them",
+        ("shared", "private"),
+        gfns=(0, 1),
+        yields=True,
+    ),
+    Scenario(
+        "xarray-full",
+        "to private, two gfns; one allocation of the xarray may fail, and the VMM asks again",
+        ("shared", "private"),
+        gfns=(0, 1),
+        xa_fails=True,
+    ),
+    Scenario(
+        "reserve-fails",
+        "to private and back, one page of a shared 2M page; another ioctl cannot reserve its entries",
+        ("shared", "private", "shared"),
+        racers=0,
+        gfns=(0, 1),
+        request=(1,),
+        huge=True,
+        second_vmm=(0, 1),
+        unlucky=True,
+    ),
+    Scenario(
+        "hostile",
+        "private and back; vCPUs use any C-bit and rescind at any time, the VMM converts to what they touch",
+        ("shared", "private", "shared"),
+        correct_guest=False,
+        hostile=True,
+        auto_convert=True,
+    ),
+    Scenario(
         "careless", "to private; vCPUs use any C-bit at any time", ("shared", "private"), correct_guest=False
     ),
 )
@@ -115,8 +200,10 @@ def _host_targets(conf: Conf, host: str) -> tuple[tuple[str, str], ...]:
         "io": ((shared, "io"),),
         "stray": ((private, "stray"),),
         "private": ((private, "always"),),
+        "freed": tuple((pfn, "freed") for pfn in conf.private_pfns),
     }[host]
-    return ((NEIGHBOUR, "always"), *more) if conf.has_rmp else more
+    # A 2M page of guest_memfd leaves no neighbour in its region.
+    return ((NEIGHBOUR, "always"), *more) if conf.has_rmp and not conf.folio_2m else more
 
 
 def find_scenario(name: str) -> Scenario:
@@ -150,6 +237,9 @@ def build(
         raise NotApplicable(f"{design.name} is a design for {design.backing} backing")
     if reason := _absent(scenario, platform, backing):
         raise NotApplicable(reason)
+    calls = {row.call for row in design.rows("ioctl", to="private", platform=platform)}
+    if scenario.unlucky and "xa_reserve" not in calls:
+        raise NotApplicable(f"{design.name} reserves nothing")
     model = _bare(design, scenario, platform, backing, switches or Switches())
     if scenario.eras[0] == "private":
         model = replace(model, initial=model.layout.pack(_private_start(design, scenario, model)))
@@ -160,8 +250,12 @@ def _absent(scenario: Scenario, platform: str, backing: str) -> str | None:
     """Why this scenario has no case on a platform or backing, or None if it has one."""
     if scenario.huge and backing == "in-place":
         return "guest_memfd gives 4K folios, so in-place there is no 2M page to map"
+    if scenario.punch and backing == "in-place":
+        return "in-place one page serves both kinds, so nothing is discarded"
     if platform == "snp":
         return None
+    if scenario.folio_2m:
+        return f"on {platform} no RMP entry has a size"
     if scenario.fails:
         return f"there is no RMPUPDATE to fail on {platform}"
     if scenario.host == "stray":
@@ -187,6 +281,12 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
         request=scenario.request,
         stray=scenario.stray,
         auto_convert=scenario.auto_convert,
+        hostile=scenario.hostile,
+        folio_2m=scenario.folio_2m,
+        punch=scenario.punch,
+        xa_fails=scenario.xa_fails,
+        unlucky="VMM1" if scenario.unlucky else "",
+        yields=scenario.yields,
         switches=switches,
     )
     nests: set[tuple[str, str]] = set()
@@ -197,6 +297,9 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
     if scenario.second_vmm:
         programs["VMM1"], more = vmm_program(design, conf, scenario.second_vmm)
         nests |= more
+    if scenario.punch == "free":
+        programs["VMM1"], more = vmm_punch_program(design, conf)
+        nests |= more
     if targets := _host_targets(conf, scenario.host):
         programs["host"] = host_program(targets)
     conf = replace(with_usage(conf, programs), inverted=inverted(nests))
@@ -204,7 +307,8 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
     start: dict[Any, Any] = {}
     if scenario.eras[0] == "shared":
         start = {("memory", conf.backing["shared", gfn]): Content("guest", PLAIN, 0) for gfn in conf.gfns}
-    roles = {conf.asker: "asks for the conversion", "host": "kernel thread", "VMM1": "VMM thread"}
+    asks = "asks for the conversion" if len(conf.eras) > 1 else "vCPU"
+    roles = {conf.asker: asks, "host": "kernel thread", "VMM1": "VMM thread"}
     actors = tuple(Actor(key, roles.get(key, "vCPU"), program) for key, program in programs.items())
     title = f"{design.name} on {platform}, {scenario.name}, {backing}"
     return Model(layout, actors, layout.pack(start), conf, FATAL, out_of_sync, title)
@@ -214,7 +318,10 @@ def _private_start(design: Design, scenario: Scenario, model: Model) -> dict[Any
     """Where the design's own conversion to private, run alone, leaves the machine: accepted and written."""
     conf: Conf = model.conf
     backing = "in-place" if conf.in_place else "split"
-    solo = Scenario("alone", "", ("shared", "private"), racers=0, gfns=scenario.gfns)
+    solo = Scenario(
+        "alone", "", ("shared", "private"), racers=0, gfns=scenario.gfns, huge=scenario.folio_2m,
+        folio_2m=scenario.folio_2m,
+    )  # fmt: skip
     alone = _bare(design, solo, conf.platform, backing, conf.switches)
     pc = alone.layout.cell("pc", conf.asker)
     x = alone.initial

@@ -10,7 +10,7 @@ from typing import Any
 from .assembly import Draft, nothing
 from .design import Row
 from .kernel import directmap, locks
-from .kvm import attributes, mmu, sev
+from .kvm import attributes, gmem, mmu, sev
 from .machine import Conf
 from .state import View
 from .step import Step
@@ -44,10 +44,17 @@ FAULT_CALLS: dict[str, Step] = {
     "mmu_seq_snapshot": mmu.mmu_seq_snapshot,
     "kvm_mem_is_private": mmu.kvm_mem_is_private,
     "kvm_gmem_is_private": mmu.kvm_mem_is_private,
-    "kvm_gmem_get_pfn": mmu.kvm_gmem_get_pfn,
+    "kvm_gmem_get_pfn": gmem.kvm_gmem_get_pfn,
     "is_page_fault_stale": mmu.is_page_fault_stale,
     "kvm_tdp_mmu_map": mmu.kvm_tdp_mmu_map,
+    "npf_sizem": mmu.npf_sizem,
+    "snp_lookup_rmpentry": sev.snp_lookup_rmpentry,
     "psmash": sev.psmash,
+}
+# What a row's word means to its step, beyond the kind of the fault.
+WORD_ARGS: dict[str, Callable[[str | None], tuple[Any, ...]]] = {
+    "snp_lookup_rmpentry": lambda word: (word == "warn",),
+    "psmash": lambda word: (word,),
 }
 HELPER = frozenset(
     {"kvm_unmap_directmap", "rmpupdate", "kvm_map_directmap"}
@@ -62,8 +69,15 @@ RMP_ONLY = frozenset(
         "rmp_prepare",
         "rmp_match",
         "psmash",
+        "npf_sizem",
+        "snp_lookup_rmpentry",
     }
 )
+WORKS_ON_PAGES = RMP_ONLY - {"rmp_prepare", "rmp_match", "npf_sizem", "snp_lookup_rmpentry"}
+GMEM_CALLS: dict[str, Step] = {
+    "truncate_inode_pages_range": gmem.truncate_inode_pages_range,
+    "folio_put": gmem.folio_put,
+}
 
 
 def at_fault(step: Step) -> Step:
@@ -82,8 +96,16 @@ class _AtFault:
 _PLAIN: dict[str, Callable[..., str | None]] = {
     "kvm_flush_remote_tlbs": mmu.kvm_flush_remote_tlbs,
     "kvm_mmu_invalidate_end": attributes.kvm_mmu_invalidate_end,
-    "kvm_update_lpage_mixed_flag": attributes.kvm_update_lpage_mixed_flag,
 }
+
+
+@dataclass(frozen=True)
+class Partly:
+    """The way on when only the first gfns of a range were stored: where it starts, what is held, which rows."""
+
+    label: str
+    holding: tuple[tuple[Step, str], ...]
+    rows: Sequence[Row]
 
 
 class Section:
@@ -98,13 +120,18 @@ class Section:
         self.holding: list[tuple[Step, str]] = []
         self.nests: set[tuple[str, str]] = set()
         self.unwinds: dict[str, tuple[tuple[tuple[Step, str], ...], str]] = {}
+        self.partly: dict[int, Partly] = {}
         self.covered: tuple[int, int] | None = None
+        self.rows: Sequence[Row] = ()
         self._labels = 0
 
     def compile(self, rows: Sequence[Row]) -> None:
         """Add the drafts of `rows`, keeping `if (flush)` groups together."""
         if self.gfns and not any(row.call == "kvm_mmu_invalidate_range_add" for row in rows):
             self.covered = (min(self.gfns), max(self.gfns) + 1)
+        if self.section == "ioctl" and self.conf.gmem and any(r.call in WORKS_ON_PAGES for r in rows):
+            self.hold_pages(rows[0])
+        self.rows = rows
         for guarded, group in groupby(rows, _under_flush):
             if not guarded:
                 self.straight(list(group))
@@ -148,7 +175,28 @@ class Section:
         elif call == "rmpupdate":
             self.rmpupdate(row)
         elif call == "kvm_vm_set_region_attr":
-            self.per_gfn(attributes.kvm_vm_set_region_attr, row, self.kind)
+            self.store(row)
+        elif call == "xa_reserve":
+            self.reserve(row)
+        elif call == "kvm_range_has_memory_attributes":
+            ways = {"done": self.unwind("done")}
+            self.emit(
+                attributes.kvm_range_has_memory_attributes, (self.gfns, self.kind, row.target is not None), row,
+                jumps=ways,
+            )  # fmt: skip
+        elif call == "kvm_update_lpage_mixed_flag":
+            self.emit(attributes.kvm_update_lpage_mixed_flag, (row.target is not None,), row)
+        elif call in GMEM_CALLS:
+            if self.conf.gmem:
+                self.per_gfn(GMEM_CALLS[call], row)
+        elif call == "psmash" and self.section == "punch":
+            if self.conf.folio_2m:
+                self.emit(sev.psmash_if_partial, (), row)
+        elif call == "kvm_gmem_get_pfn" and self.section == "ioctl":
+            if self.conf.gmem:
+                self.hold_pages(row)
+            else:
+                self.emit(gmem.kvm_gmem_get_pfn, (self.kind,), row)
         elif call in FAULT_CALLS:
             self.fault_call(row)
         elif call in ("rmp_prepare", "rmp_match"):
@@ -160,7 +208,7 @@ class Section:
         elif call == "kvm_mmu_invalidate_range_add":
             assert self.gfns is not None
             whole = self.conf.gfns if row.target == "hugepage" else self.gfns
-            if row.target != "hugepage" or self.conf.huge:
+            if whole and (row.target != "hugepage" or self.conf.huge):
                 self.emit(attributes.kvm_mmu_invalidate_range_add, (min(whole), max(whole) + 1), row)
         else:
             self.emit(_PLAIN[call], (), row)
@@ -179,9 +227,46 @@ class Section:
         if self.gfns is None:
             self.emit(at_fault(step), args, row, f"{row.call}({shown})")
             return
-        for gfn in self.gfns:
+        for n, gfn in enumerate(self.gfns):
+            if n and step is mmu.kvm_unmap_gfn_range and self.conf.yields and self.section == "ioctl":
+                self.yields(row)
             where = f"gfn {gfn}" if step is not sev.rmpupdate else self.conf.backing["private", gfn]
             self.emit(step, (gfn, *args), row, f"{row.call}({', '.join(filter(None, (where, shown)))})")
+
+    def yields(self, row: Row) -> None:
+        """Between two gfns of a zap: it may flush, drop mmu_lock and take it again."""
+        over = self.new_label()
+        for step, args, jumps in (
+            (mmu.tdp_mmu_yields, (), {"skip": over}),
+            (locks.write_unlock, ("mmu_lock",), {}),
+            (locks.write_lock, ("mmu_lock",), {}),
+        ):
+            self.emit(step, args, row, f"{row.call}(): {step.__name__}()", jumps)
+        self.mark(over)
+
+    def store(self, row: Row) -> None:
+        """xa_store() gfn by gfn; where one may fail, the rest of the section goes on with what was stored."""
+        first = len(self.drafts)
+        self.per_gfn(attributes.kvm_vm_set_region_attr, row, self.kind)
+        if not self.conf.xa_fails or any(r.call == "xa_reserve" for r in self.rows):
+            return
+        rest = self.rows[self.rows.index(row) + 1 :]
+        for n, draft in enumerate(self.drafts[first:]):
+            self.partly[n] = Partly(f"{self.prefix}-stored{n}", tuple(self.holding), rest)
+            draft.jumps["failed"] = self.partly[n].label
+
+    def reserve(self, row: Row) -> None:
+        """xa_reserve() gfn by gfn; a failure leaves the ioctl with -ENOMEM."""
+        gfns = self.gfns or ()
+        for gfn in gfns:
+            ways = {"failed": self.unwind("ENOMEM")}
+            self.emit(attributes.xa_reserve, (gfn, gfn == gfns[-1]), row, f"xa_reserve(gfn {gfn})", ways)
+
+    def hold_pages(self, row: Row) -> None:
+        """The ioctl looks up the pages that it works on before it takes a lock that forbids sleeping."""
+        for gfn in self.gfns or ():
+            pfn = self.conf.backing["private", gfn]
+            self.emit(gmem.hold_page, (gfn,), row, f"kvm_restrictedmem_get_pfn({pfn})")
 
     def rmpupdate(self, row: Row) -> None:
         """RMPUPDATE: where it fails the op gives up (ioctl), or KVM_RUN does (fault path)."""
@@ -221,9 +306,10 @@ class Section:
 
     def fault_call(self, row: Row) -> None:
         """Add a step of the fault path; retry and exit drop what is held and leave."""
-        ways = () if self.section == "ioctl" else ("retry", "exit")
+        ways = () if self.section == "ioctl" else ("retry", "exit", "leave")
         jumps = {why: self.unwind(why) for why in ways}
-        self.emit(FAULT_CALLS[row.call], (self.kind,), row, jumps=jumps)
+        words: tuple[Any, ...] = WORD_ARGS[row.call](row.target) if row.call in WORD_ARGS else ()
+        self.emit(FAULT_CALLS[row.call], (self.kind, *words), row, jumps=jumps)
 
     def unwind(self, why: str) -> str:
         """Label of the code that drops the locks held here and then leaves for `why`."""

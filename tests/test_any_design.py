@@ -4,7 +4,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvmlab.design import Design
-from kvmlab.design.calls import CALLS, SECTIONS
+from kvmlab.design.calls import CALLS, NEEDS_WORD, SECTIONS, WORDS
 from kvmlab.report import check
 from kvmlab.scenario import NotApplicable
 
@@ -12,7 +12,8 @@ from kvmlab.scenario import NotApplicable
 def statement(section):
     """One statement that may stand in a section, as text."""
     calls = [c for c in CALLS if section in c.sections]
-    plain = st.sampled_from(calls).map(lambda c: f"    {c.name}({c.lock or ''})")
+    words = {c.name: c.lock or (WORDS[c.name][0] if c.name in NEEDS_WORD else "") for c in calls}
+    plain = st.sampled_from(sorted(words)).map(lambda name: f"    {name}({words[name]})")
     guard = st.sampled_from(["attr == private", "attr == shared", "platform != snp"])
     return st.one_of(plain, plain, st.tuples(guard, plain).map(lambda gp: f"    if ({gp[0]})\n    {gp[1]}"))
 
@@ -28,8 +29,11 @@ def designs(draw):
     return "\n".join(parts) + "\n"
 
 
+SCENARIOS = ["tiny", "host-io", "hook-fails", "auto-convert", "punch", "huge-split", "xarray-full"]
+
+
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
-@given(designs(), st.sampled_from(["tiny", "host-io", "hook-fails", "auto-convert"]), st.sampled_from(["snp", "sw"]))
+@given(designs(), st.sampled_from(SCENARIOS), st.sampled_from(["snp", "sw"]))
 def test_any_design_that_parses_gets_a_verdict_and_a_run(text, scenario, platform):
     try:
         report = check(Design.parse(text), platform, scenario, limit=3_000)

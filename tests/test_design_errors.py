@@ -31,7 +31,33 @@ def test_an_unknown_call_is_shown_with_its_line_a_caret_and_near_names():
 BAD = {
     "rmpupdat()": ("unknown call", 1, "rmpupdate"),
     "iotcl:\n  rmpupdate()": ("unknown section", 1, "ioctl:"),
-    "aug:\n  rmpupdate()": ("not modelled yet", 1, "ioctl:"),
+    "augg:\n  clflush()": ("unknown section", 1, "aug:"),
+    "aug:\n  rmpupdate()": ("cannot stand in aug:", 2, "ioctl:"),
+    "zap:": ("is empty", 1, "a call"),
+    "zap:\n  tdh_mem_trak()": ("unknown call", 2, "tdh_mem_track"),
+    "zap:\n  tdh_mem_page_aug()": ("cannot stand in zap:", 2, "aug:"),
+    "zap:\n  adjust_direct_map()": ("cannot stand in zap:", 2, "punch:"),
+    "zap:\n  mutex_lock(slots_lock)": ("cannot stand in zap:", 2, "ioctl:"),
+    "zap:\n  if (flush)\n    tdh_mem_track()": ("follows a zap by kvm_unmap", 2, "punch:"),
+    "zap:\n  tdx_no_vcpus_enter_start(kvm)": ("unknown call", 2, "tdh_do_no_vcpus(tdh_mem_track)"),
+    "zap:\n  tdx_track(kvm)": ("only holds other calls", 2, None),
+    "zap:\n  tdh_do_no_vcpus()": ("has to name its SEAMCALL", 2, "tdh_mem_track"),
+    "zap:\n  tdh_do_no_vcpus(tdh_vp_flush, kvm)": ("has to name its SEAMCALL", 2, "tdh_mem_page_remove"),
+    "zap:\n  tdh_do_no_vcpus(tdh_mem_track, tdh_mem_page_remove)": (
+        "only one of its words",
+        2,
+        "tdh_mem_track",
+    ),
+    "zap:\n  tdh_mem_track(rety)": ("does not know 'rety'", 2, "retry"),
+    "aug:\n  write_spte(leav)": ("does not know 'leav'", 2, "table"),
+    "aug:\n  freeze_spte(leaf, table)": ("only one of its words", 2, "leaf"),
+    "punch:\n  xa_store()": ("cannot stand in punch:", 2, "ioctl:"),
+    "punch:\n  read_lock(mmu_lock)": ("cannot stand in punch:", 2, "fault:"),
+    "punch:\n  psmash(recheck)": ("takes no word in punch:", 2, None),
+    "punch:\n  truncate_inode_pages()": ("unknown call", 2, "truncate_inode_pages_range"),
+    "rmp_fault:\n  psmash(rechek)": ("does not know 'rechek'", 2, "recheck_unassigned"),
+    "rmpupdate(privat)": ("does not know 'privat'", 1, "private"),
+    "npf_sizem()": ("cannot stand in ioctl:", 1, "rmp_fault:"),
     "ioctl:\nfault:\n  mmu_seq_snapshot()": ("is empty", 1, "a call"),
     "ioctl:\n  xa_store()\nioctl:\n  xa_store()": ("given twice", 3, None),
     "": ("no statement", 0, "one call a line"),
@@ -159,7 +185,7 @@ def test_files_whose_bases_go_in_a_circle_are_refused(tmp_path):
     assert "base cycle" in unloadable(tmp_path / "a.kvm").message
 
 
-@pytest.mark.parametrize("asked", [("zap",), ("ioctl", "secret"), ("ioctl", "private", "vax")])
+@pytest.mark.parametrize("asked", [("zip",), ("ioctl", "secret"), ("ioctl", "private", "vax")])
 def test_rows_are_given_only_for_what_exists(asked):
     with pytest.raises(DesignError):
         Design.load("upstream").rows(*asked)
@@ -190,6 +216,7 @@ PIECES = [
     *("\n", "\n  ", "\n\t", "\n    ", " ", "> ", "{", "}", ";", ":", "()", "(", ")", "...", ",", "/"),
     *("//", "/*", "*/", "#"),
     *("if (attr == private)", "if (flush)", "else", "return", "flush |= ", "static_call", "ioctl:", "fault:"),
+    *("punch:", "zap:", "aug:", "(retry)", "(table)"),
     *("base: ", "expect snp:", "no-zap", "tiny: all Never", "slots_lock", "(mmu_lock)"),
     *(call.name for call in CALLS),
 ]  # fmt: skip
@@ -205,6 +232,7 @@ LINES = [
     *("if (attr == private)", "if (platform != snp) {", "if (flush)", "} else {", "}", "else", "return"),
     *("rmpupdate()", "xa_store()", "kvm_mem_attrs_changed():", "kvm_x86_update_mem_attr()", "rmp_match():"),
     *("kvm_unmap_gfn_range()", "kvm_post_mem_attrs_changed() {", "kvm_flush_remote_tlbs()", "fault:"),
+    *("zap:", "tdh_do_no_vcpus(tdh_mem_track)", "aug:", "write_spte(table)", "clflush()", "punch:"),
 ]
 DEPTHS = ["", "  ", "    "]
 

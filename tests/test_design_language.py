@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvmlab.design import Condition, Design, shipped
-from kvmlab.design.calls import CALLS, known
+from kvmlab.design.calls import CALLS, DEFAULTED, SECTIONS, known
 
 V8 = Design.load("v8-post-hook")
 FLAT = """
@@ -262,6 +262,166 @@ def test_a_body_given_to_rmp_match_is_what_it_does():
     ]
 
 
+# -- holes in guest_memfd, and the SEAMCALLs of a private leaf
+
+KICK_ONCE = """
+base: upstream
+zap:
+    tdx_sept_remove_leaf_spte():
+        err = tdh_do_no_vcpus(tdh_mem_range_block, kvm, &kvm_tdx->td, gpa, tdx_level, &entry, &level_state);
+        tdx_track(kvm):
+            err = tdh_do_no_vcpus(tdh_mem_track, kvm, &kvm_tdx->td);
+            kvm_make_all_cpus_request(kvm, KVM_REQ_OUTSIDE_GUEST_MODE);
+        err = tdh_do_no_vcpus(tdh_mem_page_remove, kvm, &kvm_tdx->td, gpa, tdx_level, &entry, &level_state);
+        err = tdh_phymem_page_wbinvd_hkid((u16)kvm_tdx->hkid, page);
+        tdx_quirk_reset_page(page);
+"""
+AUG = "base: upstream\naug:\n"
+
+
+def words(text: str, section: str, to: str = "private") -> list[tuple[str, str | None]]:
+    return [(row.call, row.target) for row in Design.parse(text).rows(section, to, "tdx")]
+
+
+def aug(text: str) -> list[str]:
+    return [call if word is None else f"{call} {word}" for call, word in words(AUG + text, "aug")]
+
+
+def test_a_zap_as_the_kernel_writes_it_is_its_seamcalls_in_order():
+    assert words(KICK_ONCE, "zap") == [
+        ("tdh_do_no_vcpus", "tdh_mem_range_block"),
+        ("tdh_do_no_vcpus", "tdh_mem_track"),
+        ("kvm_make_all_cpus_request", None),
+        ("tdh_do_no_vcpus", "tdh_mem_page_remove"),
+        ("tdh_phymem_page_wbinvd", None),
+        ("tdx_clear_page", None),
+    ]
+
+
+def test_a_seamcall_is_retried_without_end_only_where_the_text_says_so():
+    text = "base: upstream\nzap:\n  tdh_mem_track(&kvm_tdx->td)\n  tdh_mem_track(retry)"
+    assert words(text, "zap") == [("tdh_mem_track", None), ("tdh_mem_track", "retry")]
+
+
+@pytest.mark.parametrize("to", ["private", "shared"])
+def test_a_zap_may_depend_on_the_direction(to):
+    text = "base: upstream\nzap:\n  if (attr == shared)\n    kvm_map_directmap()\n  tdh_mem_track()"
+    assert len(words(text, "zap", to)) == (2 if to == "shared" else 1)
+
+
+def test_an_aug_without_freezing_stands_for_the_kernel_s():
+    assert aug("tdx_mem_page_aug():\n  tdx_clflush_page(page)\n  err = tdh_mem_page_aug(td, gpa)") == [
+        "freeze_spte table",
+        "tdh_mem_sept_add",
+        "write_spte table",
+        "freeze_spte leaf",
+        "clflush",
+        "tdh_mem_page_aug",
+        "write_spte leaf",
+    ]
+
+
+def test_an_aug_that_adds_the_table_gets_no_other():
+    assert aug("tdh_mem_sept_add(bit_and)\ntdh_mem_page_aug(bit_and)") == [
+        "freeze_spte table",
+        "tdh_mem_sept_add bit_and",
+        "write_spte table",
+        "freeze_spte leaf",
+        "tdh_mem_page_aug bit_and",
+        "write_spte leaf",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["tdh_mem_page_aug()\nwrite_spte(leaf)", "freeze_spte(leaf)\ntdh_mem_page_aug()"]
+)
+def test_an_aug_that_writes_or_freezes_an_spte_is_taken_as_it_stands(text):
+    assert aug(text) == text.replace("()", "").replace("(leaf)", " leaf").split("\n")
+
+
+def test_the_leaf_is_frozen_and_written_unless_the_table_is_named():
+    text = "try_cmpxchg64(sptep, &old, FROZEN_SPTE)\nwrite_spte(leaf)\nwrite_spte(table)"
+    assert aug(text) == ["freeze_spte leaf", "write_spte leaf", "write_spte table"]
+    assert Design.parse(AUG + "freeze_spte()").diff(Design.parse(AUG + "freeze_spte(leaf)", "(text)")) == ""
+
+
+def test_what_freezing_adds_stands_in_no_line():
+    rows = Design.parse(AUG + "tdh_mem_page_aug()").rows("aug")
+    assert [row.call for row in rows if row.line] == ["tdh_mem_page_aug"]
+
+
+def test_an_aug_is_private_whatever_is_asked():
+    assert words(AUG + "if (attr == shared)\n  clflush()\nwrite_spte()", "aug", "shared") == [
+        ("write_spte", "leaf")
+    ]
+
+
+def test_a_punch_makes_shared_whatever_is_asked():
+    text = "base: upstream\npunch:\n  sev_gmem_invalidate():\n    psmash()\n    rmpupdate()"
+    assert words(text, "punch") == [("psmash", None), ("rmpupdate", "shared")]
+
+
+def test_a_flush_in_a_punch_may_hang_on_the_zap():
+    text = "punch:\nflush |= kvm_unmap_gfn_range()\nif (flush)\nkvm_flush_remote_tlbs()\ntruncate_inode_pages_range()"
+    assert [bool(row.when) for row in Design.parse(text).rows("punch")] == [False, True, False]
+
+
+@pytest.mark.parametrize("section", DEFAULTED)
+def test_what_no_base_gives_of_the_later_sections_is_upstream_s(section):
+    design = Design.parse("ioctl:\n  xa_store()\nfault:\n  mmu_seq_snapshot()\nrmp_fault:\n  return")
+    assert design.sections[section] == Design.load("upstream").sections[section] != ()
+    assert (design.base, section in design.own, design.notes) == (None, False, ())
+
+
+def test_a_base_that_gives_a_zap_hands_it_on():
+    mine = {"mine": KICK_ONCE}.get
+    assert Design.parse("base: mine\naug:\n  clflush()", base_loader=mine).rows("zap") == Design.parse(
+        KICK_ONCE
+    ).rows("zap")
+
+
+def test_a_later_section_of_its_own_makes_a_design_another():
+    upstream, other = Design.load("upstream"), Design.parse("base: upstream\nzap:\n  tdh_mem_track(retry)")
+    assert other.digest != upstream.digest
+    assert "+ tdh_mem_track(retry)" in upstream.diff(other).partition("@@ zap @@")[2]
+
+
+def test_the_zap_as_merged_is_upstream_s():
+    assert Design.parse(KICK_ONCE).rows("zap") == Design.load("upstream").rows("zap")
+
+
+def test_lines_of_a_zap_move():
+    design = Design.parse(KICK_ONCE)
+    moved, now = design.moved("zap", 7, -1)
+    assert (moved.lines("zap")[now], now) == (design.lines("zap")[7], 6)
+    assert moved.moved("zap", now, 1)[0].sections == design.sections
+
+
+def test_the_handler_of_rmp_faults_may_ask_before_it_smashes():
+    text = (
+        "rmp_fault:\nnpf_sizem()\nsnp_lookup_rmpentry(warn)\npsmash(recheck_unassigned)\nkvm_zap_gfn_range()"
+    )
+    assert words(text, "rmp_fault")[1:3] == [
+        ("snp_lookup_rmpentry", "warn"),
+        ("psmash", "recheck_unassigned"),
+    ]
+
+
+def test_the_ioctl_may_return_early_and_reserve():
+    assert ioctl(
+        "kvm_range_has_memory_attributes(kvm, start, end)\nr = xa_reserve(xa, i, GFP_KERNEL_ACCOUNT)"
+    ) == [
+        "kvm_range_has_memory_attributes",
+        "xa_reserve",
+    ]
+
+
+@pytest.mark.parametrize("platform", ["tdx", "sev", "sw"])
+def test_any_platform_may_have_expected_verdicts(platform):
+    text = f"xa_store()\nexpect {platform}:\n  tiny: host-machine-check Sometimes"
+    assert Design.parse(text).expect == {platform: {"tiny": {"host-machine-check": "Sometimes"}}}
+
+
 # -- what is inherited
 
 
@@ -356,13 +516,13 @@ def test_canonical_text_means_the_same_rows(name):
     design = Design.load(name)
     again = Design.parse(design.canonical(), name)
     assert (again.sections, again.digest) == (design.sections, design.digest)
-    assert again.own == ("ioctl", "fault", "rmp_fault")
+    assert again.own == tuple(section for section in SECTIONS if design.lines(section))
 
 
 @pytest.mark.parametrize("name", shipped("all"))
 def test_the_displayed_lines_parse_to_the_same_rows(name):
     design = Design.load(name)
-    text = "\n".join(f"{s}:\n" + "\n".join(design.lines(s)) for s in design.sections)
+    text = "\n".join(f"{s}:\n" + "\n".join(design.lines(s)) for s in SECTIONS if design.lines(s))
     assert Design.parse(text).sections == design.sections
 
 
@@ -496,9 +656,10 @@ def test_moving_in_an_inherited_section_makes_it_the_design_s_own():
     assert design.lines("ioctl") == Design.load("v7-under-lock").lines("ioctl")
 
 
-@given(st.sampled_from(shipped("all")), st.sampled_from(["ioctl", "fault"]), st.data())
+@given(st.sampled_from(shipped("all")), st.sampled_from(["ioctl", "fault", "zap", "aug"]), st.data())
 def test_a_move_keeps_every_call_and_what_moved_can_move_back(name, section, data):
     design = Design.load(name)
+    assume(design.lines(section))
     at = data.draw(st.integers(0, len(design.lines(section)) - 1))
     there, now = design.moved(section, at, 1)
     back, _ = there.moved(section, now, -1)

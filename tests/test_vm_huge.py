@@ -5,12 +5,14 @@ from contextlib import nullcontext
 import pytest
 
 from kvmlab.emulator import GuestSpins, KernelBug, Vm
+from kvmlab.emulator.slots import LEVELS
 
 P, M2 = 4096, 1 << 21
 
 
 def mixed(vm, level="2M"):
-    return [bool(flag) for flag in next(iter(vm.slots)).mixed[level]]
+    slot, size = next(iter(vm.slots)), 1 << LEVELS[level]
+    return [slot.test_mixed(gfn, level) for gfn in range(slot.base - slot.base % size, slot.end, size)]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Designs: orderings written as text, read into sections of rows.
 
 A design is one text: its header comment says what it is and where it comes from, its sections say what the
-ioctl, the fault path and the RMP fault handler do, one call a line.  What it does not say it inherits.
+ioctl, the fault path, the RMP fault handler, guest_memfd's hole punching and, under TDX, the zap and the
+augmenting of a private leaf do, one call a line.  What it does not say it inherits.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
 
-from .calls import ATTRIBUTES, PLATFORMS, SECTIONS, nearest
+from .calls import ATTRIBUTES, DEFAULTED, DEFAULTS_FROM, ONE_WAY, PLATFORMS, SECTIONS, nearest
 from .edit import Aligned, align, hunks, move, shown_lines
 from .errors import DesignError, Place, quoted
 from .files import BaseLoader, decode, from_file, from_stdin, shipped, shipped_text, siblings
-from .rows import Row, build, digest, resolve, spelled
+from .rows import Row, build, digest, frozen, resolve, spelled
 from .source import Source
 from .tree import Condition, Node, as_written, calls_in, commented, shown, substitute
 
@@ -74,10 +75,13 @@ class Design:
         """The rows of a section that run for a conversion (in the fault path: a fault) `to` on `platform`.
 
         Ifs on the attribute and the platform are decided, `return` cuts, helpers are spelled out; of the
-        conditions only `flush` is left in `when`.
+        conditions only `flush` is left in `when`.  In punch `to` is always shared, in aug private; aug has the
+        mirror's freezing in it also where the text leaves it out.
         """
         _check_words((section, SECTIONS), (to, ATTRIBUTES), (platform, PLATFORMS))
-        return resolve(self.sections[section], to, platform)
+        text = self.sections[section]
+        rows = resolve(text, ONE_WAY.get(section, to), platform)
+        return frozen(text, rows) if section == "aug" else rows
 
     def lines(self, section: str) -> tuple[str, ...]:
         """The lines of a section for display: as written, without comments, indented by what governs them."""
@@ -103,7 +107,7 @@ class Design:
         """The whole design as one text that inherits nothing, canonically spelled; its rows are equal."""
         out = [f"// {line}".rstrip() for line in self._header]
         out += ["", f"backing: {self.backing}"] if self.backing else []
-        for name in SECTIONS:
+        for name in (name for name in SECTIONS if self._trees[name]):
             out += ["", f"{name}:"]
             out += ["    " * (line.depth + 1) + line.text for line in shown(self._trees[name], spelled)]
         for platform, scenarios in self.expect.items():
@@ -176,14 +180,15 @@ def _parse(
         build(nodes, section, source)
     trees = dict(parsed.sections)
     fragment = "ioctl" in trees and not _calls(trees["ioctl"], "kvm_vm_set_region_attr", "xa_store")
-    missing = [section for section in SECTIONS if section not in trees]
+    missing = [s for s in SECTIONS if s not in trees and s not in DEFAULTED]
     base: Design | None = None
     if missing or fragment or parsed.base:
         place = parsed.base_place or Place(name, 1, 1)
         base = _base(parsed.base or DEFAULT_BASE, place, source, loader, chain)
-        trees |= {section: base._trees[section] for section in missing}
         if fragment:
             trees["ioctl"] = _replaced(base, trees["ioctl"], place, source)
+    heir = base or (None if ships and name == DEFAULTS_FROM else _shipped(DEFAULTS_FROM))
+    trees = {s: trees[s] if s in trees else heir._trees[s] if heir else () for s in SECTIONS}
     told = [] if ships and not fragment else _notes(base, parsed.base, missing, fragment, trees["ioctl"])
     header, origin, about = _about(source.header)
     return Design(
@@ -241,7 +246,7 @@ def _notes(
             f"{base.name}."
         )
     elif base and not named:
-        parts = " and ".join(f"{section}:" for section in missing)
+        parts = " and ".join(filter(None, (", ".join(f"{s}:" for s in missing[:-1]), f"{missing[-1]}:")))
         notes.append(f"What the text does not give ({parts}) is that of {base.name}.")
     begins = ("kvm_mmu_invalidate_begin", "kvm_mmu_invalidate_start")
     if _calls(ioctl, *begins) and not _calls(ioctl, "kvm_mmu_invalidate_end"):

@@ -9,14 +9,16 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-SECTIONS = ("ioctl", "fault", "rmp_fault")
+SECTIONS = ("ioctl", "fault", "rmp_fault", "punch", "zap", "aug")
+DEFAULTED = ("punch", "zap", "aug")  # what no base gives of these is that of DEFAULTS_FROM
+DEFAULTS_FROM = "upstream"
+ONE_WAY = {"punch": "shared", "aug": "private"}  # sections that run for one attribute only
 PLATFORMS = ("snp", "tdx", "sev", "sw")
 ATTRIBUTES = ("private", "shared")
 CONDITIONS = ("attr == private", "attr == shared", *(f"platform == {p}" for p in PLATFORMS), "flush")
 STATEMENTS = ("one call a line", "if (...)", "else", "return", *(f"{s}:" for s in SECTIONS), "// comment")
 EXPECTATIONS = ("SCENARIO: property Verdict, property Verdict", "SCENARIO: all Never")
 BACKINGS = ("split", "in-place")
-LATER = ("zap", "aug")  # sections for TDX, not modelled yet
 IOCTL_TITLE = "kvm_vm_ioctl_set_mem_attributes"  # the function that the ioctl section is
 
 
@@ -33,47 +35,57 @@ class KnownCall:
 
 
 IOCTL, FAULT, RMP_FAULT = (("ioctl",), ("fault",), ("rmp_fault",))
-ZAPS = ("ioctl", "rmp_fault")
+PUNCH, ZAP, AUG = (("punch",), ("zap",), ("aug",))
+PATHS = (*IOCTL, *FAULT, *RMP_FAULT)
+INVALIDATES = (*IOCTL, *PUNCH)
+FLUSHES = (*IOCTL, *RMP_FAULT, *PUNCH)  # where mappings are zapped by gfn: `if (flush)` may follow
 
 CALLS = (
-    KnownCall("mutex_lock", SECTIONS, "take slots_lock; may sleep", lock="slots_lock"),
-    KnownCall("mutex_unlock", SECTIONS, "drop slots_lock", lock="slots_lock"),
+    KnownCall("mutex_lock", PATHS, "take slots_lock; may sleep", lock="slots_lock"),
+    KnownCall("mutex_unlock", PATHS, "drop slots_lock", lock="slots_lock"),
     KnownCall(
-        "write_lock", SECTIONS, "take mmu_lock for write; preemption off", ("KVM_MMU_LOCK",), lock="mmu_lock"
+        "write_lock", (*PATHS, *PUNCH), "take mmu_lock for write; preemption off", ("KVM_MMU_LOCK",),
+        lock="mmu_lock",
     ),
-    KnownCall("write_unlock", SECTIONS, "drop mmu_lock", ("KVM_MMU_UNLOCK",), lock="mmu_lock"),
-    KnownCall("read_lock", SECTIONS, "take mmu_lock for read; preemption off", lock="mmu_lock"),
-    KnownCall("read_unlock", SECTIONS, "drop mmu_lock", lock="mmu_lock"),
+    KnownCall("write_unlock", (*PATHS, *PUNCH), "drop mmu_lock", ("KVM_MMU_UNLOCK",), lock="mmu_lock"),
+    KnownCall("read_lock", PATHS, "take mmu_lock for read; preemption off", lock="mmu_lock"),
+    KnownCall("read_unlock", PATHS, "drop mmu_lock", lock="mmu_lock"),
     KnownCall(
-        "filemap_invalidate_lock", IOCTL, "take guest_memfd's invalidate_lock alone; may sleep",
+        "filemap_invalidate_lock", INVALIDATES, "take guest_memfd's invalidate_lock alone; may sleep",
         lock="invalidate_lock",
     ),
-    KnownCall("filemap_invalidate_unlock", IOCTL, "drop invalidate_lock", lock="invalidate_lock"),
+    KnownCall("filemap_invalidate_unlock", INVALIDATES, "drop invalidate_lock", lock="invalidate_lock"),
     KnownCall(
         "filemap_invalidate_lock_shared", FAULT, "take invalidate_lock with other readers; may sleep",
         lock="invalidate_lock",
     ),
     KnownCall("filemap_invalidate_unlock_shared", FAULT, "drop invalidate_lock", lock="invalidate_lock"),
+    KnownCall("kvm_range_has_memory_attributes", IOCTL, "the range is uniform already: return 0"),
+    KnownCall("xa_reserve", IOCTL, "reserve an entry a gfn; may sleep, may fail: ENOMEM"),
     KnownCall(
-        "kvm_mmu_invalidate_begin", IOCTL,
+        "kvm_mmu_invalidate_begin", INVALIDATES,
         "open the window; without range_add it covers the whole request", ("kvm_mmu_invalidate_start",),
     ),
-    KnownCall("kvm_mmu_invalidate_range_add", IOCTL, "add the request to the window's range"),
-    KnownCall("kvm_mmu_invalidate_end", IOCTL, "close the window: the sequence count moves"),
+    KnownCall("kvm_mmu_invalidate_range_add", INVALIDATES, "add the request to the window's range"),
+    KnownCall("kvm_mmu_invalidate_end", INVALIDATES, "close the window: the sequence count moves"),
     KnownCall("kvm_vm_set_region_attr", IOCTL, "store the attribute, gfn by gfn", ("xa_store",)),
-    KnownCall("kvm_unmap_gfn_range", ZAPS, "zap the mappings of the range, gfn by gfn"),
-    KnownCall("kvm_flush_remote_tlbs", ZAPS, "flush the TLBs of all vCPUs"),
+    KnownCall("kvm_unmap_gfn_range", FLUSHES, "zap the mappings of the range, gfn by gfn"),
+    KnownCall("kvm_flush_remote_tlbs", FLUSHES, "flush the TLBs of all vCPUs"),
     KnownCall(
         "kvm_mem_attrs_changed", IOCTL, "zap and flush",
         parts=("kvm_unmap_gfn_range", "kvm_flush_remote_tlbs"),
     ),
     KnownCall("kvm_update_lpage_mixed_flag", IOCTL, "large-page bookkeeping"),
-    KnownCall("kvm_unmap_directmap", SECTIONS, "remove from the directmap, page by page; may sleep"),
-    KnownCall("kvm_map_directmap", SECTIONS, "restore to the directmap, page by page; may sleep"),
-    KnownCall("adjust_direct_map", SECTIONS, "split the directmap to 4K where needed; may sleep"),
-    KnownCall("rmpupdate", SECTIONS, "RMPUPDATE, page by page, towards the requested state"),
     KnownCall(
-        "kvm_x86_update_mem_attr", SECTIONS,
+        "kvm_unmap_directmap", (*PATHS, *PUNCH, *ZAP), "remove from the directmap, page by page; may sleep"
+    ),
+    KnownCall(
+        "kvm_map_directmap", (*PATHS, *PUNCH, *ZAP), "restore to the directmap, page by page; may sleep"
+    ),
+    KnownCall("adjust_direct_map", (*PATHS, *PUNCH), "split the directmap to 4K where needed; may sleep"),
+    KnownCall("rmpupdate", (*PATHS, *PUNCH), "RMPUPDATE, page by page, towards the requested state"),
+    KnownCall(
+        "kvm_x86_update_mem_attr", (*PATHS, *PUNCH),
         "the series' helper: private: unmap the directmap, RMPUPDATE; shared: RMPUPDATE, map",
         ("kvm_x86_set_mem_attr",), parts=("kvm_unmap_directmap", "rmpupdate", "kvm_map_directmap"),
     ),
@@ -93,19 +105,91 @@ CALLS = (
         "rmp_match", FAULT, "the RMP is not as the fault needs it: its body, under the folio lock",
         parts=("kvm_unmap_directmap", "rmpupdate", "kvm_map_directmap"),
     ),
-    KnownCall("psmash", RMP_FAULT, "PSMASH of the entry of the faulting page; fails if it is 4K already"),
+    KnownCall("npf_sizem", RMP_FAULT, "leave unless the error code has SIZEM"),
+    KnownCall(
+        "snp_lookup_rmpentry", RMP_FAULT,
+        "leave unless the entry is an assigned 2M one; (warn): unassigned is a warning",
+    ),
+    KnownCall(
+        "psmash", (*RMP_FAULT, *PUNCH),
+        "PSMASH; fails on a 4K entry; (recheck): if 4K is found then, it is a lost race; (recheck_unassigned): "
+        "if unassigned is found, too; in punch: PSMASH if a 2M entry is only partly freed",
+    ),
     KnownCall("kvm_zap_gfn_range", RMP_FAULT, "zap and flush; takes mmu_lock itself"),
+    KnownCall(
+        "truncate_inode_pages_range", PUNCH, "take the page out of guest_memfd, once nobody holds it; may sleep"
+    ),
+    KnownCall("folio_put", PUNCH, "give the page back to the host: from here on it is anybody's"),
+    KnownCall(
+        "tdh_mem_range_block", ZAP,
+        "TDH.MEM.RANGE.BLOCK; a status other than 0 is KVM_BUG_ON; (retry): while busy, again without end",
+    ),
+    KnownCall("tdh_mem_track", ZAP, "TDH.MEM.TRACK: the TD epoch moves; status and (retry) as for block"),
+    KnownCall(
+        "kvm_make_all_cpus_request", ZAP, "KVM_REQ_OUTSIDE_GUEST_MODE: wait until every vCPU has left the guest"
+    ),
+    KnownCall(
+        "tdh_mem_page_remove", ZAP,
+        "TDH.MEM.PAGE.REMOVE: needs block, track and all vCPUs out since; status and (retry) as for block",
+    ),
+    KnownCall(
+        "tdh_do_no_vcpus", ZAP,
+        "(tdh_mem_range_block), (tdh_mem_track) or (tdh_mem_page_remove): that SEAMCALL; if busy: set "
+        "wait_for_sept_zap, kick all vCPUs out, once more",
+    ),
+    KnownCall(
+        "tdh_phymem_page_wbinvd", ZAP, "write back and drop the page's cache lines of the TD's key",
+        ("tdh_phymem_page_wbinvd_hkid",),
+    ),
+    KnownCall(
+        "tdx_clear_page", ZAP, "zero the page with full-line writes, as the host",
+        ("tdx_quirk_reset_paddr", "tdx_quirk_reset_page"),
+    ),
+    KnownCall(
+        "freeze_spte", AUG, "FROZEN_SPTE in the mirror: others retry; (leaf), the default, or (table)",
+        ("try_cmpxchg64",),
+    ),
+    KnownCall(
+        "tdh_mem_sept_add", AUG,
+        "TDH.MEM.SEPT.ADD: give the secure EPT the table, if missing; busy: retry the fault; "
+        "(bit_and): busy is err & TDX_OPERAND_BUSY",
+    ),
+    KnownCall(
+        "clflush", AUG, "flush the page's cache lines through the directmap",
+        ("tdx_clflush_page", "clflush_cache_range"),
+    ),
+    KnownCall(
+        "tdh_mem_page_aug", AUG, "TDH.MEM.PAGE.AUG: the leaf is PENDING; status and (bit_and) as for sept_add"
+    ),
+    KnownCall(
+        "write_spte", AUG, "write the mirror's SPTE, no longer frozen; (leaf), the default, or (table)",
+        ("__kvm_tdp_mmu_write_spte",),
+    ),
 )  # fmt: skip
 
 KEEPS_BODY = ("rmp_prepare", "rmp_match")  # whose body is work on a condition, so it stays a body
 UNDER_FOLIO_LOCK = (
     "adjust_direct_map", "kvm_unmap_directmap", "kvm_map_directmap", "rmpupdate", "kvm_x86_update_mem_attr",
 )  # fmt: skip
-WORDS = {  # the arguments that carry meaning
+ZAP_SEAMCALLS = ("tdh_mem_range_block", "tdh_mem_track", "tdh_mem_page_remove")
+WORDS = {  # the arguments that carry meaning, at most one a call
     "rmpupdate": ("private", "shared"),
     "kvm_x86_update_mem_attr": ("private", "shared"),
     "kvm_mmu_invalidate_range_add": ("hugepage",),  # the huge pages that the request only touches
+    "kvm_range_has_memory_attributes": ("reserved",),  # takes reserved, empty entries for attributes
+    "kvm_update_lpage_mixed_flag": ("reserved",),
+    "snp_lookup_rmpentry": ("warn",),
+    "psmash": ("recheck", "recheck_unassigned"),
+    "tdh_do_no_vcpus": ZAP_SEAMCALLS,
+    **dict.fromkeys(ZAP_SEAMCALLS, ("retry",)),
+    "freeze_spte": ("leaf", "table"),
+    "tdh_mem_sept_add": ("bit_and",),
+    "tdh_mem_page_aug": ("bit_and",),
+    "write_spte": ("leaf", "table"),
 }
+USUAL_WORD = {"freeze_spte": "leaf", "write_spte": "leaf"}  # meant where none is said
+NEEDS_WORD = ("tdh_do_no_vcpus",)
+WORD_ONLY_IN = {"psmash": RMP_FAULT}  # elsewhere the call takes no word
 
 # Calls that readers of the kernel will try first, and what this language has for them.
 HINTS = {
@@ -115,6 +199,10 @@ HINTS = {
     "rmp_make_private": ("rmpupdate(private)",),
     "rmp_make_shared": ("rmpupdate(shared)",),
     "kvm_mmu_unmap_gfn_range": ("kvm_unmap_gfn_range()",),
+    "set_direct_map_invalid_noflush": ("kvm_unmap_directmap()",),
+    "set_direct_map_default_noflush": ("kvm_map_directmap()",),
+    "tdx_no_vcpus_enter_start": tuple(f"tdh_do_no_vcpus({name})" for name in ZAP_SEAMCALLS),
+    "tdx_no_vcpus_enter_stop": tuple(f"tdh_do_no_vcpus({name})" for name in ZAP_SEAMCALLS),
 }
 
 # Kernel functions that only hold other calls: they may stand as `name():` over their body, and mean nothing.
@@ -133,6 +221,26 @@ TITLES = (
     "kvm_mmu_faultin_pfn",
     "handle_rmp_page_fault",
     "sev_handle_rmp_fault",
+    "kvm_gmem_punch_hole",
+    "kvm_gmem_invalidate_begin",
+    "kvm_gmem_invalidate_end",
+    "kvm_gmem_free_folio",
+    "kvm_arch_gmem_invalidate",
+    "sev_gmem_invalidate",
+    "restrictedmem_invalidate",
+    "kvm_restrictedmem_invalidate_begin",
+    "kvm_restrictedmem_invalidate_end",
+    "sev_invalidate_private_range",
+    "snp_make_page_shared",
+    "tdx_sept_remove_private_spte",
+    "tdx_sept_zap_private_spte",
+    "tdx_sept_drop_private_spte",
+    "tdx_sept_remove_leaf_spte",
+    "tdx_track",
+    "tdx_reclaim_page",
+    "tdx_sept_set_private_spte",
+    "tdx_sept_link_private_spt",
+    "tdx_mem_page_aug",
 )
 
 _BY_NAME = {name: call for call in CALLS for name in (call.name, *call.aliases)}

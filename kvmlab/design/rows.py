@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 
 from . import calls
 from .errors import DesignError, quoted
@@ -17,10 +18,10 @@ from .tree import Body, Call, Condition, If, Leave, Node
 class Row:
     """One call of a section, with the conditions of the ifs around it.
 
-    `call` is the canonical name ("return" for a return); `lock` the lock of a lock call; `target` the
-    direction that the text names, and in `Design.rows` of each `rmpupdate` the one that it takes; `body` is
-    there for `rmp_prepare` and `rmp_match` only.  `text`, `line` and `origin` (a design's name) tell where
-    the row was written; rows that differ only there are equal.
+    `call` is the canonical name ("return" for a return); `lock` the lock of a lock call; `target` the word of
+    `calls.WORDS` that the text names, and in `Design.rows` of each `rmpupdate` the direction that it takes;
+    `body` is there for `rmp_prepare` and `rmp_match` only.  `text`, `line` and `origin` (a design's name)
+    tell where the row was written (line 0: nowhere, it is implied); rows that differ only there are equal.
     """
 
     call: str
@@ -60,9 +61,9 @@ class _Builder:
                 yield self._row(node, when)
 
     def _check_flush(self, node: If) -> None:
-        if node.test.var == "flush" and (self.section == "fault" or self.within):
-            message = "'if (flush)' follows a zap, and there is none here"
-            raise self.source.error(message, node.place, ("ioctl:", "rmp_fault:"), "it may stand in")
+        if node.test.var == "flush" and (self.section not in calls.FLUSHES or self.within):
+            message = "'if (flush)' follows a zap by kvm_unmap_gfn_range(), and there is none here"
+            raise self.source.error(message, node.place, [f"{s}:" for s in calls.FLUSHES], "it may stand in")
 
     def _return(self, node: Leave, when: tuple[Condition, ...]) -> Row:
         if self.within:
@@ -97,8 +98,8 @@ class _Builder:
             message = f"{node.name}() cannot stand inside {self.within}()"
             raise self.source.error(message, node.place, calls.UNDER_FOLIO_LOCK, "in there may stand")
         lock = self._lock(node, call)
-        target = self._target(node, calls.WORDS.get(call.name, ()))
-        return Row(call.name, target, when, node.place.line, node.text, None, lock, node.place.name)
+        word = self._word(node, call)
+        return Row(call.name, word, when, node.place.line, node.text, None, lock, node.place.name)
 
     def _unknown(self, node: Call) -> DesignError:
         if node.name in calls.TITLES:
@@ -119,11 +120,27 @@ class _Builder:
             raise self.source.error(f"{node.name}() {what}", node.place, (call.lock,))
         return call.lock
 
-    def _target(self, node: Call, words: tuple[str, ...]) -> str | None:
-        named = {word for word in re.findall(r"\w+", node.args) if word in words}
+    def _word(self, node: Call, call: calls.KnownCall) -> str | None:
+        """The argument that carries meaning, if there is one; DesignError for one that cannot be meant."""
+        words = calls.WORDS.get(call.name, ())
+        named = [word for word in dict.fromkeys(re.findall(r"\w+", node.args)) if word in words]
+        if wrong := self._wrong_word(node.args, call.name, named):
+            raise self.source.error(f"{node.name}() {wrong}", node.place, words)
+        return named[0] if named else calls.USUAL_WORD.get(call.name)
+
+    def _wrong_word(self, args: str, name: str, named: list[str]) -> str:
+        """What is wrong with the words that a call was given; "" if nothing is."""
+        words = calls.WORDS.get(name, ())
         if len(named) > 1:
-            raise self.source.error(f"{node.name}() goes one way only", node.place, calls.ATTRIBUTES)
-        return named.pop() if named else None
+            return "goes one way only" if words == calls.ATTRIBUTES else "takes only one of its words"
+        if named:
+            fits = self.section in calls.WORD_ONLY_IN.get(name, calls.SECTIONS)
+            return "" if fits else f"takes no word in {self.section}:, only in {calls.WORD_ONLY_IN[name][0]}:"
+        if name in calls.NEEDS_WORD:
+            return "has to name its SEAMCALL"
+        near = [word for word in words if args.startswith(word[0]) and f"{word}_" not in args]
+        misspelt = re.fullmatch(r"\w+", args) and get_close_matches(args, near, cutoff=0.7)
+        return f"does not know '{quoted(args)}'" if misspelt else ""
 
 
 def spelled(call: Call) -> str:
@@ -135,7 +152,7 @@ def spelled(call: Call) -> str:
         return f"{known.name}({known.lock if calls.names_its_lock(known.name) else ''})"
     meant = calls.WORDS.get(known.name, ())
     said = (word for word in re.findall(r"\w+", call.args) if word in meant)
-    return f"{known.name}({next(said, '')})"
+    return f"{known.name}({next(said, calls.USUAL_WORD.get(known.name, ''))})"
 
 
 def resolve(rows: Iterable[Row], to: str, platform: str) -> tuple[Row, ...]:
@@ -185,6 +202,26 @@ def _locked_work(row: Row, to: str, platform: str) -> tuple[Row, ...]:
     if row.call == "rmp_match":
         return tuple(_helper(row, to))
     return replace(row, call="adjust_direct_map"), replace(row, call="rmpupdate", target="private")
+
+
+def frozen(text: Iterable[Row], rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The `rows` of an aug section with the freezing of the mirror, if its `text` leaves that to the reader.
+
+    The table is frozen, given to the secure EPT and written, then the leaf is frozen, and written at the end;
+    where the text adds the table itself, what stands up to there belongs to the table.
+    """
+    said = [row.call for row in text]
+    if not said or "freeze_spte" in said or "write_spte" in said:
+        return rows
+    adds = [i for i, row in enumerate(rows) if row.call == "tdh_mem_sept_add"]
+    cut = adds[-1] + 1 if adds else 0
+    table = rows[:cut] if "tdh_mem_sept_add" in said else (_implied("tdh_mem_sept_add"),)
+    leaf = (_implied("freeze_spte", "leaf"), *rows[cut:], _implied("write_spte", "leaf"))
+    return (_implied("freeze_spte", "table"), *table, _implied("write_spte", "table"), *leaf)
+
+
+def _implied(call: str, word: str | None = None) -> Row:
+    return Row(call, word, text=f"{call}({word or ''})")
 
 
 def digest(sections: Mapping[str, tuple[Row, ...]]) -> str:

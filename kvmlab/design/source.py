@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from .calls import SECTIONS
 from .errors import DesignError, Place
 from .tree import Note
 
@@ -14,6 +15,7 @@ _QUOTED = re.compile(r"(?:[ \t]*>)+ ?")
 _BLANK = dict.fromkeys(map(ord, "\u00a0\u2007\u202f\u200b\ufeff"), " ")  # what web archives put for a space
 _ELLIPSIS = frozenset(("...", "\u2026", "[...]", "[\u2026]"))
 _COMMENT = re.compile(r"//|/\*")
+_HEADER = re.compile(rf"\s*(?:{'|'.join(SECTIONS)}|expect\s+[\w-]+|base|backing)\s*:")
 _BINARY = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -92,7 +94,7 @@ class Source:
     def begins(self, place: Place, pattern: str) -> bool:
         """Whether the last section header up to that line matches the pattern."""
         for code in reversed(self.clean[: place.line]):
-            if re.match(r"\s*(ioctl|fault|rmp_fault|expect\s+[\w-]+|base)\s*:", code):
+            if _HEADER.match(code):
                 return re.match(rf"\s*{pattern}", code) is not None
         return False
 

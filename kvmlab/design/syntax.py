@@ -70,10 +70,6 @@ class _Reader:
                 self.lists.setdefault(self.current, []).append(node)
 
     def _open(self, section: str, place: Place) -> None:
-        if section in calls.LATER:
-            allowed = [f"{name}:" for name in calls.SECTIONS]
-            message = f"'{section}:' belongs to TDX, whose sections are not modelled yet"
-            raise self.source.error(message, place, allowed)
         if section in self.headers or self.lists.get(section):
             raise self.source.error(f"'{section}:' is given twice", place)
         self.headers[section] = place

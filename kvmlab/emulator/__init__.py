@@ -1,11 +1,14 @@
 """The emulator: one concrete VM of any size, one run, by the same rules and designs as the explorer.
 
+switches                   what sources leave open, and what later kernels fixed
 events locks costs         errors, log and counters; who holds what; published figures
 memory                     bytes in DRAM and the stand-in cipher
-rmp sev                    RMP arrays under the rules of hw/; RMPUPDATE in ranges, the direct map
-gmem slots                 guest_memfd; memslots and large-page bookkeeping
+caches rmp                 dirty lines by C-bit; RMP arrays under the rules of hw/
+sev rmpfault               RMPUPDATE in ranges, the direct map; the handler of RMP faults
+gmem slots regions lpage   guest_memfd; memslots, their ioctl, their large pages
 mmu faults ioctl           attributes, NPT, TLBs; the `fault:` and `ioctl:` rows of a design
-access guest psc linux     a vCPU; page state changes; what a Linux guest does
+access guest psc alike     a vCPU; page state changes; runs of requests that are alike
+linux                      what a Linux guest does
 host vmm                   the host kernel and userspace
 vm workloads               the public Vm; a boot-like load
 """
@@ -32,7 +35,8 @@ from .events import (
     VmplFault,
 )
 from .locks import Deadlock
-from .vm import Vm, VmSwitches
+from .switches import VmSwitches
+from .vm import Vm
 
 __all__ = [
     "Deadlock", "Event", "GpFault", "GuestSpins", "GuestTerminated", "InstructionError", "InternalError", "KernelBug",

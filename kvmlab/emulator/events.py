@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Collection
 from typing import NamedTuple
 
 MEMORY_EXIT_FLAG_PRIVATE = 1 << 3  # KVM_MEMORY_EXIT_FLAG_PRIVATE
@@ -91,7 +92,7 @@ class InstructionError(VmError):
 
     def __init__(self, name: str, gpa: int, status: int, word: str) -> None:
         super().__init__(f"{name}({gpa:#x}) = {status} ({word})")
-        self.name, self.gpa, self.status = name, gpa, status
+        self.name, self.gpa, self.status, self.word = name, gpa, status, word
 
 
 class PscError(VmError):
@@ -162,6 +163,16 @@ class Log:
             old = self.events[at]
             self.counters[old.kind] += times - old.times
             self.events[at] = old._replace(times=times)
+
+    def mark(self) -> int:
+        """The number that the next event will have."""
+        return self.dropped + len(self.events)
+
+    def repeat(self, since: int, kinds: Collection[str], times: int) -> None:
+        """Say that the events of these kinds from number `since` on stand for `times` as many; counters stay."""
+        for at in range(max(0, since - self.dropped), len(self.events)):
+            if (event := self.events[at]).kind in kinds:
+                self.events[at] = event._replace(times=event.times * times)
 
     def violate(self, name: str, text: str) -> None:
         """Note a violation of a property after which the run goes on; each distinct one once."""

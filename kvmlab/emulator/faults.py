@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ..design import Row
 from ..hw.snp import PG_2M, PG_4K, Npf, Rmpupdate
+from . import rmpfault
 from .events import MEMORY_EXIT_FLAG_PRIVATE, InternalError, MemoryFaultExit, MmioExit, VmErrno
 from .locks import Thread
 from .memory import PAGE, prefix
@@ -91,7 +92,7 @@ class Fault:
         """The level of the mapping: least of backing, memslot, RMP entry and mixed flag."""
         slot, head = self.slot, self.gfn - self.gfn % FAULTS_2M
         assert slot is not None
-        if not self.vm.huge(self.private) or not slot.contains(self.gfn, "2M") or slot.test_mixed(head, "2M"):
+        if not self.vm.huge(self.private) or not slot.allows(head, "2M"):
             return PG_4K
         pfn = self.vm.backing_pfn(slot, head, self.private)
         if pfn % FAULTS_2M or (self.private and not self.vm.whole_folio(slot, head)):
@@ -140,7 +141,7 @@ def run_fault(vm: Vm, vcpu: int, gfn: int, n: int, private: bool, write: bool, c
     finally:
         vm.log.amend(event, taken)
     if code & Npf.RMP:
-        _rmp_fault(fault, code)
+        rmpfault.handle(vm, fault.thread, gfn, code)
     return answer, fault.n
 
 
@@ -214,33 +215,3 @@ def _rmp_work(fault: Fault, row: Row, pfn: int, n: int, size: str) -> None:
         sev.unmap_directmap(thread, pfn, n)
     elif row.call == "kvm_map_directmap":
         sev.map_directmap(thread, pfn, n)
-
-
-def _rmp_fault(fault: Fault, code: Npf) -> None:
-    """sev_handle_rmp_fault(): PSMASH a 2M entry and zap; everything else is a warning and a retry.
-
-    v8's handler acts only on SIZEM.  The guards are the handler's own; what it does then is the design's
-    `rmp_fault:` section, or, where that is written for 4K entries only, PSMASH and zap.
-    """
-    vm, gfn = fault.vm, fault.gfn
-    slot = vm.slots.find(gfn)
-    if not vm.merged and not code & Npf.SIZEM:
-        vm.log.add("warn", "RMP fault without SIZEM", gfn)
-        return
-    if not vm.attributes.is_private(gfn) or slot is None or slot.gmem is None:
-        vm.log.add("warn", "RMP fault on a gfn that is not private", gfn)
-        return
-    pfn = slot.private_pfn(gfn)
-    if not vm.rmp.assigned(pfn)[0]:
-        vm.log.add("warn", "RMP fault on an unassigned entry", gfn)
-        return
-    if not vm.rmp.big(pfn)[0]:
-        return  # somebody else has just split it: spurious
-    calls = [row.call for row in vm.rows("rmp_fault", True)] or ["psmash", "kvm_zap_gfn_range"]
-    if "psmash" in calls:
-        vm.sev.psmash(pfn)
-    if "kvm_zap_gfn_range" in calls or "kvm_unmap_gfn_range" in calls:
-        fault.thread.take("mmu_lock")
-        if vm.mmu.zap(gfn, gfn + FAULTS_2M):
-            vm.mmu.flush()
-        fault.thread.drop("mmu_lock")

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..hw import snp, snp_pages
 from ..hw.snp import PG_2M, PG_4K, Pvalidate, Rmpupdate
-from . import linux, psc
+from . import alike, linux, psc
 from .access import Walker
 from .events import GpFault, InstructionError, MmioExit, PscError, VmError
 from .gmem import pagewise
@@ -112,12 +112,17 @@ class Guest:
         self, gpa: int, size: int, private: bool, *, page_size: int = 1 << 21, batch: int = psc.MAX_ENTRIES
     ) -> None:
         """Ask for a conversion with PSC buffers of up to `batch` entries, 2M ones where they fit; PscError."""
+        self._snp("a page state change")
+        if batch > psc.MAX_ENTRIES:
+            raise PscError(psc.BAD_HEADER)
+
+        def ask(gfn: int, pages: int) -> None:
+            if code := psc.request(self.vm, gfn, pages, private):
+                raise PscError(code)
+
         for gfn, count, large in psc.plan(gpa // PAGE, (gpa + size) // PAGE, page_size != PAGE):
-            for first in range(0, count, batch):
-                n = min(batch, count - first)
-                buffer = psc.entries(gfn + first * (512 if large else 1), n, private, large)
-                if code := self.psc_buffer(0, n - 1, buffer):
-                    raise PscError(code)
+            unit = 512 if large else 1
+            alike.run(self.vm, gfn, gfn + count * unit, batch * unit, ask)
 
     def psc_buffer(self, cur_entry: int, end_entry: int, buffer: U64) -> int:
         """One PSC buffer as it is; returns SW_EXITINFO2."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..hw import snp
 from ..hw.snp import PG_2M, PG_4K
+from .caches import CachedMemory
 from .events import KernelBug, RmpFault, SigBus, VmError
 from .gmem import pagewise, runs
 from .memory import PAGE
@@ -94,6 +95,16 @@ class Host:
         if self.vm.directmap.absent[pfn]:
             raise KernelBug(f"oops: PFN {pfn:#x} is not present in the direct map")
         return self.vm.memory.read(pfn, 0, n)
+
+    def evict(self, pfn: int, private: bool) -> int:
+        """Let the cache write back its dirty lines of a PFN with (or without) the C-bit, as it may at any time.
+
+        How many there were; VmError unless the Vm has `caches=True`.
+        """
+        memory = self.vm.memory
+        if not isinstance(memory, CachedMemory):
+            raise VmError("this Vm keeps its caches coherent: Vm(..., caches=True)")
+        return memory.evict(pfn, self.vm.key if private and self.vm.encrypts else 0)
 
     def _check(self, pfn: int, large: bool) -> str:
         return snp.host_access(

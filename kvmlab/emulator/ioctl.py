@@ -15,8 +15,9 @@ from ..design import Row
 from ..hw.snp import Rmpupdate
 from .events import PlatformError, VmErrno
 from .gmem import runs
+from .lpage import hull, update_mixed
 from .memory import PAGE
-from .slots import MemSlot, update_mixed
+from .slots import MemSlot
 
 if TYPE_CHECKING:
     from .vm import Vm
@@ -57,10 +58,10 @@ class SetAttributes:
     def __init__(self, vm: Vm, start: int, end: int, private: bool) -> None:
         self.vm, self.start, self.end, self.private = vm, start, end, private
         self.thread = vm.new_thread("ioctl")
-        self.pieces = vm.slots.pieces(start, end)
+        self.pieces = vm.pieces(start, end)
         self.stored = end  # the store went up to here
         self.did_store = self.flush = self.prologue = False
-        self.failed: dict[int, int] = {}  # slot id to the first gfn at which the platform op failed
+        self.failed: dict[MemSlot, int] = {}  # the first gfn at which the platform op failed
 
     def run(self) -> Remainder:
         """Execute the rows; the return value is userspace's."""
@@ -82,13 +83,12 @@ class SetAttributes:
     def _begin(self) -> bool:
         """What comes before the first row but the lock: uniform already, reservation; whether to return."""
         vm, self.prologue = self.vm, True
-        vm.attributes.reserve(self.end)  # both eras end at ENOMEM beyond the host's memory
         if not vm.merged:
+            vm.attributes.reserve(self.end, self.end)  # nothing; but the host has so much memory only
             return False
         if vm.attributes.uniform(self.start, self.end, self.private):
             return True
-        if vm.take_failure("xa_reserve") is not None:
-            raise VmErrno(errno.ENOMEM, "xarray reservation failed")
+        vm.attributes.reserve(self.start, self.end, vm.take_failure("xa_reserve"))
         if vm.in_place and self.private:
             self._nobody_holds()
         return False
@@ -156,7 +156,7 @@ class SetAttributes:
             mmu.begin(None if vm.merged else (self.start, self.end))
         elif row.call == "kvm_mmu_invalidate_range_add":
             for slot, lo, hi in self.pieces:
-                mmu.range_add(*(mmu.hull(slot, lo, hi) if row.target == "hugepage" else (lo, hi)))
+                mmu.range_add(*(hull(slot, lo, hi) if row.target == "hugepage" else (lo, hi)))
         elif row.call == "kvm_mmu_invalidate_end":
             mmu.end()
         elif row.call == "kvm_unmap_gfn_range":
@@ -167,12 +167,12 @@ class SetAttributes:
             self.flush = False
         else:
             for slot, lo, hi in self._done():
-                update_mixed(slot, lo, hi, self.private, vm.attributes.uniform)
+                update_mixed(slot, lo, hi, self.private, vm.attributes)
 
     def _platform(self, row: Row, slot: MemSlot, lo: int, hi: int) -> None:
         """Directmap and RMP calls on the private PFNs of one clipped range; a failure ends it there."""
         sev = self.vm.sev
-        hi = min(hi, self.failed.get(slot.id, hi))
+        hi = min(hi, self.failed.get(slot, hi))
         if slot.gmem is None or lo >= hi:
             return
         if not self.vm.merged:  # kvm_restrictedmem_get_pfn() of each gfn allocates
@@ -206,5 +206,5 @@ class SetAttributes:
         """v8: a rate-limited warning, and the ioctl succeeds; in-place has no way back: KVM_BUG_ON."""
         if self.vm.merged:
             raise PlatformError(f"RMPUPDATE at gfn {gfn:#x} = {code.name}", int(code))
-        self.failed[slot.id] = gfn
+        self.failed[slot] = gfn
         self.vm.log.add("warn", f"update_mem_attr failed: {code.name}", gfn, code=int(code))

@@ -6,10 +6,14 @@ failure other than a size mismatch ends the guest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
-from . import psc
+from ..hw.snp import Pvalidate
+from ..hw.snp_pages import PAGES_2M
+from . import alike, psc
+from .caches import CachedMemory
 from .events import GuestTerminated, InstructionError, PscError
 from .memory import PAGE
 
@@ -18,15 +22,19 @@ if TYPE_CHECKING:
 
 BATCH = 64  # VMGEXIT_PSC entries that Linux puts into one buffer
 TERM_PSC, TERM_PVALIDATE = 1, 2
-FAIL_SIZEMISMATCH = 6
 
 
 def set_memory_decrypted(guest: Guest, gpa: int, size: int) -> None:
     """Private to shared: rescind validation, ask for the change, clear the C-bit, flush."""
+
+    flush_caches(guest, gpa, size)
+
+    def rescind_and_ask(gfn: int, pages: int, large: bool) -> None:
+        pvalidate(guest, gfn, pages, large, False)
+        _ask(guest, gfn, pages, False)
+
     if guest.vm.has_rmp:
-        for lo, n, large in batches(gpa, size):
-            pvalidate(guest, lo, n, large, False)
-            _ask(guest, lo, n, large, False)
+        batches(guest, gpa, size, True, rescind_and_ask)
     else:
         guest.map_gpa_range(gpa, size, False)
     guest.set_private(gpa, False, size)
@@ -35,6 +43,7 @@ def set_memory_decrypted(guest: Guest, gpa: int, size: int) -> None:
 
 def set_memory_encrypted(guest: Guest, gpa: int, size: int) -> None:
     """Shared to private: set the C-bit, flush, ask for the change, validate."""
+    flush_caches(guest, gpa, size)
     guest.set_private(gpa, True, size)
     guest.vm.log.add("guest-flush")
     accept(guest, gpa, size)
@@ -42,41 +51,64 @@ def set_memory_encrypted(guest: Guest, gpa: int, size: int) -> None:
 
 def accept(guest: Guest, gpa: int, size: int, *, large: bool = True) -> None:
     """Ask for private and validate, batch by batch: also what accepting memory at boot is."""
-    if not guest.vm.has_rmp:
+
+    def ask_and_validate(gfn: int, pages: int, large: bool) -> None:
+        _ask(guest, gfn, pages, True)
+        pvalidate(guest, gfn, pages, large, True)
+
+    if guest.vm.has_rmp:
+        batches(guest, gpa, size, large, ask_and_validate)
+    else:
         guest.map_gpa_range(gpa, size, True)
-        return
-    for lo, n, big in batches(gpa, size, large):
-        _ask(guest, lo, n, big, True)
-        pvalidate(guest, lo, n, big, True)
 
 
-def batches(gpa: int, size: int, large: bool = True) -> Iterator[tuple[int, int, bool]]:
-    """The PSC buffers of a range: first gfn, number of entries, whether they are 2M ones."""
+def flush_caches(guest: Guest, gpa: int, size: int) -> None:
+    """CLFLUSH through the mapping of the old kind, which a part that keeps the C-bits coherent does not need."""
+    vm = guest.vm
+    if isinstance(vm.memory, CachedMemory) and vm.switches.guest_flushes_caches:
+        leaves = vm.mmu.leaves(gpa // PAGE, (gpa + size) // PAGE)
+        mapped = {(leaf >> 1) - 1 for leaf in leaves[leaves != 0].tolist()}
+        for pfn in mapped & {pfn for pfn, _ in vm.memory.dirty}:
+            vm.log.add("guest-clflush", page=pfn)
+            vm.memory.flush(pfn, 1)
+
+
+def batches(guest: Guest, gpa: int, size: int, large: bool, call: Callable[[int, int, bool], None]) -> None:
+    """The PSC buffers of a range in turn: `call` with first gfn, pages, and whether the entries are 2M ones."""
     for gfn, count, big in psc.plan(gpa // PAGE, (gpa + size) // PAGE, large):
-        for first in range(0, count, BATCH):
-            yield gfn + first * (512 if big else 1), min(BATCH, count - first), big
+        unit = PAGES_2M if big else 1
+        alike.run(guest.vm, gfn, gfn + count * unit, BATCH * unit, partial(_batch, call, big))
 
 
-def _ask(guest: Guest, gfn: int, n: int, large: bool, private: bool) -> None:
+def _batch(call: Callable[[int, int, bool], None], large: bool, gfn: int, pages: int) -> None:
+    call(gfn, pages, large)
+
+
+def _ask(guest: Guest, gfn: int, pages: int, private: bool) -> None:
     try:
-        if code := guest.psc_buffer(0, n - 1, psc.entries(gfn, n, private, large)):
+        if code := psc.request(guest.vm, gfn, pages, private):
             raise PscError(code)
     except PscError as refused:
         raise GuestTerminated(TERM_PSC, refused) from refused
 
 
-def pvalidate(guest: Guest, gfn: int, n: int, large: bool, validate: bool) -> None:
+def pvalidate(guest: Guest, gfn: int, pages: int, large: bool, validate: bool) -> None:
     """PVALIDATE the entries of one batch; a size mismatch goes on with 512 of 4K."""
+
+    def large_pages(head: int, n: int) -> None:
+        try:
+            guest.pvalidate_range(head * PAGE, n * PAGE, validate, PAGES_2M * PAGE)
+        except InstructionError as wrong:
+            if wrong.status != Pvalidate.FAIL_SIZEMISMATCH:
+                raise
+            if others := n // PAGES_2M - 1:  # alike, so each of them fails as this one did
+                guest.vm.log.add("pvalidate", wrong.word, head + PAGES_2M, others, wrong.status)
+            guest.pvalidate_range(head * PAGE, n * PAGE, validate)
+
     try:
-        if not large:
-            guest.pvalidate_range(gfn * PAGE, n * PAGE, validate)
-            return
-        for head in range(gfn, gfn + n * 512, 512):
-            try:
-                guest.pvalidate(head * PAGE, validate, 512 * PAGE)
-            except InstructionError as wrong:
-                if wrong.status != FAIL_SIZEMISMATCH:
-                    raise
-                guest.pvalidate_range(head * PAGE, 512 * PAGE, validate)
+        if large:
+            alike.run(guest.vm, gfn, gfn + pages, PAGES_2M, large_pages)
+        else:
+            guest.pvalidate_range(gfn * PAGE, pages * PAGE, validate)
     except InstructionError as wrong:
         raise GuestTerminated(TERM_PVALIDATE, wrong) from wrong

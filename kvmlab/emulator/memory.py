@@ -52,6 +52,9 @@ class PhysicalMemory:
         end = offset + len(data)
         page[offset:end] = new ^ not_aes_keystream(key, pfn)[offset:end] if key else new
 
+    def flush(self, pfn: int, n: int) -> None:
+        """CLFLUSH of `n` pages: nothing here, where every write goes to DRAM at once."""
+
     def zero(self, pfn: int, n: int) -> None:
         """Clear `n` pages, as the host kernel does with clear_page()."""
         if n > len(self.pages):

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from .events import KernelBug, VmErrno
 from .memory import U8, U32, grown
-from .slots import LEVELS, MemSlot
 
 if TYPE_CHECKING:
     from .events import Log
@@ -25,8 +24,10 @@ LIMIT = 1 << 30  # gfns (4 TiB) whose attributes the emulated host has memory fo
 class Attributes:
     """The xarray of memory attributes: one byte a gfn, 1 for private; no entry reads as shared."""
 
-    def __init__(self) -> None:
+    def __init__(self, reserved_reads_as_set: bool = False) -> None:
         self.private: U8 = np.zeros(0, np.uint8)
+        self.reserved: U8 = np.zeros(0, np.uint8)  # what a failed reservation left: XA_ZERO_ENTRY
+        self.reserved_reads_as_set = reserved_reads_as_set
 
     def get(self, lo: int, hi: int) -> U8:
         """The attributes of gfns [lo, hi)."""
@@ -43,16 +44,36 @@ class Attributes:
         stored = self.private[lo : min(hi, len(self.private))]
         if private:
             return hi <= len(self.private) and bool(stored.all())
-        return not stored.any()
+        # A single gfn is looked up by xa_load(), which never returned a reserved entry.
+        misread = self.reserved_reads_as_set and hi - lo > 1 and bool(self.reserved[lo:hi].any())
+        return not misread and not stored.any()
 
-    def reserve(self, hi: int) -> None:
-        """xa_reserve() up to gfn `hi`: ENOMEM beyond what the emulated host has memory for."""
-        if hi > LIMIT:
+    def uniform_by(self, lo: int, hi: int, size: int, private: bool) -> NDArray[np.bool_]:
+        """`uniform` of each `size` gfns of [lo, hi)."""
+        stored = self.get(lo, hi).reshape(-1, size)
+        misread = np.zeros_like(stored)
+        if self.reserved_reads_as_set and not private and size > 1:
+            self.reserved = grown(self.reserved, hi)
+            misread = self.reserved[lo:hi].reshape(-1, size)
+        found: NDArray[np.bool_] = np.all((stored == private) & (misread == 0), axis=1)
+        return found
+
+    def reserve(self, lo: int, hi: int, fails_at: int | None = None) -> None:
+        """xa_reserve() of each gfn: ENOMEM beyond what the host has memory for, or `fails_at` entries on.
+
+        What was reserved before a failure stays: entries that are there, and empty.
+        """
+        fails = fails_at is not None and fails_at < hi - lo
+        if fails and fails_at and hi <= LIMIT:
+            self.reserved = grown(self.reserved, lo + fails_at)
+            self.reserved[lo : lo + fails_at] = self.get(lo, lo + fails_at) == 0
+        if hi > LIMIT or fails:
             raise VmErrno(errno.ENOMEM, "xarray reservation failed")
 
     def store(self, lo: int, hi: int, private: bool) -> None:
         """xa_store() of each gfn."""
         self.get(lo, hi)[:] = private
+        self.reserved[lo:hi] = 0
 
 
 class Tlb:
@@ -194,14 +215,3 @@ class Mmu:
         self.log.add("npt-split", page=gfn)
         around = self.leaves(gfn - gfn % 512, gfn + n + -(gfn + n) % 512)
         around &= ~np.uint32(1)
-
-    def hull(self, slot: MemSlot, lo: int, hi: int) -> tuple[int, int]:
-        """range_add(hugepage), the pre hook: the huge pages at both ends too (9129633d568e, May 2025)."""
-        first, last = lo, hi
-        for level, shift in LEVELS.items():
-            head, tail = lo >> shift << shift, (hi - 1) >> shift << shift
-            for gfn in {head, tail}:
-                covered = lo <= gfn and gfn + (1 << shift) <= hi
-                if not covered and slot.contains(gfn, level) and not slot.test_mixed(gfn, level):
-                    first, last = min(first, gfn), max(last, gfn + (1 << shift))
-        return first, last

@@ -49,6 +49,14 @@ def msr_protocol(vm: Vm, request: int) -> int:
     return MSR_RESPONSE | (MSR_ERROR << 32 if failed else 0)
 
 
+def request(vm: Vm, gfn: int, npages: int, private: bool) -> int:
+    """What a buffer of fresh entries for consecutive pages of one size comes to: one exit; SW_EXITINFO2."""
+    vm.log.add("psc-buffer")
+    if not vm.hypercall_exits or vm.vmm.map_gpa_range(gfn << 12, npages, private):
+        return GENERIC
+    return 0
+
+
 def buffer_protocol(vm: Vm, cur_entry: int, end_entry: int, buffer: U64) -> int:
     """The buffer form: SW_EXITINFO2, 0 for success; cur_page of done entries is moved on in `buffer`.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .events import VmErrno
 from .gmem import GuestMemfd
+from .lpage import init_mixed
 from .memory import PAGE
 from .mmu import LIMIT
 from .slots import (
@@ -16,7 +17,6 @@ from .slots import (
     READONLY,
     MemSlot,
     UserMemory,
-    init_mixed,
 )
 
 if TYPE_CHECKING:
@@ -33,32 +33,34 @@ def set_region(
     flags: int | None,
     user: UserMemory | None,
 ) -> None:
-    """Create, move (same size) or delete (size 0) memslot `number`."""
+    """Create, move (same size) or delete (size 0) memslot `number` (address space in its upper 16 bits)."""
     flags = (GUEST_MEMFD if gmem is not None else 0) if flags is None else flags
-    _check(number, gpa, size, flags)
+    as_id, number = number >> 16, number & 0xFFFF
+    _check(vm, as_id, number, gpa, size, flags)
     if size == 0:
-        delete(vm, number)
+        delete(vm, as_id, number)
         return
-    old, pages = vm.slots.by_id.get(number), size // PAGE
+    space, pages = vm.address_spaces[as_id], size // PAGE
+    old = space.by_id.get(number)
     if old is not None and (flags & GUEST_MEMFD or old.gmem or old.npages != pages):
         raise VmErrno(errno.EINVAL, "a memslot with guest_memfd, or of another size, cannot be changed")
     if flags & GUEST_MEMFD and not isinstance(gmem, GuestMemfd):
         raise VmErrno(errno.EBADF if gmem is None else errno.EINVAL, "not a guest_memfd")
-    if any(other.id != number for other, _, _ in vm.slots.pieces(gpa // PAGE, (gpa + size) // PAGE)):
+    if any(other.id != number for other, _, _ in space.pieces(gpa // PAGE, (gpa + size) // PAGE)):
         raise VmErrno(errno.EEXIST, f"memslot {number} overlaps another one in guest addresses")
     file = gmem if isinstance(gmem, GuestMemfd) else None
     if user is None:
         user = old.user if old else _user_memory(vm, pages, file, offset)
     if user.pages < pages:
         raise ValueError(f"{user.pages} pages of user memory for a memslot of {pages}")
-    new = MemSlot(number, gpa // PAGE, pages, user, file, offset // PAGE, flags)
+    new = MemSlot(number, gpa // PAGE, pages, user, file, offset // PAGE, flags, as_id)
     if file:
         file.bind(new, vm, offset)
     if old is not None:
-        delete(vm, number)
-    vm.slots.add(new)
+        delete(vm, as_id, number)
+    space.add(new)
     if not any(vm.attributes.uniform(new.base, new.end, private) for private in (False, True)):
-        init_mixed(new, vm.attributes.uniform)
+        init_mixed(new, vm.attributes)
 
 
 def _user_memory(vm: Vm, pages: int, file: GuestMemfd | None, offset: int) -> UserMemory:
@@ -67,21 +69,24 @@ def _user_memory(vm: Vm, pages: int, file: GuestMemfd | None, offset: int) -> Us
     return UserMemory(base, pages)
 
 
-def delete(vm: Vm, number: int) -> None:
-    """Take a memslot away: its mappings are zapped, its guest_memfd range is free to be bound again."""
-    slot = vm.slots.remove(number)
-    if vm.mmu.zap(slot.base, slot.end):
+def delete(vm: Vm, as_id: int, number: int) -> None:
+    """Take a memslot away: its mappings are zapped, its guest_memfd range is free to be bound again.
+
+    The guest runs in address space 0, so the leaves that are modelled are those of that one.
+    """
+    slot = vm.address_spaces[as_id].remove(number)
+    if as_id == 0 and vm.mmu.zap(slot.base, slot.end):
         vm.mmu.flush()
     if slot.gmem:
         slot.gmem.unbind(slot)
 
 
-def _check(number: int, gpa: int, size: int, flags: int) -> None:
+def _check(vm: Vm, as_id: int, number: int, gpa: int, size: int, flags: int) -> None:
     known = LOG_DIRTY_PAGES | (0 if flags & GUEST_MEMFD else READONLY) | GUEST_MEMFD
     if flags & ~known or (flags & GUEST_MEMFD and flags & LOG_DIRTY_PAGES):
         raise VmErrno(errno.EINVAL, f"memslot flags {flags:#x}")
     aligned = gpa % PAGE == 0 and size % PAGE == 0 and size >= 0 <= gpa and gpa + size <= 1 << 52
-    if not aligned or not 0 <= number < KVM_USER_MEM_SLOTS:
-        raise VmErrno(errno.EINVAL, f"memslot {number} at {gpa:#x}, size {size:#x}")
+    if not aligned or number >= KVM_USER_MEM_SLOTS or not 0 <= as_id < len(vm.address_spaces):
+        raise VmErrno(errno.EINVAL, f"memslot {number} of address space {as_id} at {gpa:#x}, size {size:#x}")
     if gpa + size > LIMIT * PAGE:
         raise VmErrno(errno.ENOMEM, "the emulator holds 4 TiB of guest addresses")

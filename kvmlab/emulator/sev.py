@@ -145,5 +145,7 @@ class Sev:
                     self.log.add("warn", f"rmp_make_shared() = {code.name}: page leaked", at)
                     leaked.add(at)
                     at += 1
-            self.log.add("clflush", page=pfn + lo, times=hi - lo)
+            if self.vm.switches.free_flushes_caches:
+                self.log.add("clflush", page=pfn + lo, times=hi - lo)
+                self.vm.memory.flush(pfn + lo, hi - lo)
         return leaked

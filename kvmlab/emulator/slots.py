@@ -1,20 +1,22 @@
-"""Memslots and their large-page bookkeeping (virt/kvm/kvm_main.c, arch/x86/kvm/mmu/mmu.c)."""
+"""Memslots and what each keeps on its large pages (virt/kvm/kvm_main.c, arch/x86/kvm/mmu/mmu.c)."""
 
 from __future__ import annotations
 
 import errno
 from bisect import bisect_right, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .events import VmErrno
 from .gmem import GuestMemfd
-from .memory import U8
+from .memory import U8, U32
 
 LEVELS = {"2M": 9, "1G": 18}  # log2 of the pages of a huge page
 KVM_USER_MEM_SLOTS = 32764  # SHRT_MAX - 3, include/linux/kvm_host.h
+LPAGE_MIXED = np.uint32(1 << 31)  # KVM_LPAGE_MIXED_FLAG; the bits below count other reasons
 LOG_DIRTY_PAGES, READONLY, GUEST_MEMFD = 1 << 0, 1 << 1, 1 << 2
 
 
@@ -34,7 +36,7 @@ class UserMemory:
 class MemSlot:
     """One memslot: gfns [base, base + npages), shared pages from `user`, private ones from `gmem` at `offset`.
 
-    `offset` is in pages.  `mixed` holds, a level, which huge pages have KVM_LPAGE_MIXED_FLAG.
+    `offset` is in pages.  `lpage_info` holds, a level, the word disallow_lpage of each huge page.
     """
 
     id: int
@@ -44,13 +46,18 @@ class MemSlot:
     gmem: GuestMemfd | None = None
     offset: int = 0
     flags: int = 0
-    mixed: dict[str, U8] = field(init=False, repr=False)
+    as_id: int = 0
+    lpage_info: dict[str, U32] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.mixed = {
-            level: np.zeros((self.end - 1 >> shift) - (self.base >> shift) + 1, np.uint8)
-            for level, shift in LEVELS.items()
-        }
+        self.lpage_info = {level: self._disallowed_at_the_ends(shift) for level, shift in LEVELS.items()}
+
+    def _disallowed_at_the_ends(self, shift: int) -> U32:
+        """A huge page that sticks out of the memslot is never allowed (kvm_alloc_memslot_metadata())."""
+        words = np.zeros((self.end - 1 >> shift) - (self.base >> shift) + 1, np.uint32)
+        words[0] += self.base & (1 << shift) - 1 != 0
+        words[-1] += self.end & (1 << shift) - 1 != 0
+        return words
 
     @property
     def end(self) -> int:
@@ -72,18 +79,29 @@ class MemSlot:
         head = gfn - gfn % size
         return self.base <= head and head + size <= self.end
 
+    def words(self, lo: int, hi: int, level: str) -> U32:
+        """disallow_lpage of the huge pages that [lo, hi) touches, as a view."""
+        shift = LEVELS[level]
+        first = self.base >> shift
+        return self.lpage_info[level][(lo >> shift) - first : (hi - 1 >> shift) + 1 - first]
+
+    def allows(self, gfn: int, level: str) -> bool:
+        """Whether a gfn may be mapped at that level: nothing disallows it, mixed attributes least of all."""
+        return not self.words(gfn, gfn + 1, level)[0]
+
     def test_mixed(self, gfn: int, level: str) -> bool:
         """hugepage_test_mixed()."""
-        return bool(self.mixed[level][(gfn >> LEVELS[level]) - (self.base >> LEVELS[level])])
+        return bool(self.words(gfn, gfn + 1, level)[0] & LPAGE_MIXED)
 
-    def set_mixed(self, gfn: int, level: str, mixed: bool, count: int = 1) -> None:
-        """hugepage_set_mixed() or hugepage_clear_mixed() of `count` huge pages."""
-        first = (gfn >> LEVELS[level]) - (self.base >> LEVELS[level])
-        self.mixed[level][first : first + count] = mixed
+    def set_mixed(self, lo: int, hi: int, level: str, mixed: bool | NDArray[np.bool_]) -> None:
+        """hugepage_set_mixed() or hugepage_clear_mixed() of each huge page in [lo, hi)."""
+        words = self.words(lo, hi, level)
+        words &= ~LPAGE_MIXED
+        words |= LPAGE_MIXED * np.uint32(mixed)
 
 
 class MemSlots:
-    """The memslots of one address space, by gfn (a VM with private memory has one address space only)."""
+    """The memslots of one address space, by gfn."""
 
     def __init__(self) -> None:
         self.by_id: dict[int, MemSlot] = {}
@@ -124,43 +142,3 @@ class MemSlots:
             raise VmErrno(errno.EINVAL, f"there is no memslot {slot_id}")
         self._bases.remove((slot.base, slot_id))
         return slot
-
-
-Uniform = Callable[[int, int, bool], bool]  # whether gfns [lo, hi) all carry the attribute
-
-
-def has_attrs(slot: MemSlot, gfn: int, level: str, private: bool, uniform: Uniform) -> bool:
-    """hugepage_has_attrs(): 2M looks at all its gfns, 1G at its 2M children and their first gfns."""
-    if level == "2M":
-        return uniform(gfn, gfn + 512, private)
-    children = range(gfn, gfn + (1 << 18), 512)
-    return all(not slot.test_mixed(g, "2M") and uniform(g, g + 1, private) for g in children)
-
-
-def update_mixed(slot: MemSlot, lo: int, hi: int, private: bool, uniform: Uniform) -> None:
-    """kvm_arch_post_set_memory_attributes() for one clipped range: head, fully covered pages, tail."""
-    for level, shift in LEVELS.items():
-        size = 1 << shift
-        head, tail = lo - lo % size, hi - hi % size
-
-        def edge(gfn: int, level: str = level) -> None:
-            if slot.contains(gfn, level):
-                slot.set_mixed(gfn, level, not has_attrs(slot, gfn, level, private, uniform))
-
-        first = head
-        if lo > head or head + size > hi:
-            edge(head)
-            first = head + size
-        if first < tail:
-            slot.set_mixed(first, level, False, (tail - first) >> shift)
-        if hi > tail and tail != head:
-            edge(tail)
-
-
-def init_mixed(slot: MemSlot, uniform: Uniform) -> None:
-    """kvm_mmu_init_memslot_memory_attributes(): a new slot is computed from what the xarray holds already."""
-    for level, shift in LEVELS.items():
-        size = 1 << shift
-        for gfn in range(slot.base + -slot.base % size, slot.end - size + 1, size):
-            mixed = not any(has_attrs(slot, gfn, level, private, uniform) for private in (False, True))
-            slot.set_mixed(gfn, level, mixed)

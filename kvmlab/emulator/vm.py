@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from ..design import Design, Row
 from ..hw.snp import RmpEntry, Rmpupdate
-from ..machine import PLATFORMS, Switches
 from . import regions
+from .caches import CachedMemory
 from .costs import Cost, estimate
 from .events import Event, Log, VmErrno
 from .gmem import GuestMemfd
@@ -24,23 +23,11 @@ from .memory import PAGE, PhysicalMemory
 from .mmu import Attributes, Mmu
 from .rmp import Rmp
 from .sev import DirectMap, Sev
-from .slots import MemSlot, MemSlots, UserMemory
+from .slots import GUEST_MEMFD, MemSlot, MemSlots, UserMemory
+from .switches import VmSwitches, check
 from .vmm import Policy, Vmm
 
-BACKINGS = ("split", "in-place")
 GUEST_KEY = 0x5EED  # of the stand-in cipher; 0 is "in clear"
-
-
-@dataclass(frozen=True)
-class VmSwitches(Switches):
-    """The explorer's switches, and those that only real sizes need.
-
-    `head_4k_over_2m`: a 4K RMPUPDATE may resize the 2M entry whose first page it names (sources silent).
-    `bound_range_is_eexist`: binding a bound guest_memfd range gives EEXIST (2026), not EINVAL.
-    """
-
-    head_4k_over_2m: bool = False
-    bound_range_is_eexist: bool = False
 
 
 class Vm:
@@ -49,6 +36,7 @@ class Vm:
     `platform`: snp, sev or sw.  `design`: a Design, the name of one that ships, or a file.  `backing`: split or
     in-place (default: the design's).  `vmm`: convert, rerun, kill, or a function of the MemoryFaultExit;
     `discard`: none, before, after.  `shared_2m`, `private_2m`: whether either backing comes in 2M pages.
+    `caches`: writes stay in cache lines tagged with the C-bit until they are flushed or evicted (default: coherent).
     ValueError for words that do not exist; what goes wrong later is in `kvmlab.emulator.events`.
     """
 
@@ -57,11 +45,11 @@ class Vm:
         backing: str | None = None, slots: Sequence[tuple[int, int]] | None = None, vmm: Policy = "convert", *,
         discard: str = "none", vcpus: int = 1, private: bool = False, shared_2m: bool = False,
         private_2m: bool = False, switches: VmSwitches | None = None, tlb_entries: int = 128,
-        keep_events: int = 100_000,
+        keep_events: int = 100_000, caches: bool = False,
     ) -> None:  # fmt: skip
         self.design = design if isinstance(design, Design) else Design.load(design)
         backing = backing or self.design.backing or "split"
-        _check(platform, backing, self.design)
+        check(platform, backing, self.design)
         self.platform, self.backing, self.switches = platform, backing, switches or VmSwitches()
         self.has_rmp, self.encrypts = platform == "snp", platform in ("snp", "sev")
         self.in_place = backing == "in-place"
@@ -69,15 +57,18 @@ class Vm:
         self.supported_attributes, self.hypercall_exits, self.key = PRIVATE, True, GUEST_KEY
         self.mmio: int | None = None  # what a read without a memslot gives; None raises MmioExit
         self.on_row: Callable[[Row], None] | None = None
+        self.on_point: Callable[[str], None] | None = None
         self.failures: dict[str, int] = {}
         self.threads: list[Thread] = []
         self.leaked: set[int] = set()
-        self.log, self.memory = Log(keep_events), PhysicalMemory()
+        self.log, self.memory = Log(keep_events), CachedMemory() if caches else PhysicalMemory()
         self.rmp = Rmp(self.switches.identical_keeps_validated, self.switches.head_4k_over_2m)
-        self.directmap, self.attributes = DirectMap(), Attributes()
+        self.directmap = DirectMap()
+        self.attributes = Attributes(self.switches.reserved_reads_as_set)
         self.mmu = Mmu(self.log, vcpus, tlb_entries)
         self.sev, self.host, self.vmm = Sev(self), Host(self), Vmm(self, vmm, discard)
-        self.slots, self._next_pfn, self.page_table = MemSlots(), 512, PageTable(private)
+        self._spaces = (MemSlots(), MemSlots())
+        self._next_pfn, self.page_table = 512, PageTable(private)
         self._rows: dict[tuple[str, bool], tuple[Row, ...]] = {}
         self._populate(pages, slots, private)
 
@@ -140,8 +131,9 @@ class Vm:
 
     def resident(self) -> dict[str, int]:
         """How many pages each backing takes now: conversion alone frees neither."""
-        users = {id(slot.user): slot.user for slot in self.slots}.values()
-        files = {id(slot.gmem): slot.gmem for slot in self.slots if slot.gmem}.values()
+        slots = [slot for space in self.address_spaces for slot in space]
+        users = {id(slot.user): slot.user for slot in slots}.values()
+        files = {id(slot.gmem): slot.gmem for slot in slots if slot.gmem}.values()
         shared = 0 if self.in_place else sum(int(np.count_nonzero(u.present)) for u in users)
         return {"shared": shared, "private": sum(int(np.count_nonzero(f.present)) for f in files)}
 
@@ -168,14 +160,24 @@ class Vm:
     ) -> None:  # fmt: skip
         """KVM_SET_USER_MEMORY_REGION2: create a memslot, move it (same size), or delete it (size 0).
 
-        EINVAL, EBADF and EEXIST as KVM gives; `user` is the memory of another slot, to map it again.
+        The upper 16 bits of `slot` are the address space.  EINVAL, EBADF and EEXIST as KVM gives; `user` is the
+        memory of another slot, to map it again.
         """
         regions.set_region(self, slot, gpa, size, gmem, offset, flags, user)
 
+    def set_user_memory_region(
+        self, slot: int, gpa: int, size: int, *, flags: int = 0, user: UserMemory | None = None
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION, which knows no guest_memfd: EINVAL for that flag."""
+        if flags & GUEST_MEMFD:
+            raise VmErrno(errno.EINVAL, "KVM_SET_USER_MEMORY_REGION with KVM_MEM_GUEST_MEMFD")
+        regions.set_region(self, slot, gpa, size, None, 0, flags, user)
+
     def close(self) -> None:
         """Close the VM: its memslots go; a guest_memfd that somebody holds lives on."""
-        for number in list(self.slots.by_id):
-            regions.delete(self, number)
+        for as_id, space in enumerate(self.address_spaces):
+            for number in list(space.by_id):
+                regions.delete(self, as_id, number)
 
     def fail(self, what: str, at: int = 0, code: Rmpupdate = Rmpupdate.FAIL_PERMISSION) -> None:
         """Inject one failure: "xa_store" (at index `at`), "xa_reserve", "gmem_alloc", or "rmpupdate" (at PFN `at`).
@@ -197,6 +199,20 @@ class Vm:
         self.rmp.failures.clear()
 
     # What the parts ask of each other.
+
+    @property
+    def address_spaces(self) -> tuple[MemSlots, ...]:
+        """kvm_arch_nr_memslot_as_ids(): a VM with private memory has one; else x86 has a second one for SMM."""
+        return self._spaces[: 1 if self.supported_attributes & PRIVATE else 2]
+
+    @property
+    def slots(self) -> MemSlots:
+        """The memslots of address space 0, in which the guest runs (SMM is left out)."""
+        return self._spaces[0]
+
+    def pieces(self, start: int, end: int) -> list[tuple[MemSlot, int, int]]:
+        """The walk over each address space and each memslot that overlaps gfns [start, end), clipped to it."""
+        return [piece for space in self.address_spaces for piece in space.pieces(start, end)]
 
     @cached_property
     def merged(self) -> bool:
@@ -229,6 +245,15 @@ class Vm:
                 call(row)
             finally:
                 self.on_row = call
+
+    def at_point(self, name: str) -> None:
+        """As `reached`, before a call of KVM's that no row spells (`vm.on_point`): its name is all that is told."""
+        if self.on_point is not None:
+            call, self.on_point = self.on_point, None
+            try:
+                call(name)
+            finally:
+                self.on_point = call
 
     def new_thread(self, name: str) -> Thread:
         """A thread of control inside the kernel."""
@@ -279,12 +304,3 @@ class Vm:
         """ENOMEM if a failing guest_memfd allocation was injected."""
         if self.take_failure("gmem_alloc") is not None:
             raise VmErrno(errno.ENOMEM, "kvm_gmem_get_folio()")
-
-
-def _check(platform: str, backing: str, design: Design) -> None:
-    if platform not in PLATFORMS:
-        raise ValueError(f"unknown platform {platform!r}; there are: {', '.join(PLATFORMS)}")
-    if backing not in BACKINGS:
-        raise ValueError(f"unknown backing {backing!r}; there are: {', '.join(BACKINGS)}")
-    if design.backing not in (None, backing):
-        raise ValueError(f"{design.name} exists with {design.backing} backing only")

@@ -35,7 +35,15 @@ def kvm_map_directmap(s: View, me: str, gfn: int) -> None:
 def adjust_direct_map(s: View, me: str, gfn: int) -> None:
     """Split to 4K what is about to be a 4K RMP entry (adjust_direct_map(), as merged); may sleep."""
     might_sleep(s, me, "set_memory_4k() takes a mutex")
-    _split(s)
+    if not (s.conf.folio_2m and _goes_whole(s)):
+        _split(s)
+
+
+def _goes_whole(s: View) -> bool:
+    """Whether the RMPUPDATE that follows is a 2M one, for which a 2M mapping is good enough."""
+    entries = [s.rmp[pfn] for pfn in s.rmp]
+    whole = set(s.conf.converted) == set(s.conf.gfns)
+    return all(not e.assigned or (e.size == snp.PG_2M and whole) for e in entries)
 
 
 def host_write(s: View, pfn: str) -> str:

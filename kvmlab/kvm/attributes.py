@@ -6,7 +6,7 @@ comparison would say: "same" until an invalidation ends, then "moved"; "none" wh
 
 from __future__ import annotations
 
-from ..kernel.locks import assert_held
+from ..kernel.locks import assert_held, might_sleep
 from ..state import View
 
 NO_RANGE = None
@@ -52,13 +52,55 @@ def mmu_invalidate_retry_gfn(s: View, me: str, gfn: int) -> bool:
     return bool((lo_hi is not NO_RANGE and lo_hi[0] <= gfn < lo_hi[1]) or s.snapshot[me] == "moved")
 
 
-def kvm_vm_set_region_attr(s: View, me: str, gfn: int, to: str) -> None:
-    """xa_store() of one gfn's attribute."""
+def kvm_vm_set_region_attr(s: View, me: str, gfn: int, to: str) -> str | None:
+    """xa_store() of one gfn's attribute; an entry that was only reserved is one no more.
+
+    Where a scenario lets one allocation fail, this may be it, unless the entry was reserved before (v8-era).
+    """
+    if s.conf.xa_fails and s.failures_left and not s.conf.reserves and s.choose((False, True)):
+        s.failures_left = 0
+        s.say(f"xa_store({gfn}) = -ENOMEM (injected)")
+        return "failed"
     s.attr[gfn] = to
+    if s.conf.residue and s.reserved[gfn]:
+        s.reserved[gfn] = False
+    return None
 
 
-def kvm_update_lpage_mixed_flag(s: View, me: str) -> None:
+def kvm_range_has_memory_attributes(
+    s: View, me: str, gfns: tuple[int, ...], to: str, counts_reserved: bool
+) -> str | None:
+    """The ioctl returns at once if every gfn has the attribute already.
+
+    `counts_reserved`: an entry that is reserved and empty is taken for one with attributes (277d3623d99a).
+    """
+    if all(s.attr[gfn] == to for gfn in gfns) and not (counts_reserved and to == "shared" and _left(s)):
+        s.say("[uniform already]")
+        return "done"
+    return None
+
+
+def _left(s: View) -> bool:
+    return bool(s.conf.residue and any(s.reserved[gfn] for gfn in s.conf.gfns))
+
+
+def xa_reserve(s: View, me: str, gfn: int, last: bool) -> str | None:
+    """Reserve the entry of one gfn (GFP_KERNEL_ACCOUNT, may sleep); on failure what was reserved stays."""
+    might_sleep(s, me, "xa_reserve() may allocate")
+    if s.conf.xa_fails and s.failures_left and s.choose((False, True)):
+        s.failures_left = 0
+        s.say(f"xa_reserve({gfn}) = -ENOMEM (injected)")
+        return "failed"
+    if s.conf.residue:
+        if me == s.conf.unlucky and last:
+            s.say(f"xa_reserve({gfn}) = -ENOMEM")
+            return "failed"
+        s.reserved[gfn] = s.attr[gfn] == "shared"  # a private gfn has an entry that is more than reserved
+    return None
+
+
+def kvm_update_lpage_mixed_flag(s: View, me: str, counts_reserved: bool) -> None:
     """Large-page bookkeeping, under mmu_lock: a 2M page with mixed attributes must not be mapped huge."""
     assert_held(s, me, "kvm_update_lpage_mixed_flag()")
     if s.conf.huge:
-        s.mixed = len({s.attr[gfn] for gfn in s.conf.gfns}) > 1
+        s.mixed = len({s.attr[gfn] for gfn in s.conf.gfns}) > 1 or (counts_reserved and _left(s))

@@ -6,15 +6,16 @@ when the fault is entered.  A stale fault returns "retry" (RET_PF_RETRY), a mism
 
 from __future__ import annotations
 
-from ..kernel.locks import assert_held, might_sleep
+from ..kernel.locks import assert_held
 from ..state import View
 from .attributes import mmu_invalidate_retry_gfn
+from .gmem import put_page
 
 
 def leaf(s: View, gfn: int) -> str | None:
     """The PFN that the nested page table gives for `gfn`: its own leaf, or its part of the 2M one."""
     if s.conf.huge and s.npt_2m:
-        return str(s.conf.backing["shared", gfn])
+        return str(s.conf.backing[s.npt_2m, gfn])
     found: str | None = s.npt[gfn]
     return found
 
@@ -26,13 +27,48 @@ def kvm_unmap_gfn_range(s: View, me: str, gfn: int) -> None:
         s.flush = True
     s.npt[gfn] = None
     if s.conf.huge and s.npt_2m:
-        s.npt_2m = False  # a huge leaf that overlaps is removed whole
+        s.npt_2m = None  # a huge leaf that overlaps is removed whole
+
+
+def fill_translation(s: View, me: str, gfn: int, pfn: str) -> None:
+    """Fill a vCPU's TLB from the leaf; one 2M entry serves every gfn of the page."""
+    s.tlb[me, gfn] = pfn
+    if s.conf.huge and s.npt_2m:
+        for other in s.conf.gfns:
+            s.tlb[me, other] = leaf(s, other)
+        if s.conf.folio_2m:
+            s.tlb_2m[me] = True
+
+
+def mapped_size(s: View, me: str) -> str:
+    """The size of the vCPU's translations: 2M or 4K (kept only where guest_memfd has 2M pages)."""
+    return "2M" if s.conf.folio_2m and s.tlb_2m[me] else "4K"
+
+
+def drop_translation(s: View, cpu: str, gfn: int) -> None:
+    """Drop one vCPU's translation of `gfn`; a 2M one goes whole."""
+    if s.conf.folio_2m and s.tlb_2m[cpu]:
+        s.tlb_2m[cpu] = False
+        for other in s.conf.gfns:
+            s.tlb[cpu, other] = None
+    s.tlb[cpu, gfn] = None
 
 
 def kvm_flush_remote_tlbs(s: View, me: str) -> None:
     """Drop every vCPU's translations."""
     for where in s.tlb:
         s.tlb[where] = None
+    for cpu in s.conf.vcpus if s.conf.folio_2m else ():
+        s.tlb_2m[cpu] = False
+
+
+def tdp_mmu_yields(s: View, me: str) -> str | None:
+    """Between two gfns the zap may yield (tdp_mmu_iter_cond_resched()): flush what is pending, drop the lock."""
+    if not s.choose((False, True)):
+        return "skip"
+    kvm_flush_remote_tlbs(s, me)
+    s.say("yields mmu_lock")
+    return None
 
 
 def flush_if_zapped(s: View, me: str) -> str | None:
@@ -48,12 +84,21 @@ def fault_kind(s: View, me: str) -> str:
     return f"fault-{s.attr[s.acc[me].gfn]}"
 
 
-def had_rmp_bit(s: View, me: str) -> str | None:
+def had_rmp_bit(s: View, me: str, keeps: bool) -> str | None:
     """The RMP fault handler runs only after a fault with the RMP bit (npf_interception())."""
     if not s.rmp_bit[me]:
+        s.say("[no]")
         return "skip"
-    s.rmp_bit[me] = False
+    if not keeps:
+        s.rmp_bit[me] = None
     return None
+
+
+def npf_sizem(s: View, me: str, kind: str) -> str | None:
+    """v8's handler goes on only if the error code has SIZEM (handle_rmp_page_fault(), RFC v8 44/56)."""
+    sizem = s.rmp_bit[me] == "SIZEM"
+    s.rmp_bit[me] = None
+    return None if sizem else "leave"
 
 
 def mmu_seq_snapshot(s: View, me: str, kind: str) -> None:
@@ -74,12 +119,8 @@ def kvm_mem_is_private(s: View, me: str, kind: str) -> str | None:
         s.violate("guest-killed", f"{kind} access exits though the conversion to {kind} has returned")
     if s.snapshot[me] != "none":
         s.snapshot[me] = "none"
+    put_page(s, me)
     return "exit"
-
-
-def kvm_gmem_get_pfn(s: View, me: str, kind: str) -> None:
-    """Look up the backing page; may allocate and sleep.  The backing never moves here, so nothing is kept."""
-    might_sleep(s, me, "kvm_gmem_get_pfn() may allocate")
 
 
 def is_page_fault_stale(s: View, me: str, kind: str) -> str | None:
@@ -87,6 +128,7 @@ def is_page_fault_stale(s: View, me: str, kind: str) -> str | None:
     assert_held(s, me, "is_page_fault_stale()", write=False)
     if mmu_invalidate_retry_gfn(s, me, s.acc[me].gfn):
         s.snapshot[me] = "none"  # the fault is over; one that is fresh keeps its snapshot until it maps
+        put_page(s, me)
         s.count("retry")
         s.say("stale: RET_PF_RETRY")
         return "retry"
@@ -99,8 +141,9 @@ def kvm_tdp_mmu_map(s: View, me: str, kind: str) -> None:
     gfn = s.acc[me].gfn
     if s.snapshot[me] != "none":
         s.snapshot[me] = "none"
-    if s.conf.huge and kind == "shared" and not s.mixed:
-        _map_2m(s)
+    put_page(s, me)
+    if s.conf.huge and not s.mixed and _may_be_2m(s, kind, gfn):
+        _map_2m(s, kind)
         return
     if s.conf.huge and s.npt_2m:
         _split_2m(s)
@@ -115,8 +158,19 @@ def kvm_tdp_mmu_map(s: View, me: str, kind: str) -> None:
         s.say(f"[gfn {gfn} -> {pfn}]")
 
 
-def _map_2m(s: View) -> None:
+def _may_be_2m(s: View, kind: str, gfn: int) -> bool:
+    """Shared memory is backed by 2M here; private by what the RMP entry says (sev_private_max_mapping_level())."""
+    if kind == "shared":
+        return not s.conf.folio_2m
+    entry = s.rmp[s.conf.backing["private", gfn]] if s.conf.folio_2m and s.conf.has_rmp else None
+    return bool(entry and entry.assigned and entry.size == "2M")
+
+
+def _map_2m(s: View, kind: str) -> None:
     """Map the whole 2M page; a table of 4K leaves that was there goes, with a flush (tdp_mmu.c)."""
+    if s.npt_2m not in (None, kind):
+        s.violate("kernel-bug", f"BUG(): TDP MMU replaces a present 2M leaf ({s.npt_2m}) by a {kind} one")
+        return
     if s.npt_2m:
         s.count("spurious-npf")
         s.say("[2M already mapped]")
@@ -124,15 +178,14 @@ def _map_2m(s: View) -> None:
     if any(s.npt[gfn] is not None for gfn in s.conf.gfns):
         for gfn in s.conf.gfns:
             s.npt[gfn] = None
-        for where in s.tlb:
-            s.tlb[where] = None
-    s.npt_2m = True
+        kvm_flush_remote_tlbs(s, "")
+    s.npt_2m = kind
     s.say(f"[gfns {s.conf.gfns[0]}-{s.conf.gfns[-1]} -> 2M leaf]")
 
 
 def _split_2m(s: View) -> None:
     """tdp_mmu_split_huge_page(): the leaf becomes a table of 4K leaves to the same pages."""
-    s.npt_2m = False
+    was, s.npt_2m = s.npt_2m, None
     for gfn in s.conf.gfns:
-        s.npt[gfn] = s.conf.backing["shared", gfn]
+        s.npt[gfn] = s.conf.backing[was, gfn]
     s.say("[2M leaf splits]")

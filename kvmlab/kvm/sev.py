@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..hw import snp
+from ..hw import snp, snp_pages
 from ..state import View
+from .mmu import drop_translation
 
 ASID = 1
 
@@ -20,16 +21,60 @@ def rmpupdate(s: View, me: str, gfn: int, to: str) -> str | None:
         s.say(f"RMPUPDATE({pfn}) fails (injected)")
         return "failed"
     new = snp.assigned_to(ASID, gfn) if to == "private" else snp.HYPERVISOR
+    if s.conf.folio_2m:
+        _rmpupdate_sized(s, pfn, gfn, to)
+        return None
     code, entry = snp.rmpupdate(s.rmp[pfn], new, identical_keeps_validated=s.conf.identical_keeps_validated)
+    _updated(s, pfn, gfn, code, entry)
+    return None
+
+
+def _updated(s: View, pfn: str, gfn: int, code: snp.Rmpupdate, entry: snp.RmpEntry) -> None:
     if code != snp.Rmpupdate.OK:
         s.violate("platform-error", f"RMPUPDATE({pfn}) = {code.name}")
-        return None
-    s.rmp[pfn] = entry
-    if s.conf.rmpupdate_flushes:
-        for cpu, g in s.tlb:
-            if g == gfn:
-                s.tlb[cpu, g] = None
-    return None
+        return
+    store_entry(s, pfn, entry)
+    for cpu, g in s.tlb if s.conf.rmpupdate_flushes else ():
+        if g == gfn or entry.size == snp.PG_2M:
+            drop_translation(s, cpu, g)
+
+
+def store_entry(s: View, pfn: str, entry: snp.RmpEntry) -> None:
+    """Write one RMP entry; a 2M one stands for every page of the region, each with its own gfn."""
+    if entry.size == snp.PG_4K:
+        s.rmp[pfn] = entry
+        return
+    for g in s.conf.gfns:
+        s.rmp[s.conf.backing["private", g]] = entry._replace(gpa=g)
+
+
+def _rmpupdate_sized(s: View, pfn: str, gfn: int, to: str) -> None:
+    """RMPUPDATE where guest_memfd has a 2M page: KVM takes 2M if the whole page goes the same way.
+
+    To private: nothing of it is assigned (sev_gmem_prepare()).  To shared: the entry is 2M and all of it goes
+    (sev_gmem_invalidate()).  4K against a 2M entry is FAIL_OVERLAP, which rmpupdate() repeats without end.
+    """
+    conf, old, head = s.conf, s.rmp[pfn], s.conf.gfns[0]
+    pages = [conf.backing["private", g] for g in conf.gfns]
+    if to == "private":
+        if old.assigned and old.size == snp.PG_2M:
+            return  # this page went with the head
+        whole = not any(s.rmp[p].assigned for p in pages)
+        new = snp.assigned_to(ASID, head if whole else gfn, snp.PG_2M if whole else snp.PG_4K)
+    else:
+        whole = old.assigned and old.size == snp.PG_2M and set(conf.converted) == set(conf.gfns)
+        new = snp.HYPERVISOR
+    part = not whole and gfn != head
+    code, entry = snp_pages.rmpupdate_at(
+        s.rmp[pages[0]] if whole else old,
+        new._replace(size=snp.PG_2M) if whole else new,
+        part=part,
+        identical_keeps_validated=conf.identical_keeps_validated,
+    )
+    if whole and code == snp.Rmpupdate.OK and to == "shared":
+        for p in pages:
+            s.rmp[p] = snp.HYPERVISOR
+    _updated(s, pfn, gfn, code, entry)
 
 
 def rmp_fits(s: View, me: str, kind: str) -> str | None:
@@ -38,11 +83,50 @@ def rmp_fits(s: View, me: str, kind: str) -> str | None:
     return "skip" if assigned == (kind == "private") else None
 
 
-def psmash(s: View, me: str, kind: str) -> None:
-    """PSMASH of the 2M entry over the faulting page."""
+def snp_lookup_rmpentry(s: View, me: str, kind: str, warns: bool) -> str | None:
+    """The handler goes on only for an assigned 2M entry; 4K means that somebody else has just split it.
+
+    Unassigned: a punch came between fault and handler.  Until 2026 that was a warning (`warns`); it is a benign
+    race (sev_handle_rmp_fault(), fix acafcf32c83e).
+    """
+    gfn = s.acc[me].gfn
+    entry = s.rmp[s.conf.backing["private", gfn]]
+    if s.attr[gfn] != "private":
+        return "leave"
+    if warns and not entry.assigned:
+        s.violate("platform-error", f"WARN_ON_ONCE: gfn {gfn} has an RMP fault and an unassigned entry")
+    return None if entry.assigned and entry.size == snp.PG_2M else "leave"
+
+
+def psmash(s: View, me: str, kind: str, recheck: str | None) -> str | None:
+    """PSMASH of the 2M entry over the faulting page.
+
+    A failure is a warning, unless it is looked up again: 4K now is a lost race ("recheck"), unassigned is one as
+    well since 2026 ("recheck_unassigned", fix 211606532680).
+    """
     pfn = s.conf.backing["private", s.acc[me].gfn]
     code, entry = snp.psmash(s.rmp[pfn])
-    if code != snp.Rmpupdate.OK:
+    if code == snp.Rmpupdate.OK:
+        smash(s, entry)
+        return None
+    now = s.rmp[pfn]
+    benign = {"recheck": now.assigned, "recheck_unassigned": True}.get(recheck or "", False)
+    if not benign:
         s.violate("platform-error", f"PSMASH({pfn}) = {code.name}")
-        return
-    s.rmp[pfn] = entry
+        return None
+    s.say(f"PSMASH({pfn}) = {code.name}: lost a race")
+    return "leave"
+
+
+def smash(s: View, entry: snp.RmpEntry) -> None:
+    """The 2M entry becomes 4K ones that inherit everything."""
+    for g in s.conf.gfns:
+        s.rmp[s.conf.backing["private", g]] = entry._replace(gpa=g)
+    s.say("[2M RMP entry splits]")
+
+
+def psmash_if_partial(s: View, me: str) -> None:
+    """Freeing part of a 2M entry splits it first (sev_gmem_invalidate())."""
+    entry = s.rmp[s.conf.private_pfns[0]]
+    if entry.assigned and entry.size == snp.PG_2M and set(s.conf.converted) != set(s.conf.gfns):
+        smash(s, snp.psmash(entry)[1])

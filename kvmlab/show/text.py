@@ -173,7 +173,7 @@ def comparison_text(reports: Sequence[Report]) -> str:
 
 
 def matrix_text(matrix: Matrix) -> str:
-    """Scenarios down, designs across; under each verdict the number of states.  A screen a platform and backing."""
+    """Scenarios down, designs across, and the states explored for each.  A screen a platform and backing."""
     lines: list[str] = []
     for platform, backing in dict.fromkeys((s.platform, s.backing) for s in matrix.squares):
         here = {
@@ -188,12 +188,11 @@ def matrix_text(matrix: Matrix) -> str:
         for n, design in enumerate(designs):
             title = f"{platform}, {backing}" if n == 0 else ""
             lines.append(title.ljust(left) + "       |" * n + "       " + design)
+        lines.append(" " * left + "       |" * len(designs) + "       states")
         for scenario in scenarios:
             row = [here[design, scenario] for design in designs]
-            lines.append(
-                scenario.ljust(left) + "".join(f"{s.short}{'' if s.complete else '+'}".rjust(8) for s in row)
-            )
-            lines.append(" " * left + "".join((str(s.states) if not s.reason else "").rjust(8) for s in row))
+            verdicts = "".join(f"{s.short}{'' if s.complete else '+'}".rjust(8) for s in row)
+            lines.append(f"{scenario.ljust(left)}{verdicts}{sum(s.states for s in row):>13,}")
     total = sum(s.states for s in matrix.squares)
     done = all(s.complete for s in matrix.squares)
     checks = sum(not s.reason for s in matrix.squares)

@@ -1,0 +1,77 @@
+"""guest_memfd: the private pages, their allocation, and how they are freed (virt/kvm/guest_memfd.c).
+
+Kept only where a scenario punches (`conf.gmem`); elsewhere every page stays allocated.  A page is "cached" (in
+the file), "dying" (out of the page cache, not yet given back) or "free" (the host may use it for anything).  The
+model has one PFN a gfn, so a fault that finds the old page dying waits for it instead of taking another.
+"""
+
+from __future__ import annotations
+
+from ..hw import snp
+from ..hw.memory import EMPTY
+from ..kernel.directmap import ABSENT, host_write
+from ..kernel.locks import might_sleep
+from ..state import View
+
+
+def kvm_gmem_get_pfn(s: View, me: str, kind: str) -> None:
+    """Look up the backing page and hold it; may allocate, and so sleep.  A new page is zeroed first."""
+    if s.conf.gmem and kind == "private":
+        hold_page(s, me, s.acc[me].gfn)
+    else:
+        might_sleep(s, me, "kvm_gmem_get_pfn() may allocate")
+
+
+def hold_page(s: View, me: str, gfn: int) -> None:
+    """The page of one gfn with a reference, allocated if need be (kvm_gmem_get_folio())."""
+    might_sleep(s, me, "kvm_gmem_get_pfn() may allocate")
+    s.wait(s.gmem[gfn] != "dying")
+    s.folio_ref[me] = True
+    if s.gmem[gfn] == "free":
+        for g in _folio(s, gfn):
+            s.gmem[g] = "cached"
+            _clear_page(s, s.conf.backing["private", g])
+
+
+def _folio(s: View, gfn: int) -> tuple[int, ...]:
+    """The gfns that share one folio with `gfn`: all of a 2M page as long as they have one fate, else it alone."""
+    gfns: tuple[int, ...] = s.conf.gfns
+    return gfns if s.conf.folio_2m and len({s.gmem[g] for g in gfns}) == 1 else (gfn,)
+
+
+def _clear_page(s: View, pfn: str) -> None:
+    """clear_highpage() goes through the direct map, as any write of the kernel does."""
+    answer = host_write(s, pfn) if s.conf.has_rmp else snp.OK
+    if answer == ABSENT:
+        s.violate("kernel-bug", f"oops: clear_highpage({pfn}), which is not in the directmap")
+    elif answer == snp.HOST_PF:
+        s.violate("host-rmp-fault", f"#PF RMP: clear_highpage({pfn})")
+    s.memory[pfn] = EMPTY
+    s.say(f"[{pfn} allocated, zeroed]")
+
+
+def put_page(s: View, me: str) -> None:
+    """The fault, or the ioctl, is done with its page."""
+    if s.conf.gmem and s.folio_ref[me]:
+        s.folio_ref[me] = False
+
+
+def truncate_inode_pages_range(s: View, me: str, gfn: int) -> None:
+    """Take the page out of the page cache; what follows in the text happens when the last reference is gone.
+
+    The kernel frees it in the context of whoever drops that; here the punch waits for it, which differs only in
+    who does it.
+    """
+    might_sleep(s, me, "truncate_inode_pages_range()")
+    if s.gmem[gfn] != "cached":
+        return
+    s.wait(not any(s.folio_ref[who] for who in s.folio_ref if who != me))
+    for g in _folio(s, gfn) if set(s.conf.converted) == set(s.conf.gfns) else (gfn,):
+        s.gmem[g] = "dying"
+
+
+def folio_put(s: View, me: str, gfn: int) -> None:
+    """The last reference goes: from here on the page is anybody's."""
+    if s.gmem[gfn] == "dying":
+        for g in _folio(s, gfn):
+            s.gmem[g] = "free"

@@ -1,0 +1,45 @@
+"""out-of-sync: what must agree once nobody is inside an operation (Model.quiet)."""
+
+from __future__ import annotations
+
+from .kernel.directmap import ABSENT
+from .kvm.mmu import leaf
+from .state import View
+
+
+def out_of_sync(s: View) -> None:
+    """out-of-sync, asked when nobody is inside an operation: do the four places agree?"""
+    conf = s.conf
+    if conf.huge and s.mixed != (len({s.attr[gfn] for gfn in conf.gfns}) > 1):
+        s.violate("out-of-sync", f"the 2M page is marked {'mixed' if s.mixed else 'uniform'}, and is not")
+    for gfn in conf.gfns:
+        attr = s.attr[gfn]
+        named = conf.backing[attr, gfn]
+        mapped = [leaf(s, gfn), *(s.tlb[where] for where in s.tlb if where[1] == gfn)]
+        if any(pfn not in (None, named) for pfn in mapped):
+            s.violate("out-of-sync", f"gfn {gfn} is {attr}, but a leaf or TLB entry maps another page")
+        if not conf.has_rmp:
+            continue
+        private = conf.backing["private", gfn]
+        entry = s.rmp[private]
+        used = conf.correct_guest and s.guest[gfn] == "ready"
+        if used and (
+            (attr == "private" and not (entry.assigned and entry.validated))
+            or (conf.in_place and attr == "shared" and entry.assigned)
+        ):
+            s.violate(
+                "out-of-sync", f"gfn {gfn} is {attr} and in use, but the RMP entry of {named} is {entry}"
+            )
+        if entry.assigned and s.directmap_2m and _shares_region(s):
+            s.violate("out-of-sync", f"{private} is assigned under a 2M directmap entry that the host uses")
+        if not entry.assigned and s.directmap[private] == ABSENT:
+            s.violate("out-of-sync", f"{private} is the host's but missing from the directmap")
+        if not conf.in_place and attr == "shared" and entry.assigned:
+            s.count("residue")
+        if conf.gmem and attr == "shared" and s.gmem[gfn] == "cached":
+            s.count("double")
+
+
+def _shares_region(s: View) -> bool:
+    """Whether a page of the host lies in the 2M region too; a 2M page of guest_memfd may have it for itself."""
+    return not s.conf.folio_2m or any(not s.rmp[pfn].assigned for pfn in s.rmp)
