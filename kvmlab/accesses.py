@@ -23,6 +23,10 @@ class Access(NamedTuple):
     era: int
 
     def __str__(self) -> str:
+        if self.op == "accept":
+            return f"ACCEPT({self.gfn})"
+        if self.op == "zeropad":
+            return f"stray read gfn {self.gfn} {self.kind}"
         if self.op == "pvalidate2M":
             return f"PVALIDATE({self.gfn}, 1) 2M"
         if self.op.startswith("pvalidate"):

@@ -12,6 +12,8 @@ from typing import Any
 from .accesses import Access
 from .hw import snp
 from .hw.memory import Content
+from .hw.tdx_lines import HOST
+from .kernel import keyids
 from .kernel.directmap import ABSENT, host_write
 from .kernel.locks import leave
 from .state import View
@@ -27,6 +29,8 @@ def may_begin(s: View, gfn: int) -> list[Access]:
     kind = s.conf.eras[era]
     if s.running and not s.conf.accesses_from_asked:
         return []
+    if s.conf.tdx and kind == "private":
+        return _tdx_private(s, gfn)
     ops: tuple[str, ...] = ("read", "write")
     if kind == "private" and s.conf.has_rmp:
         ops = {"new": _validate(s, gfn), "claimed": (), "accepted": ("write",), "ready": ops}[s.guest[gfn]]
@@ -34,9 +38,22 @@ def may_begin(s: View, gfn: int) -> list[Access]:
     return [*(Access(kind, op, gfn, era) for op in ops), *stray]
 
 
+def _tdx_private(s: View, gfn: int) -> list[Access]:
+    """A TD that has asked for private: ACCEPT first; until then a stray read still goes through the old PTE."""
+    ops = {"new": ("accept",), "claimed": (), "accepted": ("write",), "ready": ("read", "write")}[
+        s.guest[gfn]
+    ]
+    found = [Access("private", op, gfn, s.era) for op in ops]
+    if s.guest[gfn] in ("new", "claimed"):
+        found.append(Access("shared", "zeropad", gfn, s.era))  # load_unaligned_zeropad()
+    return [*found, *([Access("shared", "write", gfn, s.era)] if s.conf.stray else [])]
+
+
 def anything(conf: Any, gfn: int) -> list[Access]:
     """What a careless guest does: any C-bit at any time; a hostile one rescinds as it likes, too."""
     found = [Access(kind, op, gfn, 0) for kind in ("shared", "private") for op in ("read", "write")]
+    if conf.tdx:
+        return [*found, Access("private", "accept", gfn, 0)]
     ops = ("pvalidate1", "pvalidate0") if conf.hostile else ("pvalidate1",)
     return [*found, *(Access("private", op, gfn, 0) for op in ops if conf.has_rmp)]
 
@@ -59,7 +76,7 @@ def guest_idle(s: View, me: str) -> None:
 
 def _begin(s: View, me: str, access: Access) -> None:
     s.acc[me] = access
-    if access.op in ("pvalidate1", "pvalidate2M") and s.conf.correct_guest:
+    if access.op in ("pvalidate1", "pvalidate2M", "accept") and s.conf.correct_guest:
         s.guest[access.gfn] = "claimed"
     s.say(str(access))
 
@@ -82,6 +99,8 @@ def ask(s: View, me: str) -> str | None:
     s.era += 1
     s.running += s.conf.ioctls if s.era == 1 else 1
     to = s.conf.eras[s.era]
+    if s.conf.tdx:
+        s.mode[me] = "host"  # TDG.VP.VMCALL<MapGPA> leaves the TD
     for gfn in s.conf.converted:
         if s.conf.correct_guest:
             s.guest[gfn] = "new"
@@ -134,6 +153,9 @@ def host_thread(s: View, me: str, targets: tuple[str, ...]) -> None:
     "freed" ones once guest_memfd has given the page back, for then it is anybody's.
     """
     pfn, _ = s.choose([t for t in targets if _host_may(s, *t)])
+    if s.conf.tdx:
+        _host_writes_tdx(s, pfn)
+        return
     if not s.conf.has_rmp:
         s.say(f"writes {pfn}")
         s.memory[pfn] = Content("host")
@@ -149,6 +171,18 @@ def host_thread(s: View, me: str, targets: tuple[str, ...]) -> None:
         s.violate("host-rmp-fault", f"#PF RMP: host write to {pfn}")
     elif pfn in s.memory:
         s.memory[pfn] = Content("host")
+
+
+def _host_writes_tdx(s: View, pfn: str) -> None:
+    """An ordinary store with KeyID 0, which nothing checks; with the erratum switched on, a partial one as well."""
+    s.say(f"writes {pfn} through the directmap")
+    if pfn in s.directmap and not keyids.mapped(s, pfn, "write"):
+        return
+    if s.conf.partial_write_erratum and s.choose((False, True)):
+        s.say("[less than a line]")
+        keyids.partial_store(s, pfn, Content("host"))
+    else:
+        keyids.store(s, pfn, HOST, Content("host"), "host")
 
 
 def _host_may(s: View, pfn: str, mode: str) -> bool:

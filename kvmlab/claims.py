@@ -195,10 +195,16 @@ def _c07(b: Bench) -> tuple[str, str]:
         "the directmap": b.verdict("host-rmp-fault", "keeps-directmap"),
     }
     needed = [what for what, verdict in broken.items() if verdict != NEVER]
+    tdx_zap = b.verdict("stale-mapping", "no-zap", platform="tdx") != NEVER
+    tdx_alone = b.clean("upstream", platform="tdx")  # nobody touches the directmap there
     word = CONFIRMED if "the zap" not in needed else QUALIFIED
-    return word if len(
-        needed
-    ) >= 3 else REFUTED, f"SNP breaks without {', '.join(needed)}: so the zap is not TDX's alone"
+    if len(needed) < 3 or not tdx_zap:
+        return (
+            REFUTED,
+            f"SNP breaks without {', '.join(needed)}; TDX {'breaks' if tdx_zap else 'works'} without the zap",
+        )
+    directmap = "does not need (4)" if tdx_alone else "needs (4) as well"
+    return word, f"SNP breaks without {', '.join(needed)}, so the zap is not TDX's alone; TDX {directmap}"
 
 
 @_claim("C09", "MR", "in the series directmap and RMP update are one function")
@@ -206,6 +212,36 @@ def _c09(b: Bench) -> tuple[str, str]:
     rows = b.calls("v8-post-hook", "ioctl")
     n = rows.index("rmpupdate")
     return _if(rows[n - 1] == "kvm_unmap_directmap", "the op is: unmap the directmap, then RMPUPDATE")
+
+
+@_claim("C08", "MR", "it is not established that TDX needs the directmap work")
+def _c08(b: Bench) -> tuple[str, str]:
+    without = b.clean("upstream", "tiny", "to-shared", platform="tdx")
+    stray = b.verdict("host-machine-check", "upstream", "host-stray", platform="tdx")
+    generic = b.verdict("kernel-bug", "pre-post-directmap", platform="tdx")
+    if not without:
+        return REFUTED, "TDX breaks without it"
+    told = [
+        f"conversions are clean without it; a host that writes where it must not still kills the TD ({stray})"
+    ]
+    if generic != NEVER:
+        told.append(f"and unmapping for every platform makes the kernel oops at its own zeroing and CLFLUSH ({generic})")
+    return (QUALIFIED if stray != NEVER else CONFIRMED), "; ".join(told)
+
+
+@_claim("C10", "MR", "does doing the RMP outside mmu_lock trouble TDX? what would TDX do in the hook?")
+def _c10(b: Bench) -> tuple[str, str]:
+    outside, inside = (
+        b.clean(d, "tiny", "to-shared", platform="tdx") for d in ("v8-post-hook", "set-mem-attr-op")
+    )
+    left = {row.call for row in Design.load("v8-post-hook").rows("ioctl", to="shared", platform="tdx")}
+    nothing = not left & {"rmpupdate", "kvm_unmap_directmap", "kvm_map_directmap"}
+    b.note(f"v8-post-hook, ioctl on tdx: the op leaves {'nothing' if nothing else 'something'} to do")
+    slept = b.verdict("sleep-in-atomic", "v8-post-hook", "to-shared", platform="tdx")
+    return _if(
+        not (outside and inside and nothing and slept == NEVER),
+        "no trouble, and nothing: the zap does BLOCK, TRACK, kick, REMOVE under mmu_lock, and no step of it sleeps",
+    )
 
 
 @_claim("C11", "ZW", "does SNP need to zap the NPT at all?")
@@ -302,8 +338,10 @@ def _c19(b: Bench) -> tuple[str, str]:
 @_claim("C20", "ZW", "an op should say whether zapping is required")
 def _c20(b: Bench) -> tuple[str, str]:
     return _if(
-        b.clean("zap-by-op") or b.clean("zap-by-op-direction"),
-        "with two backings an SNP that answers no, always or going shared, ends in BUG()",
+        b.clean("zap-by-op")
+        or b.clean("zap-by-op-direction")
+        or b.verdict("out-of-sync", "no-zap", "to-shared", platform="tdx") == NEVER,
+        "with two backings an SNP that answers no ends in BUG(); a TDX that answered no keeps the page: all say yes",
     )
 
 
@@ -360,18 +398,17 @@ def _c26(b: Bench) -> tuple[str, str]:
 @_claim("C27", "ZW", "RMPUPDATE in kvm_mem_attrs_changed(), all directmap work in the post hook")
 def _c27(b: Bench) -> tuple[str, str]:
     return _if(
-        b.clean("rmp-under-lock-directmap-post"),
-        "as literally said the unmap comes too late: a host write is fatal",
+        b.clean("rmp-under-lock-directmap-post") and b.clean("rmp-under-lock-directmap-post", platform="tdx"),
+        "as literally said the unmap comes too late on snp (a host write is fatal); on tdx the kernel oopses",
     )
 
 
 @_claim("C28", "IY", "the op returns nothing and follows the large-page flags")
 def _c28(b: Bench) -> tuple[str, str]:
-    return _if(b.clean("set-mem-attr-op"), "on snp it sleeps under mmu_lock (C05)")
-
-
-_beyond("C08", "MR", "it is not established that TDX needs the directmap work", "TDX is not modelled yet")
-_beyond("C10", "MR", "does doing the RMP outside mmu_lock trouble TDX?", "TDX is not modelled yet")
+    snp, tdx = b.clean("set-mem-attr-op"), b.clean("set-mem-attr-op", platform="tdx")
+    if tdx and not snp:
+        return QUALIFIED, "clean on tdx, where the op is absent; on snp it sleeps under mmu_lock (C05)"
+    return _if(snp, "clean on both")
 
 
 @_claim("C29", "patch", "a 2M range with mixed attributes must not be mapped huge")

@@ -136,7 +136,7 @@ def _designs(options: argparse.Namespace) -> int:
         from .design.calls import CALLS
 
         for call in CALLS:
-            print(f"{call.name:<34} {', '.join(call.sections):<24} {call.meaning}")
+            print(f"{call.name:<34} {', '.join(call.sections):<35} {call.meaning}")
         return 0
     for name in (*shipped("thread"), *shipped("variant"), *(shipped("planted") if options.planted else ())):
         print(f"{name:<30} {Design.load(name).title}")
@@ -178,11 +178,10 @@ def _switches(options: argparse.Namespace) -> int:
     from .grid import ALTERNATIVES, dependence
     from .trace import changed
 
-    for chosen in ALTERNATIVES:
-        (name, value), found = next(iter(changed(chosen).items())), dependence(chosen)
-        print(
-            f"{name}={value}: {len(found) or 'no'} verdict{'' if len(found) == 1 else 's'} of the shipped designs"
-        )
+    for platform, chosen in ALTERNATIVES:
+        (name, value), found = next(iter(changed(chosen).items())), dependence(chosen, platform=platform)
+        some = f"{len(found) or 'no'} verdict{'' if len(found) == 1 else 's'}"
+        print(f"{platform}, {name}={value}: {some} of the shipped designs")
         for design, scenario, backing, prop, before, after in found:
             print(f"    {design}, {scenario}, {backing}: {prop} {before} -> {after}")
     return 0

@@ -15,7 +15,8 @@ from .report import ALWAYS, SOMETIMES, as_design, check
 from .scenario import SCENARIOS, InputError, NotApplicable
 
 SHORT = {
-    "host-rmp-fault": "RMPF", "kernel-bug": "BUG", "platform-error": "PLATF", "deadlock": "DEADL",
+    "host-rmp-fault": "RMPF", "host-machine-check": "MCE", "kernel-bug": "BUG", "platform-error": "PLATF",
+    "deadlock": "DEADL",
     "sleep-in-atomic": "ATOMIC", "lock-misuse": "LOCK", "confidentiality": "LEAK", "integrity": "INTEGR",
     "guest-killed": "KILLED", "conversion-refused": "REFUSE", "livelock": "LOOP", "stale-mapping": "STALE",
     "out-of-sync": "SYNC",
@@ -123,23 +124,33 @@ def _square(where: tuple[str, str, str, str], elements: bool, switches: Switches
 
 
 ALTERNATIVES = (
-    Switches(rmpupdate_flushes=False),
-    Switches(rmp_checked_at="fill"),
-    Switches(identical_keeps_validated=False),
-    Switches(preempt_count=False),
+    ("snp", Switches(rmpupdate_flushes=False)),
+    ("snp", Switches(rmp_checked_at="fill")),
+    ("snp", Switches(identical_keeps_validated=False)),
+    ("snp", Switches(preempt_count=False)),
+    ("tdx", Switches(integrity=False)),
+    ("tdx", Switches(partial_write_erratum=True)),
 )
+LOOKED_AT = {
+    "snp": ("tiny", "round-trip", "host-io"),
+    "tdx": ("tiny", "round-trip", "host-io", "host-writes-private"),
+}
 
 
 def dependence(
     chosen: Switches,
     designs: Iterable[str] | None = None,
-    scenarios: Iterable[str] = ("tiny", "round-trip", "host-io"),
+    scenarios: Iterable[str] | None = None,
+    platform: str = "snp",
 ) -> list[tuple[str, str, str, str, str, str]]:
-    """The verdicts on snp that depend on a switch: (design, scenario, backing, property, by default, as chosen)."""
+    """The verdicts that depend on a switch: (design, scenario, backing, property, by default, as chosen).
+
+    Default: the designs of the thread and their variants, in a few small scenarios (`LOOKED_AT`).
+    """
     names = list(designs) if designs is not None else [*shipped("thread"), *shipped("variant")]
     changed = []
-    for name, scenario, backing in product(names, scenarios, BACKINGS):
-        before, after = (_square((name, "snp", scenario, backing), False, s) for s in (Switches(), chosen))
+    for name, scenario, backing in product(names, scenarios or LOOKED_AT[platform], BACKINGS):
+        before, after = (_square((name, platform, scenario, backing), False, s) for s in (Switches(), chosen))
         changed += [
             (name, scenario, backing, prop, verdict, after.verdicts[prop])
             for prop, verdict in before.verdicts.items()

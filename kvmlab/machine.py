@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 
+from . import machine_tdx
 from .accesses import Access
 from .actors import anything
 from .hw.memory import EMPTY, GUEST_KEY, PLAIN, Content
@@ -32,6 +33,7 @@ from .step import Instr
 
 PLATFORMS = {
     "snp": "AMD SEV-SNP: encrypted, ownership checked by the RMP",
+    "tdx": "Intel TDX: secure EPT and PAMT kept by the module, memory owned by KeyID",
     "sev": "AMD SEV: encrypted, no RMP",
     "sw": "software-protected VM, as the KVM selftests use it: neither encryption nor RMP",
 }
@@ -46,12 +48,16 @@ class Switches:
     `rmp_checked_at`: "access" or "fill", when a guest access meets the RMP check.
     `identical_keeps_validated`: RMPUPDATE of an identical state keeps Validated (verismo; APM: silent).
     `preempt_count`: CONFIG_PREEMPT_COUNT, without which sleeping in atomic context is not reported.
+    `integrity`: tdx: memory with MAC and owner bit (Ci); without, only the owner bit (Li).
+    `partial_write_erratum`: tdx: X86_BUG_TDX_PW_MCE, and a host that writes less than a line.
     """
 
     rmpupdate_flushes: bool = True
     rmp_checked_at: str = "access"
     identical_keeps_validated: bool = True
     preempt_count: bool = True
+    integrity: bool = True
+    partial_write_erratum: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Conf:
     xa_fails: bool = False  # one allocation of the xarray may fail
     unlucky: str = ""  # whose reservation fails for certain, at its last gfn
     yields: bool = False  # a zap may yield mmu_lock between two gfns
+    busy: bool = False  # tdx: one SEAMCALL may answer OPERAND_BUSY without a reason that the model knows
     switches: Switches = Switches()
     owners: Mapping[str, frozenset[str]] = field(default_factory=dict)
     writers: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -118,6 +125,11 @@ class Conf:
         return {self.backing["private", g]: g for g in self.gfns}
 
     @property
+    def tdx(self) -> bool:
+        """Whether the TDX module keeps the private side."""
+        return self.platform == "tdx"
+
+    @property
     def has_rmp(self) -> bool:
         """Whether hardware keeps an ownership table."""
         return self.platform == "snp"
@@ -125,18 +137,20 @@ class Conf:
     @property
     def encrypts(self) -> bool:
         """Whether the C-bit selects the guest's key."""
-        return self.platform in ("snp", "sev")
+        return self.platform in ("snp", "sev", "tdx")
 
     @property
     def kind_from_c_bit(self) -> bool:
-        """Whether a fault's kind is the C-bit of the access; otherwise it is the attribute at entry."""
-        return self.platform == "snp"
+        """Whether a fault's kind is the C-bit (SHARED bit) of the access; otherwise the attribute at entry."""
+        return self.platform in ("snp", "tdx")
 
     @property
     def accesses_from_asked(self) -> bool:
         """Whether hardware stands in the way, so that a guest may try the new kind from the moment it asked."""
-        return self.platform == "snp"
+        return self.platform in ("snp", "tdx")
 
+    integrity = property(lambda self: self.switches.integrity)
+    partial_write_erratum = property(lambda self: self.switches.partial_write_erratum)
     rmpupdate_flushes = property(lambda self: self.switches.rmpupdate_flushes)
     rmp_checked_at = property(lambda self: self.switches.rmp_checked_at)
     identical_keeps_validated = property(lambda self: self.switches.identical_keeps_validated)
@@ -222,6 +236,8 @@ def _accesses(conf: Conf) -> tuple[Access | None, ...]:
             continue
         for era, kind in enumerate(conf.eras if gfn in conf.converted else conf.eras[:1]):
             found += [Access(kind, op, gfn, era) for op in ("read", "write")]
+            if conf.tdx and era and kind == "private":
+                found += [Access("private", "accept", gfn, era), Access("shared", "zeropad", gfn, era)]
             found += [Access("shared", "write", gfn, era)] if conf.stray and kind == "private" else []
             if era and conf.has_rmp:
                 found.append(Access("private", "pvalidate1" if kind == "private" else "pvalidate0", gfn, era))
@@ -239,13 +255,13 @@ def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
     layout = [
         Field("era", tuple(range(len(conf.eras)))),
         Field("running", tuple(range(conf.ioctls + 1 + (len(conf.vcpus) if conf.auto_convert else 0)))),
-        Field("failures_left", (1, 0) if conf.injects or conf.xa_fails else (0,)),
+        Field("failures_left", (1, 0) if conf.injects or conf.xa_fails or conf.busy else (0,)),
         Field("guest", ("ready", "new", "claimed", "accepted") if conf.correct_guest else ("ready",), gfns),
         Field("attr", ("shared", "private"), gfns),
         Field("in_progress", tuple(range(begins + 1))),
         Field("invalidate_range", tuple(ranges)),
         Field("flush", (False, True) if conf.asks_flush else (False,)),
-        Field("memory", _contents(conf), pfns),
+        Field("memory", machine_tdx.lines(_contents(conf)) if conf.tdx else _contents(conf), pfns),
         Field("snapshot", ("none", "same", "moved"), faulting or conf.vcpus),
         Field("acc", _accesses(conf), conf.vcpus),
         Field("npt_2m", (None, "shared", "private") if conf.huge else (None,)),
@@ -260,8 +276,11 @@ def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
     if conf.residue:
         layout.append(Field("reserved", (False, True), gfns))
     fields += layout
+    if conf.tdx:
+        fields += machine_tdx.fields(conf)
     for gfn in gfns:
         pages = (None, *dict.fromkeys((conf.backing["shared", gfn], conf.backing["private", gfn])))
+        pages = pages[:2] if conf.tdx else pages  # the ordinary EPT maps the shared backing only
         fields.append(Field("npt", pages, (gfn,)))
         fields.append(Field("tlb", pages, tuple((v, gfn) for v in conf.vcpus)))
         if conf.rmp_checked_at == "fill":

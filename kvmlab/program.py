@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from . import accesses, actors
+from . import accesses, accesses_tdx, actors
 from .assembly import Draft, assemble, nothing, without_markers
 from .design import Design
 from .kernel import locks
@@ -23,7 +23,7 @@ def fault_paths(design: Design, conf: Conf) -> tuple[list[Draft], set[tuple[str,
     handler = conf.has_rmp and any(rows)
     for kind in KINDS:
         done = f"handler-{kind}" if handler else "guest"
-        section = Section(conf, "fault", kind, f"fault-{kind}", None)
+        section = Section(conf, "fault", kind, f"fault-{kind}", None, design)
         section.mark(f"fault-{kind}")
         section.compile(design.rows("fault", to=kind, platform=conf.platform))
         drafts += _leave(section, done)
@@ -57,7 +57,9 @@ def _leave(section: Section, done: str) -> list[Draft]:
         drafts.append(Draft(nothing, (), "re-enters the guest", 0, section.section))
     drafts[-1].after = done
     leaves = f"auto-{section.kind}" if section.conf.auto_convert else "guest"
-    return _unwound(section, drafts, {"retry": done, "leave": done, "exit": leaves, "killed": "killed"})
+    # tdx_handle_ept_violation() retries a private fault without entering the TD in between.
+    again = section.prefix if section.conf.tdx and section.kind == "private" else done
+    return _unwound(section, drafts, {"retry": again, "leave": done, "exit": leaves, "killed": "killed"})
 
 
 def _unwound(section: Section, drafts: list[Draft], targets: Mapping[str, str]) -> list[Draft]:
@@ -105,7 +107,7 @@ class Ioctl:
 
     def _whole(self, label: str, gfns: tuple[int, ...]) -> list[Draft]:
         """One ioctl on `gfns`; what it could not store it is called for again."""
-        section = Section(self.conf, "ioctl", self.to, label, gfns)
+        section = Section(self.conf, "ioctl", self.to, label, gfns, self.design)
         section.mark(label)
         section.compile(self.design.rows("ioctl", to=self.to, platform=self.conf.platform))
         done = f"{self.label}-done"
@@ -113,7 +115,7 @@ class Ioctl:
         drafts = _unwound(section, self._to(done, section.drafts), {"done": done, "ENOMEM": refused})
         self.nests |= section.nests
         for stored, partly in section.partly.items():
-            part = Section(self.conf, "ioctl", self.to, partly.label, gfns[:stored])
+            part = Section(self.conf, "ioctl", self.to, partly.label, gfns[:stored], self.design)
             part.holding = list(partly.holding)
             part.mark(partly.label)
             part.compile(partly.rows)
@@ -141,7 +143,7 @@ def punch_drafts(
     design: Design, conf: Conf, label: str, gfns: tuple[int, ...]
 ) -> tuple[list[Draft], set[tuple[str, str]]]:
     """fallocate(PUNCH_HOLE) on the private pages of `gfns`: the section punch of the design."""
-    section = Section(conf, "punch", "shared", label, gfns)
+    section = Section(conf, "punch", "shared", label, gfns, design)
     section.mark(label)
     section.compile(design.rows("punch", to="shared", platform=conf.platform))
     return section.drafts, section.nests
@@ -194,7 +196,15 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
         ways["between"] = "between"
     body = [
         Draft(actors.guest_idle, (), "", 0, "guest", label="idle", after="guest", idle=True),
-        Draft(accesses.guest_runs, (), "", 0, "guest", label="guest", jumps=ways),
+        Draft(
+            accesses_tdx.guest_runs if conf.tdx else accesses.guest_runs,
+            (),
+            "",
+            0,
+            "guest",
+            label="guest",
+            jumps=ways,
+        ),
         Draft(locks.stuck, (), "hangs", 0, "guest", label="stuck"),
     ]
     for kind in KINDS if conf.auto_convert else ():

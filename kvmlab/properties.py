@@ -27,11 +27,17 @@ PROPERTIES = (
         "APM vol. 2, RMP and VMPL Access Checks; Roth, 2023-03-22",
         True,
     ),
+    Property(
+        "host-machine-check",
+        "memory that the host has poisoned is consumed (tdx)",
+        "TDX Module Base Architecture Specification, Memory Integrity Protection and Machine Check Handling",
+        True,
+    ),
     Property("kernel-bug", "the host kernel reaches a BUG()", "tdp_mmu.c, Invalid SPTE change", True),
     Property(
         "platform-error",
-        "RMPUPDATE or PSMASH returns a status that KVM treats as a bug",
-        "arch/x86/virt/svm/sev.c",
+        "RMPUPDATE, PSMASH or a SEAMCALL returns a status that KVM treats as a bug",
+        "arch/x86/virt/svm/sev.c; KVM_BUG_ON() in arch/x86/kvm/vmx/tdx.c",
         True,
     ),
     Property(
@@ -96,6 +102,9 @@ BY_NAME = {p.name: p for p in PROPERTIES}
 FATAL = frozenset(p.name for p in PROPERTIES if p.fatal)
 MEASURES = {
     "spurious-npf": "the fault path found the wanted leaf already there",
+    "seamcalls": "host SEAMCALLs of the zap and the fault (tdx)",
+    "seamcall-busy": "SEAMCALLs that found a lock of the module taken (tdx)",
+    "kicks": "waits for every vCPU to leave the TD (tdx)",
     "retry": "the stale test sent the fault back",
     "exits": "KVM_EXIT_MEMORY_FAULT",
     "silent-read": "a C=0 read of a page that KVM calls shared and the RMP still the guest's",

@@ -9,6 +9,8 @@ from .actors import may_begin
 from .design import Design
 from .design.calls import BACKINGS
 from .hw.memory import GUEST_KEY, PLAIN, Content
+from .hw.tdx_lines import HOST, Line
+from .kernel.keyids import HKID
 from .machine import NEIGHBOUR, PLATFORMS, Conf, Switches, build_layout, with_usage
 from .program import host_program, inverted, vcpu_program, vmm_program, vmm_punch_program
 from .properties import FATAL
@@ -50,6 +52,7 @@ class Scenario:
     xa_fails: bool = False  # one allocation of the xarray may fail
     unlucky: bool = False  # the other VMM thread's reservation fails for certain
     yields: bool = False  # a zap may yield mmu_lock
+    busy: bool = False  # one SEAMCALL may find a lock taken
 
 
 _ALL = (
@@ -109,14 +112,14 @@ _ALL = (
     ),
     Scenario("hook-fails", "to private; one RMPUPDATE may fail", ("shared", "private"), fails=True),
     Scenario(
-        "punch",
+        "discard",
         "to shared and back; the VMM discards the private page after the ioctl, the host then uses it",
         ("private", "shared", "private"),
         host="freed",
         punch="after",
     ),
     Scenario(
-        "punch-first",
+        "discard-first",
         "the same, but the VMM discards it before the ioctl, as the selftests do",
         ("private", "shared", "private"),
         host="freed",
@@ -166,6 +169,12 @@ _ALL = (
         ("shared", "private"),
         gfns=(0, 1),
         xa_fails=True,
+    ),
+    Scenario(
+        "seamcall-busy",
+        "to shared and back; one SEAMCALL may answer OPERAND_BUSY",
+        ("private", "shared", "private"),
+        busy=True,
     ),
     Scenario(
         "reserve-fails",
@@ -250,9 +259,15 @@ def _absent(scenario: Scenario, platform: str, backing: str) -> str | None:
     """Why this scenario has no case on a platform or backing, or None if it has one."""
     if scenario.huge and backing == "in-place":
         return "guest_memfd gives 4K folios, so in-place there is no 2M page to map"
+    if platform == "tdx" and scenario.huge:
+        return "KVM maps private memory of a TD in 4K pages only"
+    if platform == "tdx" and scenario.fails:
+        return "there is no RMPUPDATE to fail on tdx"
+    if scenario.busy and platform != "tdx":
+        return f"there are no SEAMCALLs on {platform}"
     if scenario.punch and backing == "in-place":
         return "in-place one page serves both kinds, so nothing is discarded"
-    if platform == "snp":
+    if platform in ("snp", "tdx"):
         return None
     if scenario.folio_2m:
         return f"on {platform} no RMP entry has a size"
@@ -287,6 +302,7 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
         xa_fails=scenario.xa_fails,
         unlucky="VMM1" if scenario.unlucky else "",
         yields=scenario.yields,
+        busy=scenario.busy,
         switches=switches,
     )
     nests: set[tuple[str, str]] = set()
@@ -306,7 +322,12 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
     layout = build_layout(conf, programs)
     start: dict[Any, Any] = {}
     if scenario.eras[0] == "shared":
-        start = {("memory", conf.backing["shared", gfn]): Content("guest", PLAIN, 0) for gfn in conf.gfns}
+        written: Any = Content("guest", PLAIN, 0)
+        if conf.tdx:
+            written = Line(written, dirty=((HOST, written),))
+            if conf.in_place:
+                start = {("uptodate", gfn): True for gfn in conf.gfns}
+        start |= {("memory", conf.backing["shared", gfn]): written for gfn in conf.gfns}
     asks = "asks for the conversion" if len(conf.eras) > 1 else "vCPU"
     roles = {conf.asker: asks, "host": "kernel thread", "VMM1": "VMM thread"}
     actors = tuple(Actor(key, roles.get(key, "vCPU"), program) for key, program in programs.items())
@@ -335,12 +356,13 @@ def _private_start(design: Design, scenario: Scenario, model: Model) -> dict[Any
     now = alone.layout.unpack(x)
     if any(now["attr", gfn] != "private" for gfn in conf.gfns):
         raise NotApplicable(f"{design.name} alone leaves the page shared")
-    families = ("rmp", "directmap", "attr")
-    keep = {
-        k: v for k, v in now.items() if k == "directmap_2m" or (isinstance(k, tuple) and k[0] in families)
-    }
-    key = GUEST_KEY if conf.encrypts else PLAIN
-    return keep | {("memory", conf.backing["private", gfn]): Content("guest", key, 0) for gfn in conf.gfns}
+    families = ("rmp", "directmap", "attr", "sept", "mirror", "pamt", "uptodate")
+    tables = ("directmap_2m", "sept_table", "mirror_table")
+    keep = {k: v for k, v in now.items() if k in tables or (isinstance(k, tuple) and k[0] in families)}
+    written: Any = Content("guest", GUEST_KEY if conf.encrypts else PLAIN, 0)
+    if conf.tdx:
+        written = Line(written, HKID, dirty=((HKID, written),))
+    return keep | {("memory", conf.backing["private", gfn]): written for gfn in conf.gfns}
 
 
 def _has_its_pages(model: Model, x: int) -> bool:

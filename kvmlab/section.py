@@ -8,9 +8,10 @@ from itertools import groupby
 from typing import Any
 
 from .assembly import Draft, nothing
-from .design import Row
+from .design import Design, Row
+from .hw.tdx import Leaf
 from .kernel import directmap, locks
-from .kvm import attributes, gmem, mmu, sev
+from .kvm import attributes, gmem, mmu, sev, tdx
 from .machine import Conf
 from .state import View
 from .step import Step
@@ -73,6 +74,7 @@ RMP_ONLY = frozenset(
         "snp_lookup_rmpentry",
     }
 )
+DIRECTMAP = frozenset({"kvm_unmap_directmap", "kvm_map_directmap"})  # generic code
 WORKS_ON_PAGES = RMP_ONLY - {"rmp_prepare", "rmp_match", "npf_sizem", "snp_lookup_rmpentry"}
 GMEM_CALLS: dict[str, Step] = {
     "truncate_inode_pages_range": gmem.truncate_inode_pages_range,
@@ -93,6 +95,12 @@ class _AtFault:
         return self.step(s, me, s.acc[me].gfn, *args)
 
 
+ZAP_STEPS: dict[str, Step] = {
+    "tdh_phymem_page_wbinvd": tdx.tdh_phymem_page_wbinvd,
+    "tdx_clear_page": tdx.tdx_clear_page,
+}
+ZAP_CALLS = frozenset({*ZAP_STEPS, *tdx.ZAP_LEAVES, "tdh_do_no_vcpus", "kvm_make_all_cpus_request"})
+AUG_CALLS = frozenset({"freeze_spte", "write_spte", "clflush", "tdh_mem_sept_add", "tdh_mem_page_aug"})
 _PLAIN: dict[str, Callable[..., str | None]] = {
     "kvm_flush_remote_tlbs": mmu.kvm_flush_remote_tlbs,
     "kvm_mmu_invalidate_end": attributes.kvm_mmu_invalidate_end,
@@ -112,15 +120,23 @@ class Section:
     """Compiles one section of a design: rows in, drafts out; keeps track of the locks that it holds."""
 
     def __init__(
-        self, conf: Conf, section: str, kind: str, prefix: str, gfns: tuple[int, ...] | None
+        self,
+        conf: Conf,
+        section: str,
+        kind: str,
+        prefix: str,
+        gfns: tuple[int, ...] | None,
+        design: Design | None = None,
     ) -> None:
         self.conf, self.section, self.kind, self.prefix, self.gfns = conf, section, kind, prefix, gfns
+        self.design = design
         self.drafts: list[Draft] = []
         self.failed: str | None = None
         self.holding: list[tuple[Step, str]] = []
         self.nests: set[tuple[str, str]] = set()
         self.unwinds: dict[str, tuple[tuple[tuple[Step, str], ...], str]] = {}
         self.partly: dict[int, Partly] = {}
+        self.frozen: str | None = None  # where a frozen SPTE has got its value
         self.covered: tuple[int, int] | None = None
         self.rows: Sequence[Row] = ()
         self._labels = 0
@@ -166,12 +182,20 @@ class Section:
     def row(self, row: Row) -> None:
         """Add the drafts of one call."""
         call = row.call
-        if call in RMP_ONLY and not self.conf.has_rmp:
+        if call in RMP_ONLY and not self.conf.has_rmp and not (self.conf.tdx and call in DIRECTMAP):
             return
         if call in LOCK_CALLS:
             self.lock(row)
+        elif call == "kvm_unmap_gfn_range" and self.conf.tdx and _zapped(self.kind) == "private":
+            self.zap_private(row)
         elif call in PER_GFN:
             self.per_gfn(PER_GFN[call], row)
+        elif call in ZAP_CALLS:
+            self.zap_call(row)
+        elif call in AUG_CALLS:
+            self.aug_call(row)
+        elif call == "kvm_tdp_mmu_map" and self.conf.tdx and self.kind == "private":
+            self.map_private(row)
         elif call == "rmpupdate":
             self.rmpupdate(row)
         elif call == "kvm_vm_set_region_attr":
@@ -346,6 +370,72 @@ class Section:
             )
         self.drop(locks.write_unlock, "mmu_lock")
 
+    def zap_private(self, row: Row) -> None:
+        """tdx: the mirror leaf goes, then the SEAMCALLs of the section zap, leaf by leaf."""
+        gfns, within = self.gfns or (), self.section
+        for n, gfn in enumerate(gfns):
+            if n and self.conf.yields and within == "ioctl":
+                self.yields(row)
+            over = self.new_label()
+            self.emit(tdx.kvm_unmap_gfn_range, (gfn,), row, f"{row.call}(gfn {gfn})", {"skip": over})
+            self.gfns, self.section = (gfn,), "zap"
+            for inner in self.design.rows("zap", to=self.kind, platform="tdx") if self.design else ():
+                self.row(inner)
+            self.gfns, self.section = gfns, within
+            self.mark(over)
+
+    def zap_call(self, row: Row) -> None:
+        """One call of the section zap, on the leaf that is being zapped."""
+        (gfn,) = self.gfns or (0,)
+        if row.call in ZAP_STEPS:
+            self.emit(ZAP_STEPS[row.call], (gfn,), row, f"{row.call}(gfn {gfn})")
+            return
+        if row.call == "kvm_make_all_cpus_request":
+            self.emit(tdx.kvm_make_all_cpus_request, (), row)
+            return
+        wrapped = row.call == "tdh_do_no_vcpus"
+        call = (row.target or "") if wrapped else row.call
+        text = f"{call}({'' if call == 'tdh_mem_track' else f'gfn {gfn}'})"
+        if not wrapped:
+            self.emit(tdx.zap_seamcall, (gfn, call, "retry" if row.target else "bug"), row, text)
+            return
+        done, busy = self.new_label(), self.new_label()
+        self.emit(tdx.zap_seamcall, (gfn, call, "kick"), row, text, {"busy": busy})
+        self.drafts[-1].after = done
+        self.mark(busy)
+        self.emit(tdx.stop_vcpus, (), row, "kvm_make_all_cpus_request()")
+        self.emit(tdx.zap_seamcall, (gfn, call, "bug"), row, text)
+        self.emit(tdx.let_vcpus, (), row, "wait_for_sept_zap = false")
+        self.mark(done)
+
+    def map_private(self, row: Row) -> None:
+        """tdx: kvm_tdp_mmu_map() on the mirror root is the section aug."""
+        within, self.section = self.section, "aug"
+        for inner in self.design.rows("aug", to="private", platform="tdx") if self.design else ():
+            self.row(inner)
+        if self.frozen:
+            self.mark(self.frozen)
+            self.frozen = None
+        self.section = within
+
+    def aug_call(self, row: Row) -> None:
+        """One call of the section aug; freezing what is there already skips to the next freeze."""
+        retry = self.unwind("retry")
+        if row.call == "freeze_spte":
+            if self.frozen:
+                self.mark(self.frozen)
+            self.frozen = self.new_label()
+            ways = {"retry": retry, "skip": self.frozen}
+            self.emit(tdx.freeze_spte, (row.target,), row, f"freeze_spte({row.target})", ways)
+        elif row.call == "write_spte":
+            self.emit(tdx.write_spte, (row.target,), row, f"write_spte({row.target})")
+        elif row.call == "clflush":
+            self.emit(tdx.clflush, (), row)
+        else:
+            leaf = Leaf.SEPT_ADD if row.call == "tdh_mem_sept_add" else Leaf.PAGE_AUG
+            bit_and = row.target == "bit_and"
+            self.emit(tdx.aug_seamcall, (leaf, row.call, bit_and), row, jumps={"retry": retry})
+
     def new_label(self) -> str:
         """Return a label that no other place has."""
         self._labels += 1
@@ -354,6 +444,11 @@ class Section:
     def mark(self, label: str) -> None:
         """Give the place reached now a name; a step that does nothing stands there only if it must."""
         self.drafts.append(Draft(nothing, (), "", 0, self.section, label=label))
+
+
+def _zapped(kind: str) -> str:
+    """tdx: a conversion zaps the mappings of the kind that the page had (kvm_arch_pre_set_memory_attributes())."""
+    return "private" if kind == "shared" else "shared"
 
 
 def _helper(rows: Sequence[Row], i: int) -> Sequence[Row]:

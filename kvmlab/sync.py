@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .hw.tdx_sept import State
+from .hw.tdx_tlb import Age
 from .kernel.directmap import ABSENT
 from .kvm.mmu import leaf
 from .state import View
@@ -16,6 +18,9 @@ def out_of_sync(s: View) -> None:
         attr = s.attr[gfn]
         named = conf.backing[attr, gfn]
         mapped = [leaf(s, gfn), *(s.tlb[where] for where in s.tlb if where[1] == gfn)]
+        if conf.tdx:
+            _tdx_in_sync(s, gfn, attr, mapped)
+            continue
         if any(pfn not in (None, named) for pfn in mapped):
             s.violate("out-of-sync", f"gfn {gfn} is {attr}, but a leaf or TLB entry maps another page")
         if not conf.has_rmp:
@@ -43,3 +48,34 @@ def out_of_sync(s: View) -> None:
 def _shares_region(s: View) -> bool:
     """Whether a page of the host lies in the 2M region too; a 2M page of guest_memfd may have it for itself."""
     return not s.conf.folio_2m or any(not s.rmp[pfn].assigned for pfn in s.rmp)
+
+
+def _tdx_in_sync(s: View, gfn: int, attr: str, shared: list[str | None]) -> None:
+    """The same for a TD: FREE or PENDING under private is in order, for TDX is lazy that way."""
+    private = s.conf.backing["private", gfn]
+    mirror, entry, usable = s.mirror[gfn], s.sept[gfn], _usable_private(s, gfn)
+    if attr == "shared" and (entry != State.FREE or mirror is not None or s.pamt[private] != "NDA"):
+        s.violate(
+            "out-of-sync", f"gfn {gfn} is shared, but S-EPT {entry}, mirror {mirror}, PAMT {s.pamt[private]}"
+        )
+    if attr == "private" and any(shared):
+        s.violate(
+            "out-of-sync",
+            f"gfn {gfn} is private, but the shared EPT or a TLB maps {next(filter(None, shared))}",
+        )
+    if (mirror is not None) != (entry in (State.MAPPED, State.PENDING)):
+        s.violate("out-of-sync", f"gfn {gfn}: mirror {mirror}, but S-EPT {entry}")
+    if usable and s.pamt[private] == "NDA":
+        s.violate("out-of-sync", f"gfn {gfn}: {usable} could still use {private}, which the TD has no longer")
+    if attr == "shared" and s.directmap[private] == ABSENT:
+        s.violate("out-of-sync", f"{private} is the host's but missing from the directmap")
+    if s.conf.gmem and attr == "shared" and s.gmem[gfn] == "cached":
+        s.count("double")
+
+
+def _usable_private(s: View, gfn: int) -> str | None:
+    """A vCPU with a private translation that it will not drop before it uses it."""
+    for cpu in s.conf.vcpus:
+        if s.ptlb[cpu, gfn] is not None and (s.mode[cpu] == "td" or s.vcpu_epoch[cpu] == Age.NOW):
+            return str(cpu)
+    return None

@@ -29,7 +29,7 @@ def designs(draw):
     return "\n".join(parts) + "\n"
 
 
-SCENARIOS = ["tiny", "host-io", "hook-fails", "auto-convert", "punch", "huge-split", "xarray-full"]
+SCENARIOS = ["tiny", "host-io", "hook-fails", "auto-convert", "discard", "huge-split", "xarray-full"]
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))

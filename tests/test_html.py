@@ -18,6 +18,7 @@ from kvmlab.show.lanes import rows
 from kvmlab.show.page import page_html
 from kvmlab.show.sides import Side, paired
 from kvmlab.show.style import el
+from kvmlab.show.text import machine_text
 from kvmlab.show.told import broken
 from kvmlab.show.view import places, view
 
@@ -162,6 +163,27 @@ def test_every_counterexample_ends_with_its_violation(design: str, prop: str) ->
 
 def test_a_changed_cell_shows_the_value_that_it_had() -> None:
     assert "P0 hypervisor → guest gpa=0" in Reader(PICTURES["machine"]).text
+
+
+def table_after(trace: kvmlab.Trace, told: str) -> str:
+    """The machine's table in words, after the first step that tells `told`."""
+    frame = next(f for f in trace.frames if f.event and any(told in note for note in f.event.notes))
+    return machine_text(trace.case.model, frame.state)
+
+
+def test_a_private_page_that_is_allocated_anew_shows_who_holds_it() -> None:
+    text = table_after(report("v8-post-hook", scenario="huge-split").example("double"), "allocated, zeroed")
+    assert "guest_memfd  gfn 0=cached  gfn 1=cached  held by=CPU1\n" in text
+
+
+def test_a_private_2m_page_shows_as_one_in_the_npt_the_tlb_and_the_rmp() -> None:
+    text = table_after(report("upstream", scenario="huge-accept").sample(), "[TLB: gfn 0 -> P0]")
+    assert "2M=private\n" in text and "CPU0=P0 (2M)" in text and "P0=guest gpa=0 2M" in text
+
+
+def test_an_entry_that_is_reserved_and_empty_shows_as_such() -> None:
+    trace = report("reserved-read-as-attributes", scenario="reserve-fails").trace()
+    assert "gfn 0=shared (reserved)  gfn 1=private\n" in table_after(trace, "= -ENOMEM")
 
 
 def test_a_cycle_says_where_it_begins_and_goes_back_to() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import kvmlab
 from kvmlab.explore import arrays, liveness, paths, rows
+from kvmlab.explore.graph import Hit
 from kvmlab.report import check
 from kvmlab.scenario import SCENARIOS, build
 from kvmlab.trace import ReplayError, Trace, decode, options, play, replay
@@ -21,6 +22,10 @@ BAD = [
     ("never-rmpupdate", "tiny", "livelock"),
     ("keeps-mmu-lock", "tiny", "deadlock"),
     ("never-maps-back", "host-io", "out-of-sync"),
+    ("punch-leaves-assigned", "discard", "host-rmp-fault"),
+    ("v8-post-hook", "discard-first", "integrity"),
+    ("v8-post-hook", "vmm-punches", "platform-error"),
+    ("reserved-read-as-attributes", "reserve-fails", "out-of-sync"),
 ]
 
 
@@ -87,6 +92,55 @@ def test_when_nothing_is_violated_a_sample_run_is_shown_in_which_the_guest_uses_
     assert any("write done in P0" in note for f in trace.frames if f.event for note in f.event.notes)
 
 
+def run_until(design, scenario, told):
+    """A shortest run whose last step tells `told`, or None if no reachable state allows such a step."""
+    report = check(design, scenario=scenario)
+    model, graph = report.case.model, report.graph
+    for i in range(report.states):
+        for a in range(len(model.actors)):
+            for choice, (event, _) in enumerate(options(model, graph.packed(i), a)):
+                if told in event.notes:
+                    run = paths.shortest(graph, [Hit(i, None, None)])
+                    return Trace(report.case, (*run, (a, choice)), "by-hand")
+    return None
+
+
+def calls(trace, wanted):
+    """The calls among `wanted` in the order in which the run makes them."""
+    return [f.event.call for f in trace.frames if f.event and f.event.call in wanted]
+
+
+def test_where_a_store_fails_v8_works_on_what_was_stored_and_is_asked_for_the_rest():
+    trace = run_until("v8-post-hook", "xarray-full", "xa_store(1) = -ENOMEM (injected)")
+    model, schedule = trace.case.model, trace.schedule
+    while (frame := play(model, schedule)[-1]).event.call != "return 0":
+        assert options(model, frame.state, 0)
+        schedule = (*schedule, (0, 0))
+    wanted = ["kvm_vm_set_region_attr(gfn 1, private)", "rmpupdate(P0, private)", "rmpupdate(P1, private)"]
+    assert calls(Trace(trace.case, schedule, "by-hand"), wanted) == [
+        wanted[0],
+        wanted[1],
+        wanted[0],
+        wanted[2],
+    ]
+
+
+def test_as_merged_a_stale_fault_splits_the_2m_entry_that_it_has_just_made():
+    trace = run_until("upstream", "huge-accept", "[2M RMP entry splits]")
+    told = [note for f in trace.frames if f.event for note in f.event.notes]
+    assert told[-2:] == ["stale: RET_PF_RETRY", "[2M RMP entry splits]"]
+
+
+def test_in_v8_a_fault_in_the_window_costs_the_guest_its_2m_page():
+    trace = run_until("v8-post-hook", "huge-accept", "[2M RMP entry splits]")
+    assert any("FAIL_SIZEMISMATCH" in note for f in trace.frames if f.event for note in f.event.notes)
+
+
+@pytest.mark.parametrize("design", ["pre-post-directmap", "v8-op-in-window"])
+def test_with_rmpupdate_inside_the_window_the_guest_keeps_its_2m_page(design):
+    assert run_until(design, "huge-accept", "[2M RMP entry splits]") is None
+
+
 def every_run(model, length):
     """All schedules of `length` steps, by brute force."""
     level = [((), model.initial)]
@@ -104,7 +158,7 @@ def test_among_the_shortest_runs_the_one_with_fewest_switches_is_chosen():
     model = build(kvmlab.Design.load("v8-post-hook"), SCENARIOS["tiny"])
     graph = rows.search(model)
     for target in [i for i, d in enumerate(graph.depth) if d == 5]:
-        best = paths.shortest(graph, [paths.Hit(target, None, None)])
+        best = paths.shortest(graph, [Hit(target, None, None)])
         brute = [run for run, x in every_run(model, 5) if x == graph.packed(target)]
         assert len(best) == 5
         assert paths.switches(best) == min(map(paths.switches, brute))
@@ -136,7 +190,7 @@ def test_both_engines_agree_on_liveness_and_on_shortest_runs(design):
         ("kvmlab:1:snp/tiny/split/v8-post-hook@00000000/a1", "has changed since this code was made"),
         ("kvmlab:1:snp/tiny/split/nobody@00000000/a1", "nobody"),
         ("kvmlab:1:snp/tiny/split/~AAAA/a1", "cannot be read"),
-        ("kvmlab:1:tdx/tiny/split/{v8}/a1", "unknown platform 'tdx'"),
+        ("kvmlab:1:cca/tiny/split/{v8}/a1", "unknown platform 'cca'"),
         ("kvmlab:1:snp/tiny,rmp_checked_at=never/split/{v8}/a1", "damaged code"),
         ("kvmlab:1:snp/tiny/split,rmp_checked_at=never/{v8}/a1", "cannot be 'never'; allowed: access, fill"),
         ("kvmlab:1:snp/tiny/split/{v8}/z1", "there is no actor 'z'"),

@@ -1,7 +1,7 @@
 """The KVM selftests' scenarios with their real sizes and patterns, on the emulator.
 
-private_mem_conversions_test, private_mem_kvm_exits_test and the memslot part of set_memory_region_test
-(tools/testing/selftests/kvm); guest_memfd_test is in test_vm_gmem.py.
+private_mem_conversions_test and private_mem_kvm_exits_test (tools/testing/selftests/kvm); set_memory_region_test
+is in test_vm_regions.py, guest_memfd_test in test_vm_gmem.py.
 """
 
 import errno
@@ -9,8 +9,7 @@ from itertools import zip_longest
 
 import pytest
 
-from kvmlab.emulator import InternalError, MemoryFaultExit, MmioExit, Vm, VmErrno
-from kvmlab.emulator.slots import GUEST_MEMFD, KVM_USER_MEM_SLOTS, LOG_DIRTY_PAGES, READONLY
+from kvmlab.emulator import MemoryFaultExit, Vm
 
 P, M2, G4 = 4096, 1 << 21, 1 << 32
 SIZE = M2 + P
@@ -177,6 +176,23 @@ def test_private_access_memslot_deleted():
     assert (caught.value.gpa, caught.value.size) == (GPA, P)
 
 
+@pytest.mark.parametrize("moment", ["kvm_gmem_get_pfn", "read_lock"])
+def test_private_access_memslot_deleted_while_the_vcpu_is_in_the_fault_path(moment):
+    vm = Vm("sw", slots=[], vmm="kill")
+    vm.set_user_memory_region2(10, GPA, P, vm.create_guest_memfd(P))
+    vm.set_user_memory_region2(0, 0, P)
+    vm.set_memory_attributes(GPA, P, True)
+
+    def delete(row):
+        if row.call == moment and 10 in vm.slots.by_id:
+            vm.set_user_memory_region2(10, GPA, 0)
+
+    vm.on_row = delete
+    with pytest.raises(MemoryFaultExit) as caught:
+        vm.guest().read(GPA, 8)
+    assert (caught.value.flags, caught.value.gpa) == (1 << 3, GPA) and not vm.mmu.npt.any()
+
+
 def test_private_access_memslot_not_private():
     vm = Vm("sw", slots=[], vmm="kill")
     vm.set_user_memory_region2(10, GPA, P)
@@ -184,91 +200,3 @@ def test_private_access_memslot_not_private():
     with pytest.raises(MemoryFaultExit) as caught:
         vm.guest().read(GPA, 8)
     assert (caught.value.gpa, caught.value.size, caught.value.flags) == (GPA, P, 1 << 3)
-
-
-@pytest.fixture
-def vm():
-    return Vm("sw", slots=[])
-
-
-def refusal(vm, *arguments, **more):
-    with pytest.raises(VmErrno) as caught:
-        vm.set_user_memory_region2(*arguments, **more)
-    return errno.errorcode[caught.value.errno]
-
-
-def test_invalid_memory_region_flags(vm):
-    for bit in (*range(3, 32),):
-        assert refusal(vm, 10, GPA, M2, flags=1 << bit) == "EINVAL"
-    file = vm.create_guest_memfd(M2)
-    for flags in (LOG_DIRTY_PAGES | GUEST_MEMFD, READONLY | GUEST_MEMFD):
-        assert refusal(vm, 10, GPA, M2, file, flags=flags) == "EINVAL"
-
-
-def test_add_private_memory_region(vm):
-    file = vm.create_guest_memfd(M2)
-    for wrong in ("the fd of KVM", "the fd of the VM", "a memfd", Vm("sw", slots=[]).create_guest_memfd(M2)):
-        assert refusal(vm, 10, GPA, M2, wrong) == "EINVAL"
-    assert {refusal(vm, 10, GPA, M2, file, offset) for offset in range(1, P)} == {"EINVAL"}
-    vm.set_user_memory_region2(10, GPA, M2, file)
-
-
-def test_add_overlapping_private_memory_regions(vm):
-    file = vm.create_guest_memfd(4 * M2)
-    vm.set_user_memory_region2(10, GPA, 2 * M2, file, 0)
-    vm.set_user_memory_region2(11, GPA * 2, 2 * M2, file, 2 * M2)
-    vm.set_user_memory_region2(10, GPA, 0)
-    assert refusal(vm, 10, GPA * 2 - M2, 2 * M2, file, 0) == "EEXIST"
-    assert refusal(vm, 10, GPA * 2 + M2, 2 * M2, file, 0) == "EEXIST"
-
-
-def test_overlapping_file_ranges_which_the_selftest_does_not_reach(vm):
-    file = vm.create_guest_memfd(4 * M2)
-    vm.set_user_memory_region2(11, GPA * 2, 2 * M2, file, 2 * M2)
-    assert refusal(vm, 10, GPA, 2 * M2, file, M2) == "EINVAL"
-
-
-def test_add_max_memory_regions(vm):
-    vm.set_user_memory_region2(0, 0, M2)
-    memory = vm.slots.by_id[0].user
-    for slot in range(1, KVM_USER_MEM_SLOTS):
-        vm.set_user_memory_region2(slot, slot * M2, M2, user=memory)
-    assert refusal(vm, KVM_USER_MEM_SLOTS, KVM_USER_MEM_SLOTS * M2, M2) == "EINVAL"
-
-
-def test_zero_memory_regions(vm):
-    with pytest.raises(InternalError):
-        vm.guest().read(0, 1)
-
-
-def test_move_memory_region(vm):
-    vm.set_user_memory_region2(0, 0, P)
-    vm.set_user_memory_region2(10, GPA, M2)
-    vm.mmio = 0xBEEF
-    seen = set()
-    for _ in range(10):
-        vm.guest().write(GPA, (1).to_bytes(8, "little"))
-        vm.set_user_memory_region2(10, GPA - P, M2)
-        vm.host.write(GPA - P, (2).to_bytes(8, "little"))
-        seen.add(int.from_bytes(vm.guest().read(GPA, 8), "little"))
-        vm.host.write(GPA - P, (1).to_bytes(8, "little"))
-        vm.set_user_memory_region2(10, GPA, M2)
-        seen.add(int.from_bytes(vm.guest().read(GPA, 8), "little"))
-    assert 1 in seen and 2 not in seen
-
-
-def test_delete_memory_region(vm):
-    vm.set_user_memory_region2(0, 0, P)
-    vm.mmio = 0xBEEF
-    for _ in range(10):
-        vm.set_user_memory_region2(10, GPA, M2)
-        assert vm.guest().read(GPA, 8) == bytes(8)
-        vm.guest().write(GPA, b"old")
-        vm.set_user_memory_region2(10, GPA, 0)
-        assert vm.guest().read(GPA, 8) == (0xBEEF).to_bytes(8, "little")
-
-
-def test_a_read_without_a_memslot_is_mmio(vm):
-    vm.set_user_memory_region2(0, 0, P)
-    with pytest.raises(MmioExit):
-        vm.guest().read(GPA, 8)

@@ -14,6 +14,9 @@ from .source import Source
 from .tree import Body, Call, Condition, If, Leave, Node
 
 
+ABSENT_OPS = ("kvm_x86_update_mem_attr", "rmp_prepare", "rmp_match")  # on tdx: not implemented there
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One call of a section, with the conditions of the ifs around it.
@@ -84,6 +87,8 @@ class _Builder:
         if head.call in calls.KEEPS_BODY:
             inner = _Builder(self.section, self.source, head.call)
             yield replace(head, body=tuple(inner.rows(node.body, ())))
+        elif head.call in ABSENT_OPS:  # the body of an op runs where the op is implemented
+            yield from self.rows(node.body, (*when, Condition("platform", "tdx", negated=True)))
         else:
             yield from self.rows(node.body, when)
 
@@ -178,6 +183,8 @@ def _expand(row: Row, to: str, platform: str) -> list[Row]:
         return [replace(row, target=towards)]
     if row.call == "kvm_mem_attrs_changed":
         return [replace(row, call=part) for part in ("kvm_unmap_gfn_range", "kvm_flush_remote_tlbs")]
+    if row.call in ABSENT_OPS and platform == "tdx":
+        return []  # the op is not implemented there, so nothing of it runs
     if row.call == "kvm_x86_update_mem_attr":
         return _helper(row, towards)
     if row.call in calls.KEEPS_BODY:

@@ -7,7 +7,7 @@ them, and every count says how many faults that were.
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
 from ..design import Row
@@ -38,6 +38,10 @@ class Fault:
     seq: int = 0
     slot: MemSlot | None = None
     pfn: int = 0
+    root: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.root = self.vm.mmu.root
 
     def attributes_match(self) -> None:
         """kvm_mem_is_private(): only the pages before the first mismatch go on."""
@@ -86,7 +90,7 @@ class Fault:
             lo = self.vm.mmu.window[0]
             if self.gfn < lo < self.gfn + self.n:
                 self.n = lo - self.gfn
-        return self.vm.mmu.retry(self.gfn, self.seq)
+        return self.root != self.vm.mmu.root or self.vm.mmu.retry(self.gfn, self.seq)
 
     def level(self) -> str:
         """The level of the mapping: least of backing, memslot, RMP entry and mixed flag."""

@@ -118,6 +118,7 @@ class Mmu:
         self.npt: U32 = np.zeros(0, np.uint32)
         self.tlbs = [Tlb(tlb_entries) for _ in range(vcpus)]
         self.seq = self.in_progress = 0
+        self.root = 0  # kvm_mmu_zap_all_fast() makes it obsolete when a memslot goes
         self.window: tuple[int, int] | None = None
 
     def leaves(self, lo: int, hi: int) -> U32:

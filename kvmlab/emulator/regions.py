@@ -75,6 +75,7 @@ def delete(vm: Vm, as_id: int, number: int) -> None:
     The guest runs in address space 0, so the leaves that are modelled are those of that one.
     """
     slot = vm.address_spaces[as_id].remove(number)
+    vm.mmu.root += 1
     if as_id == 0 and vm.mmu.zap(slot.base, slot.end):
         vm.mmu.flush()
     if slot.gmem:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..design import Design
-from ..machine import PLATFORMS, Switches
+from ..machine import Switches
 
+PLATFORMS = ("snp", "sev", "sw")  # those of the explorer that are emulated
 BACKINGS = ("split", "in-place")
 
 

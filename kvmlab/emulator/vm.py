@@ -180,7 +180,7 @@ class Vm:
                 regions.delete(self, as_id, number)
 
     def fail(self, what: str, at: int = 0, code: Rmpupdate = Rmpupdate.FAIL_PERMISSION) -> None:
-        """Inject one failure: "xa_store" (at index `at`), "xa_reserve", "gmem_alloc", or "rmpupdate" (at PFN `at`).
+        """Inject one failure: "xa_store", "xa_reserve" (at index `at`), "gmem_alloc", or "rmpupdate" (at PFN `at`).
 
         A failing RMPUPDATE goes on failing at that PFN until `repair()`.
         """

@@ -31,12 +31,16 @@ class Rules:
                 raise ValueError(
                     f"{source}: row {row} does not have {len(self.inputs)} inputs and an outcome"
                 )
+        decided: dict[tuple[Any, ...], list[Any]] = {}
+        for row in self.rows:
+            for combination in product(*map(_meant, row, self.inputs.values())):
+                decided.setdefault(combination, []).append(row[-1])
         for combination in product(*self.inputs.values()):
-            hits = [row for row in self.rows if _matches(row, combination)]
-            if len(hits) != 1:
+            outcomes = decided.get(combination, [])
+            if len(outcomes) != 1:
                 named = ", ".join(f"{k}={v}" for k, v in zip(self.inputs, combination, strict=True))
-                raise ValueError(f"{source}: {len(hits)} rows decide {named}; exactly one must")
-            self._answers[combination] = hits[0][-1]
+                raise ValueError(f"{source}: {len(outcomes)} rows decide {named}; exactly one must")
+            self._answers[combination] = outcomes[0]
 
     def __call__(self, **inputs: Any) -> Any:
         """Return the outcome for one value of each input; KeyError for a value outside the table."""
@@ -57,11 +61,12 @@ class Rules:
         return "\n".join([self.source, lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
-def _matches(row: tuple[Any, ...], combination: tuple[Any, ...]) -> bool:
-    return all(
-        want is ANY or got == want or (isinstance(want, frozenset) and got in want)
-        for want, got in zip(row, combination, strict=False)
-    )
+def _meant(want: Any, values: Sequence[Any]) -> Sequence[Any]:
+    """The values of a column that a row's entry stands for."""
+    if want is ANY:
+        return values
+    chosen = want if isinstance(want, frozenset) else {want}
+    return [value for value in values if value in chosen]
 
 
 def _cell_text(value: Any) -> str:

@@ -138,6 +138,8 @@ class EntryLock(NamedTuple):
     host_priority: bool = False
 
 
+UNLOCKED = EntryLock()
+
 ENTRY_LOCK = Rules(
     "TDX module 1.5.01, sept_lock_acquire_host() and sept_lock_acquire_guest()",
     {"side": ("host", "guest"), "taken": (False, True), "host_priority": (False, True)},

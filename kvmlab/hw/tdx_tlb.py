@@ -22,6 +22,9 @@ class Epochs(NamedTuple):
     refcount: tuple[int, int] = (0, 0)
 
 
+START = Epochs()
+
+
 def _counted(epochs: Epochs, epoch: int, by: int) -> Epochs:
     even, odd = epochs.refcount
     return epochs._replace(refcount=(even, odd + by) if epoch & 1 else (even + by, odd))

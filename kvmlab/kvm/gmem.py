@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ..hw import snp
 from ..hw.memory import EMPTY
+from ..kernel import keyids
 from ..kernel.directmap import ABSENT, host_write
 from ..kernel.locks import might_sleep
 from ..state import View
@@ -16,10 +17,12 @@ from ..state import View
 
 def kvm_gmem_get_pfn(s: View, me: str, kind: str) -> None:
     """Look up the backing page and hold it; may allocate, and so sleep.  A new page is zeroed first."""
-    if s.conf.gmem and kind == "private":
-        hold_page(s, me, s.acc[me].gfn)
-    else:
-        might_sleep(s, me, "kvm_gmem_get_pfn() may allocate")
+    might_sleep(s, me, "kvm_gmem_get_pfn() may allocate")
+    if kind == "private":
+        if s.conf.gmem:
+            hold_page(s, me, s.acc[me].gfn)
+        if s.conf.tdx:
+            _make_uptodate(s, s.acc[me].gfn)
 
 
 def hold_page(s: View, me: str, gfn: int) -> None:
@@ -30,7 +33,15 @@ def hold_page(s: View, me: str, gfn: int) -> None:
     if s.gmem[gfn] == "free":
         for g in _folio(s, gfn):
             s.gmem[g] = "cached"
-            _clear_page(s, s.conf.backing["private", g])
+            if not s.conf.tdx:
+                _clear_page(s, s.conf.backing["private", g])
+
+
+def _make_uptodate(s: View, gfn: int) -> None:
+    """A page is zeroed once, before its first use (tdx: there what is in the cache matters)."""
+    if not s.uptodate[gfn]:
+        s.uptodate[gfn] = True
+        keyids.clear_highpage(s, s.conf.backing["private", gfn])
 
 
 def _folio(s: View, gfn: int) -> tuple[int, ...]:
@@ -75,3 +86,5 @@ def folio_put(s: View, me: str, gfn: int) -> None:
     if s.gmem[gfn] == "dying":
         for g in _folio(s, gfn):
             s.gmem[g] = "free"
+            if s.conf.tdx:
+                s.uptodate[g] = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ..kernel.locks import assert_held
 from ..state import View
+from . import tdx
 from .attributes import mmu_invalidate_retry_gfn
 from .gmem import put_page
 
@@ -55,7 +56,10 @@ def drop_translation(s: View, cpu: str, gfn: int) -> None:
 
 
 def kvm_flush_remote_tlbs(s: View, me: str) -> None:
-    """Drop every vCPU's translations."""
+    """Drop every vCPU's translations (tdx: the shared ones; see kvm/tdx.py)."""
+    if s.conf.tdx:
+        tdx.kvm_flush_remote_tlbs(s, me)
+        return
     for where in s.tlb:
         s.tlb[where] = None
     for cpu in s.conf.vcpus if s.conf.folio_2m else ():
@@ -130,6 +134,8 @@ def is_page_fault_stale(s: View, me: str, kind: str) -> str | None:
         s.snapshot[me] = "none"  # the fault is over; one that is fresh keeps its snapshot until it maps
         put_page(s, me)
         s.count("retry")
+        if s.conf.tdx:
+            s.count("npf")  # retried without leaving KVM: the loop is one of faults all the same
         s.say("stale: RET_PF_RETRY")
         return "retry"
     return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ..hw.tdx_lines import ZERO, Line
 from ..step import Model
 
 
@@ -32,16 +34,25 @@ def machine(model: Model, x: int) -> list[Part]:
             "what the guest asked for, and whether the ioctl has returned",
             (("to", conf.eras[values["era"]]), ("", moment)),
         ),
-        Part("xarray", "the memory attribute that KVM keeps", _pairs(family("attr"), "gfn ")),
-        Part("NPT", "the leaf that the nested page table holds", _npt(values, family("npt"))),
-        Part(
-            "TLB",
-            "the translation each vCPU could still use",
-            tuple((k[0], v) for k, v in family("tlb").items()),
-        ),
+        Part("xarray", "the memory attribute that KVM keeps", _xarray(values, family("attr"))),
+        Part("EPT", "the leaf of the ordinary EPT (SHARED bit set)", _pairs(family("npt"), "gfn "))
+        if conf.tdx
+        else Part("NPT", "the leaf that the nested page table holds", _npt(values, family("npt"))),
+        *(_secure_ept(values, family) if conf.tdx else ()),
+        Part("TLB", "the translation each vCPU could still use", _tlb(values, family("tlb"))),
         Part("RMP", "who owns the page, in hardware", _pairs(family("rmp"))),
+        *(_module(family) if conf.tdx else ()),
+        Part(
+            "guest_memfd",
+            "the private page: in the file, on its way out, or given back; who holds it",
+            _gmem(values, family("gmem"), family("folio_ref")),
+        ),
         Part("directmap", "the kernel's own mapping of the page", _directmap(values, family("directmap"))),
-        Part("contents", "who wrote the page last; * under the guest's key", _pairs(family("memory"))),
+        Part(
+            "contents",
+            "who wrote the page last; * under the guest's key",
+            _contents(values, family("memory")),
+        ),
         Part(
             "window",
             "invalidation: how many in progress, and each fault's snapshot",
@@ -55,6 +66,63 @@ def machine(model: Model, x: int) -> list[Part]:
     return [part for part in parts if part.cells]
 
 
+Family = Callable[[str], dict[Any, str]]
+
+
+def _secure_ept(values: dict[Any, Any], family: Family) -> list[Part]:
+    """TDX: the secure EPT, and KVM's copy of it."""
+    locked = tuple((f"gfn {gfn} lock", who) for gfn, who in family("entry_lock").items() if who != "-")
+    return [
+        Part(
+            "S-EPT",
+            "the secure EPT that the TDX module keeps, and the table above",
+            (*_pairs(family("sept"), "gfn "), ("table", str(values["sept_table"])), *locked),
+        ),
+        Part(
+            "mirror",
+            "KVM's own copy of the secure EPT",
+            (*_pairs(family("mirror"), "gfn "), ("table", str(values["mirror_table"]))),
+        ),
+    ]
+
+
+def _module(family: Family) -> list[Part]:
+    """TDX: who owns the page, and where each vCPU stands to TD_EPOCH."""
+    epochs, private = family("vcpu_epoch"), family("ptlb")
+    blocked = tuple((f"{pfn} blocked", epoch) for pfn, epoch in family("bepoch").items() if epoch != "older")
+    return [
+        Part("PAMT", "whose page it is: REG is the TD's, NDA nobody's", (*_pairs(family("pamt")), *blocked)),
+        Part(
+            "vCPUs",
+            "in the TD or not, and how its epoch stands to TD_EPOCH",
+            tuple((cpu, f"{mode}, {epochs[cpu]}") for cpu, mode in family("mode").items()),
+        ),
+        Part(
+            "private TLB",
+            "the private translation each vCPU could still use",
+            tuple((k[0], v) for k, v in private.items()),
+        ),
+    ]
+
+
+def _contents(values: dict[Any, Any], family: dict[Any, str]) -> tuple[tuple[str, str], ...]:
+    """On tdx a page is a line: content and KeyID in memory, poison, and what is dirty in caches."""
+    shown = []
+    for pfn, plain in family.items():
+        line = values["memory", pfn]
+        if isinstance(line, Line):
+            dirty = "".join(f" | dirty {_content(value)} KeyID {key}" for key, value in line.dirty)
+            plain = (
+                f"{_content(line.content)}{' KeyID 1' if line.keyid else ''}{' POISON' * line.poison}{dirty}"
+            )
+        shown.append((str(pfn), plain))
+    return tuple(shown)
+
+
+def _content(value: object) -> str:
+    return "zeros" if value == ZERO else str(value)
+
+
 def _text(value: object) -> str:
     return "-" if value is None else str(value)
 
@@ -63,9 +131,28 @@ def _pairs(family: dict[object, str], prefix: str = "") -> tuple[tuple[str, str]
     return tuple((f"{prefix}{key}", value) for key, value in family.items())
 
 
+def _xarray(values: dict[object, object], family: dict[object, str]) -> tuple[tuple[str, str], ...]:
+    """Each gfn's attribute; an entry that is reserved and empty reads as shared."""
+    left = {gfn: " (reserved)" if values.get(("reserved", gfn)) else "" for gfn in family}
+    return tuple((f"gfn {gfn}", value + left[gfn]) for gfn, value in family.items())
+
+
+def _tlb(values: dict[object, object], family: dict[Any, str]) -> tuple[tuple[str, str], ...]:
+    """Each vCPU's entries; the gfns of a 2M page may share one."""
+    large = {cpu: " (2M)" if values.get(("tlb_2m", cpu)) else "" for cpu, _ in family}
+    return tuple((cpu, value + large[cpu]) for (cpu, _), value in family.items())
+
+
+def _gmem(
+    values: dict[object, object], family: dict[object, str], refs: dict[object, str]
+) -> tuple[tuple[str, str], ...]:
+    holders = tuple(("held by", str(who)) for who in refs if values["folio_ref", who])
+    return (*_pairs(family, "gfn "), *holders)
+
+
 def _npt(values: dict[object, object], family: dict[object, str]) -> tuple[tuple[str, str], ...]:
     if values["npt_2m"]:
-        return (("2M", "shared"),)
+        return (("2M", str(values["npt_2m"])),)
     return (*_pairs(family, "gfn "), *((("2M", "mixed"),) if values["mixed"] else ()))
 
 

@@ -1,0 +1,205 @@
+"""The state machine of a secure EPT entry as SVG: states, the leaves between them, and how the epochs stand.
+
+Arrows and captions are read off the tables of hw/tdx_sept.py; only their places are chosen here.  The root's data-*
+attributes say where the machine is, and the rules in its <style> mark it, so a script that walks has nothing to draw.
+Greys fit a light and a dark page alike, for an <img> knows nothing of the page's theme.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from html import escape
+from typing import NamedTuple
+
+from ..hw import tdx_sept
+from ..hw.tdx import Leaf
+from ..hw.tdx_entry import State
+from ..hw.tdx_sept import Tracking
+from ..hw.tdx_tlb import Age
+from .sept_walk import ENTRY_STATES, At, Click
+from .style import BLUE, GREEN, VERMILLION
+
+WIDTH, HEIGHT = 960, 426
+BOX_WIDTH, BOX_HEIGHT = 208, 56
+PLACES = {
+    State.FREE: (124, 84),
+    State.PENDING: (470, 84),
+    State.MAPPED: (800, 84),
+    State.PENDING_BLOCKED: (470, 234),
+    State.BLOCKED: (800, 234),
+}
+# Of each arrow: its path, where its words stand, and how they are anchored.
+ROUTES = {
+    (State.FREE, State.PENDING): ("M228 84H365", 288, 76, "middle"),
+    (State.PENDING, State.MAPPED): ("M574 84H695", 635, 76, "middle"),
+    (State.PENDING, State.PENDING_BLOCKED): ("M452 112V205", 443, 156, "end"),
+    (State.PENDING_BLOCKED, State.PENDING): ("M488 206V113", 497, 156, "start"),
+    (State.MAPPED, State.BLOCKED): ("M782 112V205", 773, 156, "end"),
+    (State.BLOCKED, State.MAPPED): ("M818 206V113", 827, 156, "start"),
+    (State.PENDING_BLOCKED, State.FREE): ("M366 234H166Q142 234 142 210V113", 248, 226, "middle"),
+    (State.BLOCKED, State.FREE): ("M800 262V276Q800 300 776 300H130Q106 300 106 276V113", 248, 292, "middle"),
+}
+SLOTS = {Age.OLDER: 340, Age.PREVIOUS: 480, Age.NOW: 620}
+_SLOT_NAMES = {Age.OLDER: "older", Age.PREVIOUS: "TD_EPOCH - 1", Age.NOW: "TD_EPOCH"}
+LINE_Y = 374
+
+
+class Edge(NamedTuple):
+    """A leaf that takes an entry from one state to another once the TD may run; `tracked`: only after tracking."""
+
+    leaf: Leaf
+    before: State
+    after: State
+    tracked: bool
+
+
+def edges(*, running: bool = True) -> list[Edge]:
+    """Every change of state that the tables allow a 4K entry, before finalize or once the TD may run."""
+    cases = (Tracking.DONE, Tracking.MISSING) if running else (Tracking.NOT_NEEDED,)
+    found: dict[tuple[Leaf, State, State], list[Tracking]] = {}
+    for leaf in dict.fromkeys(click.leaf for click in Click if click.leaf in tdx_sept.LEAVES):
+        for state in ENTRY_STATES:
+            for tracking in cases:
+                row = tdx_sept.seamcall(leaf, state, running=running, tracked=tracking == Tracking.DONE)
+                if row.ok:
+                    found.setdefault((leaf, state, row.state), []).append(tracking)
+    return [Edge(*key, tracked=len(when) < len(cases)) for key, when in found.items()]
+
+
+def before_finalize() -> str:
+    """What the tables allow before finalize only, in words."""
+    later = {edge[:3] for edge in edges()}
+    early = [edge for edge in edges(running=False) if edge[:3] not in later]
+    return ", ".join(f"{_short(e.leaf)} {e.before} -> {e.after}" for e in early)
+
+
+def picture(at: At, last: Click | None = None) -> str:
+    """The whole drawing with the machine at `at`, after the click `last`: one <svg> element."""
+    said = {
+        "at": at.entry,
+        "bepoch": at.bepoch or "none",
+        "vcpu": at.vcpu,
+        "inside": "yes" if at.inside else "no",
+        "cached": "yes" if at.cached else "no",
+        "tracked": "yes" if at.tracked else "no",
+        "last": last or "",
+    }
+    data = " ".join(f'data-{name}="{escape(str(value))}"' for name, value in said.items())
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="kvmlab-sept-picture" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'role="img" aria-label="{escape(describe(at))}" {data}><style>{_style()}</style>{_heads()}'
+        f"{_regions()}{''.join(map(_edge, edges()))}{''.join(map(_box, ENTRY_STATES))}{_epochs()}</svg>"
+    )
+
+
+def describe(at: At) -> str:
+    """Where the machine is, in words."""
+    vcpu = "inside" if at.inside else "outside"
+    return (
+        f"State diagram of a secure EPT entry, which is {at.entry}; the vCPU is {vcpu}. "
+        + "; ".join(f"{_short(e.leaf)} takes {e.before} to {e.after}" for e in edges())
+        + "."
+    )
+
+
+def image(at: At, last: Click | None = None) -> str:
+    """The drawing as a data: URI, which survives where <svg> does not."""
+    return "data:image/svg+xml;base64," + b64encode(picture(at, last).encode()).decode()
+
+
+def _short(leaf: Leaf) -> str:
+    return next(str(click) for click in Click if click.leaf == leaf)
+
+
+def _heads() -> str:
+    """Arrow heads; one for each colour, since a marker does not take its line's."""
+    heads = (("quiet", "var(--s-line)"), ("open", BLUE), ("shut", VERMILLION))
+    return "<defs>" + "".join(
+        f'<marker id="kvmlab-sept-{name}" viewBox="0 0 8 8" refX="6.5" refY="4" markerWidth="8" markerHeight="8" '
+        f'markerUnits="userSpaceOnUse" orient="auto"><path d="M0 0L8 4L0 8z" fill="{colour}"/></marker>'
+        for name, colour in heads
+    ) + "</defs>"
+
+
+def _regions() -> str:
+    return (
+        '<g class="region"><rect x="6" y="38" width="236" height="92" rx="10"/>'
+        '<text x="14" y="28">PAMT: NDA, the page is the host\'s</text>'
+        '<rect x="336" y="38" width="616" height="242" rx="10"/>'
+        '<text x="344" y="28">PAMT: REG, the page is the TD\'s</text></g>'
+    )
+
+
+def _box(state: State) -> str:
+    x, y = PLACES[state]
+    found = tdx_sept.access(state)
+    return (
+        f'<g class="box" data-state="{state}"><rect x="{x - BOX_WIDTH // 2}" y="{y - BOX_HEIGHT // 2}" width="{BOX_WIDTH}" '
+        f'height="{BOX_HEIGHT}" rx="8"/><text class="name" x="{x}" y="{y - 3}">{state}</text>'
+        f'<text class="note" x="{x}" y="{y + 15}">access: {found}</text></g>'
+    )
+
+
+def _edge(edge: Edge) -> str:
+    path, x, y, anchor = ROUTES[edge.before, edge.after]
+    beside = anchor != "middle"
+    more = f'<tspan x="{x}" dy="15" class="note">once tracked</tspan>' if beside else '<tspan class="note"> once tracked</tspan>'
+    name = _short(edge.leaf)
+    return (
+        f'<g class="edge{" tracked" if edge.tracked else ""}" data-from="{edge.before}" data-leaf="{name}">'
+        f'<path d="{path}"/><text x="{x}" y="{y}" text-anchor="{anchor}">{name}{more if edge.tracked else ""}'
+        "</text></g>"
+    )
+
+
+def _epochs() -> str:
+    """Three epochs in a row; the BEPOCH of the page stands above, the vCPU's below."""
+    slots = "".join(
+        f'<path d="M{x} {LINE_Y - 5}v10"/><text class="note" x="{x}" y="{LINE_Y + 4}" dy="18">{_SLOT_NAMES[age]}</text>'
+        for age, x in SLOTS.items()
+    )
+    return (
+        f'<g class="epochs"><path d="M276 {LINE_Y}H684"/>{slots}'
+        f'<text class="side" x="14" y="{LINE_Y - 20}">page blocked in (PAMT.BEPOCH)</text>'
+        f'<text class="side" x="14" y="{LINE_Y + 44}">vCPU entered in (VCPU_EPOCH)</text>'
+        f'<g class="bepoch"><path d="M-6 {LINE_Y - 16}h12l-6 9z"/><text x="0" y="{LINE_Y - 22}">BEPOCH</text></g>'
+        f'<g class="vcpu"><circle cx="-24" cy="{LINE_Y + 39}" r="6"/><text x="-12" y="{LINE_Y + 44}">'
+        '<tspan class="in">inside</tspan><tspan class="out">outside</tspan></text></g>'
+        f'<g class="verdict"><text x="742" y="{LINE_Y - 20}" class="yes">tracked: REMOVE may go</text>'
+        f'<text x="742" y="{LINE_Y - 20}" class="no">not tracked yet</text>'
+        f'<text x="742" y="{LINE_Y + 44}" class="tlb">holds a translation</text></g></g>'
+    )
+
+
+def _style() -> str:
+    """What the root's attributes say, as rules."""
+    me = ".kvmlab-sept-picture"
+    rules = [
+        f"{me}{{--s-ink:#7b8089;--s-line:#8d929b;font-family:system-ui,sans-serif;font-size:13px}}",
+        f"{me} text{{fill:var(--s-ink)}}{me} .note{{font-size:12px;font-family:system-ui,sans-serif;font-weight:400}}",
+        f"{me} .region rect{{fill:none;stroke:var(--s-line);stroke-dasharray:2 5}}{me} .region text{{font-size:12px}}",
+        f"{me} .box rect{{fill:#7f7f7f24;stroke:var(--s-line)}}{me} .box text{{text-anchor:middle}}",
+        f"{me} .name{{font-weight:600;letter-spacing:.02em}}",
+        f"{me} .edge path{{fill:none;stroke:var(--s-line);stroke-width:1.5;marker-end:url(#kvmlab-sept-quiet)}}",
+        f"{me} .edge text{{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:12px}}",
+        f"{me} .epochs path{{stroke:var(--s-line);fill:none}}{me} .epochs .note{{text-anchor:middle}}",
+        f"{me} .bepoch path{{fill:{VERMILLION};stroke:none}}{me} .bepoch text{{text-anchor:middle;font-size:12px;font-weight:600}}",
+        f"{me} .vcpu circle{{fill:none;stroke:{GREEN};stroke-width:2}}{me} .vcpu text{{font-weight:600;font-size:12px}}",
+        f'{me}[data-inside="yes"] .vcpu circle{{fill:{GREEN}}}',
+        f'{me}[data-inside="yes"] .out,{me}[data-inside="no"] .in{{display:none}}',
+        f'{me}[data-bepoch="none"] .bepoch,{me}[data-bepoch="none"] .yes,{me}[data-tracked="yes"] .no,'
+        f'{me}[data-tracked="no"] .yes,{me}[data-cached="no"] .tlb{{display:none}}',
+        f"{me} .yes,{me} .no{{font-weight:600}}",
+    ]
+    for name, x in SLOTS.items():
+        rules.append(f'{me}[data-bepoch="{name}"] .bepoch,{me}[data-vcpu="{name}"] .vcpu{{transform:translateX({x}px)}}')
+    for state in ENTRY_STATES:
+        here = f'{me}[data-at="{state}"]'
+        rules += [
+            f'{here} [data-state="{state}"] rect{{fill:{BLUE};stroke:{BLUE}}}{here} [data-state="{state}"] text{{fill:#fff}}',
+            f'{here} [data-from="{state}"] path{{stroke:{BLUE};stroke-width:2.5;marker-end:url(#kvmlab-sept-open)}}',
+            f'{here} [data-from="{state}"] text{{font-weight:600}}',
+            f'{here}[data-tracked="no"] .tracked[data-from="{state}"] path{{stroke:{VERMILLION};stroke-dasharray:4 4;'
+            "marker-end:url(#kvmlab-sept-shut)}",
+        ]
+    return "".join(rules)

@@ -1,0 +1,533 @@
+"""The TDX module as an object: whole conversions, wrong orders, large pages, locks, the life of a TD."""
+
+import pytest
+
+from kvmlab.hw.tdx import Guest, Level, Operand, Status, busy
+from kvmlab.hw.tdx_entry import State
+from kvmlab.hw.tdx_locks import EXCLUSIVE, SHARED, EntryLock, Lock
+from kvmlab.hw.tdx_module import Module
+from kvmlab.hw.tdx_pamt import PageType
+
+TDR, TDVPR, HPA, LARGE, GPA = 0x1000, 0x2000, 0x10000, 0x40000000, 0x40000000
+SUCCESS, NOT_DONE, NOT_BLOCKED = 0, 0xC0000B0800000001, 0xC0000B0600000001
+WRONG_STATE, METADATA = 0xC0000B0D00000001, 0xC000030000000000
+
+
+class World:
+    """A TD with one vCPU, finalized, and tables down to `level` for GPA."""
+
+    def __init__(self, level=Level.PT, ve_disable=True, vcpus=1, finalize=True):
+        self.module = Module()
+        self.td = self.module.create_td(TDR, hkid=33, ve_disable=ve_disable)
+        self.vcpus = [self.module.create_vcpu(self.td, TDVPR + 0x1000 * i) for i in range(vcpus)]
+        self.vcpu = self.vcpus[0]
+        for at in range(self.td.top, level, -1):
+            span = Level(at).pages * 4096
+            assert self.sept_add(GPA // span * span, 0xC000 + 0x1000 * at, Level(at)).ok
+        if finalize:
+            assert self.module.tdh_mr_finalize(self.td).ok
+
+    def __getattr__(self, name):
+        """Call a leaf on the TD: world.block(gpa) is module.tdh_mem_range_block(td, gpa)."""
+        leaf = getattr(self.module, LEAVES.get(name, name))
+        return lambda *args, **kwargs: leaf(self.td, *args, **kwargs)
+
+    def state(self, level=Level.PT):
+        return self.td.walk("SEAMCALL", GPA, level)[1].state
+
+    def inside(self, method, *args, **kwargs):
+        """Enter if need be, then call a guest-side method of the vCPU."""
+        if not self.vcpu.inside:
+            assert self.vp_enter(self.vcpu).ok
+        return getattr(self.module, method)(self.td, self.vcpu, *args, **kwargs)
+
+    def accept(self, level=Level.PT, **kwargs):
+        return self.inside("tdg_mem_page_accept", GPA, level, **kwargs)
+
+    def touch(self, **kwargs):
+        return self.inside("access", GPA, **kwargs)
+
+    def block_and_track(self, level=Level.PT):
+        assert self.block(GPA, level).ok and self.track().ok
+
+    def out(self):
+        return self.td_exit(self.vcpu)
+
+
+LEAVES = {
+    "add": "tdh_mem_page_add",
+    "aug": "tdh_mem_page_aug",
+    "sept_add": "tdh_mem_sept_add",
+    "block": "tdh_mem_range_block",
+    "unblock": "tdh_mem_range_unblock",
+    "track": "tdh_mem_track",
+    "remove": "tdh_mem_page_remove",
+    "demote": "tdh_mem_page_demote",
+    "promote": "tdh_mem_page_promote",
+    "sept_remove": "tdh_mem_sept_remove",
+}
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+@pytest.fixture
+def private():
+    """A world with an accepted 4K page, its vCPU outside."""
+    world = World()
+    assert world.aug(GPA, HPA).ok and world.accept().ok
+    world.out()
+    return world
+
+
+def large(state=State.MAPPED):
+    """A world with a 2M page, accepted or pending, its vCPU outside."""
+    world = World(Level.PD)
+    assert world.aug(GPA, LARGE, Level.PD).ok
+    if state == State.MAPPED:
+        assert world.accept(Level.PD).ok
+        world.out()
+    return world
+
+
+# To private.
+
+
+def test_aug_makes_a_pending_page_that_the_pamt_knows(world):
+    assert world.aug(GPA, HPA) == (SUCCESS, 0, 0, 0, None)
+    assert world.state() == State.PENDING
+    assert world.module.tdh_phymem_page_rdmd(HPA)[1:4] == (PageType.REG, TDR, Level.PT)
+
+
+def test_accept_makes_it_usable(private):
+    assert private.state() == State.MAPPED and private.touch().exit == Guest.DATA
+
+
+def test_accepting_twice_is_a_warning_with_the_level(private):
+    assert private.accept().rax == 0x00000B0A00000000
+
+
+def test_accept_of_nothing_leaves_the_td_and_runs_again_after_aug(world):
+    result = world.accept()
+    assert (result.rax, result.rdx & 0xF, result.r8, world.vcpu.inside) == (48, 1, GPA, False)
+    world.aug(GPA, HPA)
+    assert world.accept().ok
+
+
+@pytest.mark.parametrize(
+    ("ve_disable", "outcome", "inside"), [(True, Guest.EXIT_PENDING, False), (False, Guest.VE, True)]
+)
+def test_touching_a_pending_page_is_a_ve_or_an_exit_of_type_6(ve_disable, outcome, inside):
+    world = World(ve_disable=ve_disable)
+    world.aug(GPA, HPA)
+    assert (world.touch().exit, world.vcpu.inside) == (outcome, inside)
+
+
+def test_a_page_is_private_at_one_gpa_only(private):
+    assert private.aug(GPA + 0x1000, HPA).rax == METADATA | Operand.R8
+
+
+def test_a_page_outside_the_tdmr_is_refused(world):
+    assert world.aug(GPA, world.module.size).rax == 0xC000010100000008
+
+
+def test_a_shared_gpa_is_no_operand(world):
+    assert world.aug(GPA | 1 << 47, HPA).rax == 0xC000010000000001
+
+
+def test_aug_without_a_table_fails_the_walk_and_says_where():
+    assert World(Level.PD).aug(GPA, HPA)[:3] == (0xC0000B0000000001, 1 << 63, 1)
+
+
+def test_a_page_added_before_finalize_is_mapped_at_once():
+    world = World(finalize=False)
+    assert world.add(GPA, HPA).ok and world.state() == State.MAPPED
+
+
+def test_page_add_ends_with_finalize(world):
+    assert world.add(GPA, HPA).rax == 0xC000060800000000
+
+
+def test_before_finalize_a_page_goes_without_block_and_track():
+    world = World(finalize=False)
+    world.add(GPA, HPA)
+    assert world.remove(GPA)[:2] == (SUCCESS, HPA)
+
+
+def test_no_vcpu_enters_before_finalize():
+    world = World(finalize=False)
+    assert world.vp_enter(world.vcpu).rax == 0xC000060800000000
+
+
+# To shared: the right order.
+
+
+def test_block_track_exit_remove_wbinvd_gives_the_page_back(private):
+    assert private.touch().ok
+    assert private.block(GPA).ok and private.track().ok
+    assert private.out().ok
+    assert private.remove(GPA)[:2] == (SUCCESS, HPA)
+    assert private.module.tdh_phymem_page_wbinvd(HPA).ok
+    assert private.state() == State.FREE
+
+
+def test_a_page_that_went_and_came_back_is_pending(private):
+    private.block_and_track()
+    private.remove(GPA)
+    assert private.aug(GPA, HPA).ok and private.state() == State.PENDING
+
+
+# Wrong orders.
+
+
+def test_remove_without_block_is_not_blocked_and_shows_the_entry(private):
+    assert private.remove(GPA)[:3] == (NOT_BLOCKED, 0x80000000000100F7, 4 << 8)
+
+
+def test_remove_without_track_is_not_done_and_shows_nothing(private):
+    private.block(GPA)
+    assert private.remove(GPA)[:3] == (NOT_DONE, 0, 0)
+
+
+def test_remove_with_track_before_block_is_not_done(private):
+    private.track()
+    private.block(GPA)
+    assert private.remove(GPA).rax == NOT_DONE
+
+
+def test_remove_without_a_kick_is_not_done_while_the_vcpu_is_inside(private):
+    private.touch()
+    private.block_and_track()
+    assert private.remove(GPA).rax == NOT_DONE
+
+
+def test_the_next_track_without_a_kick_is_epoch_busy(private):
+    private.touch()
+    private.block_and_track()
+    assert private.track().rax == 0x8000020100000000
+
+
+def test_the_kick_is_not_needed_if_the_vcpus_happen_to_be_outside(private):
+    private.block_and_track()
+    assert private.remove(GPA).ok
+
+
+def test_aug_before_remove_finds_the_entry_taken(private):
+    private.block_and_track()
+    assert private.aug(GPA, HPA + 0x1000)[:3] == (WRONG_STATE, 0x80000000000100F0, 1 << 8)
+
+
+def test_wbinvd_before_remove_finds_the_page_in_use(private):
+    assert private.module.tdh_phymem_page_wbinvd(HPA).rax == METADATA | Operand.RCX
+
+
+def test_block_twice_is_a_warning(private):
+    private.block(GPA)
+    assert private.block(GPA).rax == 0x00000B0700000001
+
+
+def test_unblock_too_early_names_the_tree(private):
+    private.block(GPA)
+    assert private.unblock(GPA).rax == 0xC0000B0800000092
+
+
+def test_a_blocked_page_can_be_unblocked_once_tracked(private):
+    private.block_and_track()
+    assert private.unblock(GPA).ok and private.touch().exit == Guest.DATA
+
+
+# TLBs.
+
+
+def test_a_vcpu_that_was_inside_before_block_keeps_its_translation_until_it_exits(private):
+    private.touch()
+    private.block_and_track()
+    before = private.touch().exit
+    private.out()
+    assert (before, private.touch().exit) == (Guest.DATA, Guest.EXIT)
+
+
+def test_without_track_a_vcpu_that_exits_and_enters_keeps_its_translation(private):
+    private.touch()
+    private.block(GPA)
+    private.out()
+    assert private.touch().exit == Guest.DATA
+
+
+def test_a_blocked_page_exits_with_a_plain_violation(private):
+    private.block(GPA)
+    result = private.touch()
+    assert (result.rax, result.rdx, result.r8, result.exit) == (48, 0, GPA, Guest.EXIT)
+
+
+def test_one_track_and_one_exit_serve_many_blocks(world):
+    pages = [(GPA + i * 0x1000, HPA + i * 0x1000) for i in range(8)]
+    for gpa, hpa in pages:
+        world.aug(gpa, hpa)
+        world.block(gpa)
+    assert world.track().ok and all(world.remove(gpa).ok for gpa, _ in pages)
+
+
+# Tables.
+
+
+def test_a_table_is_removed_when_blocked_tracked_and_empty(world):
+    world.block_and_track(Level.PD)
+    assert world.sept_remove(GPA)[:2] == (SUCCESS, 0xD000)
+
+
+def test_a_table_with_a_page_is_not_removed(private):
+    private.block_and_track(Level.PD)
+    assert private.sept_remove(GPA)[:3] == (0xC0000B0E00000001, 0, 129 << 8 | 1)
+
+
+def test_no_leaf_walks_through_a_blocked_table(private):
+    private.block(GPA, Level.PD)
+    assert private.block(GPA)[:3] == (0xC0000B0000000001, 0, 129 << 8 | 1)
+
+
+def test_a_blocked_table_keeps_the_td_out(private):
+    private.block(GPA, Level.PD)
+    assert private.touch().exit == Guest.EXIT
+
+
+# Large pages.
+
+
+def test_a_2m_page_is_accepted_as_one(world):
+    assert large().state(Level.PD) == State.MAPPED
+
+
+def test_a_4k_ask_for_a_2m_page_is_already_accepted_or_leaves_the_td():
+    accepted, pending = large().accept().rax, large(State.PENDING).accept()
+    assert (accepted, pending.exit) == (0x00000B0A00000001, Guest.EXIT_ACCEPT)
+
+
+def test_a_2m_ask_where_a_table_hangs_is_a_size_mismatch(private):
+    assert private.accept(Level.PD).rax == 0xC0000B0B00000001
+
+
+def test_an_interrupted_2m_accept_goes_on_where_it_was():
+    world = large(State.PENDING)
+    assert world.accept(Level.PD, interrupt_after=500).exit == Guest.INTERRUPTED
+    assert world.accept(Level.PD, interrupt_after=11).exit == Guest.INTERRUPTED
+    assert world.accept(Level.PD, interrupt_after=1).ok
+
+
+def test_block_sets_an_interrupted_accept_back_to_its_start():
+    world = large(State.PENDING)
+    world.accept(Level.PD, interrupt_after=500)
+    world.block(GPA, Level.PD)
+    assert world.td.entry(GPA, Level.PD).accept_counter == 0
+
+
+def test_a_2m_aug_wants_all_512_pages_free():
+    world = World(Level.PD)
+    world.module.create_vcpu(world.td, LARGE + 0x3000)
+    assert world.aug(GPA, LARGE, Level.PD).rax == METADATA | Operand.R8
+
+
+def test_wbinvd_of_a_page_inside_a_large_one_finds_it_in_use():
+    assert large().module.tdh_phymem_page_wbinvd(LARGE + 0x1000).rax == METADATA | Operand.RCX
+
+
+def test_demote_of_a_page_in_use_is_not_blocked():
+    assert large().demote(GPA, HPA).rax == NOT_BLOCKED
+
+
+def test_demote_splits_into_512_pages_that_are_not_blocked():
+    world = large()
+    world.block_and_track(Level.PD)
+    assert world.demote(GPA, HPA).ok
+    assert {e.state for e in world.td.below(GPA, Level.PD)} == {State.MAPPED}
+    assert world.module.tdh_phymem_page_rdmd(LARGE + 0x1000)[1:4] == (PageType.REG, TDR, Level.PT)
+
+
+def test_demote_with_a_page_in_use_as_table_is_refused():
+    world = large()
+    world.block_and_track(Level.PD)
+    assert world.demote(GPA, TDR).rax == METADATA | Operand.R8
+
+
+def test_demote_that_sees_an_interrupt_has_done_nothing():
+    world = large()
+    world.block_and_track(Level.PD)
+    world.module.interrupt_pending = True
+    assert world.demote(GPA, HPA)[:3] == (0x8000000400000000, GPA | 1, TDR)
+    assert world.state(Level.PD) == State.BLOCKED
+
+
+def test_promote_merges_what_demote_split_and_returns_the_table():
+    world = large()
+    world.block_and_track(Level.PD)
+    world.demote(GPA, HPA)
+    world.block_and_track(Level.PD)
+    assert world.promote(GPA)[:2] == (SUCCESS, HPA)
+    assert world.state(Level.PD) == State.MAPPED and world.module.tdh_phymem_page_wbinvd(HPA).ok
+
+
+def test_promote_of_a_table_with_a_hole_is_refused(private):
+    private.block_and_track(Level.PD)
+    assert private.promote(GPA)[:3] == (0xC0000B0900000001, 0, 129 << 8 | 1)
+
+
+def test_a_1g_page_comes_from_promote_and_goes_by_remove():
+    world = World(Level.PD)
+    for i in range(512):
+        world.aug(GPA + (i << 21), LARGE + (i << 21), Level.PD)
+    world.block_and_track(Level.PDPT)
+    assert world.promote(GPA, Level.PDPT).ok
+    world.block_and_track(Level.PDPT)
+    assert world.remove(GPA, Level.PDPT)[:2] == (SUCCESS, LARGE)
+
+
+def test_the_child_count_returns_to_where_it_was():
+    world = large()
+    before = world.td.children - 512
+    world.block_and_track(Level.PD)
+    world.demote(GPA, HPA)
+    world.block_and_track(Level.PD)
+    world.promote(GPA)
+    world.block_and_track(Level.PD)
+    world.remove(GPA, Level.PD)
+    assert world.td.children == before
+
+
+# Locks.
+
+
+@pytest.mark.parametrize(
+    ("lock", "mode", "leaf", "operand"),
+    [
+        (Lock.TREE, EXCLUSIVE, "aug", Operand.SEPT_TREE),
+        (Lock.TREE, SHARED, "block", Operand.SEPT_TREE),
+        (Lock.OP_STATE, EXCLUSIVE, "block", Operand.OP_STATE),
+        (Lock.TDR, EXCLUSIVE, "block", Operand.RDX),
+        (Lock.TDR, EXCLUSIVE, "track", Operand.RCX),
+        (Lock.EPOCH, SHARED, "track", Operand.TD_EPOCH),
+    ],
+)
+def test_a_lock_that_is_held_makes_a_leaf_busy(world, lock, mode, leaf, operand):
+    world.module.hold(lock, TDR, mode)
+    args = {"aug": (GPA, HPA), "block": (GPA,), "track": ()}[leaf]
+    assert getattr(world, leaf)(*args).rax == busy(operand)
+    world.module.release(lock, TDR)
+    assert getattr(world, leaf)(*args).rax != busy(operand)
+
+
+@pytest.mark.parametrize(("leaf", "args"), [("aug", (GPA, HPA)), ("block", (GPA,)), ("remove", (GPA,))])
+def test_an_accept_under_way_makes_host_leaves_busy_even_on_a_free_entry(world, leaf, args):
+    world.module.hold_entry(world.td, GPA)
+    assert getattr(world, leaf)(*args)[:3] == (busy(Operand.RCX), 1 << 63, 0)
+
+
+def test_a_guest_gives_way_to_the_host_that_came_second(world):
+    world.aug(GPA, HPA)
+    world.module.hold_entry(world.td, GPA)
+    world.block(GPA)
+    world.module.hold_entry(world.td, GPA, taken=False)
+    assert world.accept().rax == busy(Operand.RCX)
+    assert world.block(GPA).ok and world.td.entry(GPA, Level.PT).lock == EntryLock()
+
+
+def test_a_busy_pamt_entry_of_the_page_given_is_operand_r8(world):
+    world.module.hold(Lock.PAMT, (Level.PT, HPA), SHARED)
+    assert world.aug(GPA, HPA).rax == busy(Operand.R8)
+
+
+def test_a_busy_pamt_entry_of_the_page_removed_is_operand_rcx(private):
+    private.block_and_track()
+    private.module.hold(Lock.PAMT, (Level.PT, HPA), SHARED)
+    assert private.remove(GPA).rax == busy(Operand.RCX)
+
+
+def test_a_track_under_way_makes_vp_enter_busy(world):
+    world.module.hold(Lock.EPOCH, TDR, EXCLUSIVE)
+    assert world.vp_enter(world.vcpu).rax == busy(Operand.TD_EPOCH)
+
+
+def test_a_vp_enter_that_failed_is_not_counted(world):
+    for _ in range(7):
+        world.touch(progress=False)
+    world.module.hold(Lock.TREE, TDR, SHARED)
+    assert world.vp_enter(world.vcpu).rax == busy(Operand.SEPT_TREE)
+    assert world.td.epochs.refcount == (0, 0)
+
+
+# Zero-step mitigation.
+
+
+def test_an_eighth_entry_to_the_same_fault_is_faked(world):
+    for _ in range(7):
+        world.touch(progress=False)
+    result = world.vp_enter(world.vcpu)
+    assert (result.rax, result.r8, world.vcpu.inside) == (48, GPA, False)
+
+
+def test_a_page_that_is_there_again_ends_the_faking(private):
+    private.block_and_track()
+    for _ in range(7):
+        private.touch(progress=False)
+    faked, unblocked = private.vp_enter(private.vcpu), private.unblock(GPA)
+    assert (faked.exit, unblocked.ok, private.vp_enter(private.vcpu).ok) == (Guest.EXIT, True, True)
+
+
+def test_exits_of_accept_never_arm_the_mitigation(world):
+    for _ in range(20):
+        world.accept()
+    assert not world.vcpu.stepping.armed
+
+
+# The life of a TD.
+
+
+def test_pages_of_a_living_td_cannot_be_reclaimed(private):
+    result = private.module.tdh_phymem_page_reclaim(HPA)
+    assert result[:4] == (0xC000060700000000, PageType.REG, TDR, Level.PT)
+
+
+def test_teardown_takes_flush_write_back_and_reclaims_the_tdr_last(private):
+    module, td = private.module, private.td
+    assert module.tdh_mng_vpflushdone(td).rax == Status.FLUSHVP_NOT_DONE
+    assert module.tdh_vp_flush(td, private.vcpu).ok and module.tdh_mng_vpflushdone(td).ok
+    assert module.tdh_mng_key_freeid(td).rax == Status.WBCACHE_NOT_COMPLETE
+    assert module.tdh_phymem_cache_wb().ok and module.tdh_mng_key_freeid(td).ok
+    assert module.tdh_phymem_page_reclaim(TDR).rax == Status.TD_ASSOCIATED_PAGES_EXIST
+    pages = [hpa for (_, hpa), entry in module.pamt.items() if entry.type not in (PageType.NDA, PageType.TDR)]
+    assert all(module.tdh_phymem_page_reclaim(hpa).ok for hpa in pages)
+    assert module.tdh_phymem_page_reclaim(TDR).ok
+
+
+def test_teardown_has_one_order(private):
+    module, td = private.module, private.td
+    assert module.tdh_mng_key_freeid(td).rax == Status.LIFECYCLE_STATE_INCORRECT
+    module.tdh_vp_flush(td, private.vcpu)
+    module.tdh_mng_vpflushdone(td)
+    assert module.tdh_mng_vpflushdone(td).rax == Status.LIFECYCLE_STATE_INCORRECT
+
+
+def test_without_its_key_a_td_answers_no_leaf(private):
+    private.module.tdh_vp_flush(private.td, private.vcpu)
+    private.module.tdh_mng_vpflushdone(private.td)
+    assert private.remove(GPA).rax == 0x8000081000000000
+
+
+def test_a_machine_check_loses_the_td_on_every_vcpu():
+    world = World(vcpus=2)
+    for vcpu in world.vcpus:
+        world.vp_enter(vcpu)
+    assert world.machine_check(world.vcpus[0]).rax == 0x6000000500000000
+    assert world.td_exit(world.vcpus[1]).rax == 0x6000000500000000
+
+
+def test_a_lost_td_lets_nobody_in_and_gives_no_page_back(private):
+    private.touch()
+    private.machine_check(private.vcpu)
+    assert private.vp_enter(private.vcpu).rax == private.remove(GPA).rax == 0xE000060400000000
+
+
+def test_lifecycle_leaves_are_busy_while_a_vcpu_is_inside(private):
+    private.touch()
+    assert private.module.tdh_mng_vpflushdone(private.td).rax == busy(Operand.RCX)

@@ -1,0 +1,623 @@
+"""The TDX module's rules, row by row, without a TD."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmlab.hw import tdx, tdx_entry, tdx_lines, tdx_locks, tdx_pamt, tdx_sept, tdx_td, tdx_tlb
+from kvmlab.hw.rules import Rules
+from kvmlab.hw.tdx import Guest, Leaf, Level, Operand, Status
+from kvmlab.hw.tdx_entry import State
+from kvmlab.hw.tdx_locks import EXCLUSIVE, NONE, SHARED, EntryLock, Lock
+from kvmlab.hw.tdx_pamt import NDA, PageType, PamtEntry
+from kvmlab.hw.tdx_sept import Children, seamcall
+from kvmlab.hw.tdx_tlb import CALM, Age, Epochs
+
+MODULES = (tdx, tdx_sept, tdx_locks, tdx_pamt, tdx_td, tdx_tlb, tdx_lines)
+TABLES = [table for module in MODULES for table in vars(module).values() if isinstance(table, Rules)]
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.source)
+def test_every_table_names_its_source_and_prints_every_row(table):
+    assert table.source.startswith("TDX")
+    assert len(table.text().splitlines()) == len(table.rows) + 3
+
+
+# Interface: names and numbers.
+
+
+@pytest.mark.parametrize(
+    ("leaf", "number"),
+    [
+        (Leaf.VP_ENTER, 0),
+        (Leaf.PAGE_ADD, 2),
+        (Leaf.SEPT_ADD, 3),
+        (Leaf.PAGE_AUG, 6),
+        (Leaf.RANGE_BLOCK, 7),
+        (Leaf.PAGE_DEMOTE, 15),
+        (Leaf.PAGE_PROMOTE, 23),
+        (Leaf.PAGE_RDMD, 24),
+        (Leaf.PAGE_RECLAIM, 28),
+        (Leaf.PAGE_REMOVE, 29),
+        (Leaf.SEPT_REMOVE, 30),
+        (Leaf.TRACK, 38),
+        (Leaf.RANGE_UNBLOCK, 39),
+        (Leaf.CACHE_WB, 40),
+        (Leaf.PAGE_WBINVD, 41),
+        (Leaf.ACCEPT, 6),
+    ],
+)
+def test_a_leaf_has_its_number(leaf, number):
+    assert leaf.number == number
+
+
+@pytest.mark.parametrize(
+    ("status", "value", "kind"),
+    [
+        ("SUCCESS", 0x0000000000000000, tdx.OK),
+        ("OPERAND_INVALID", 0xC000010000000000, tdx.ERROR),
+        ("OPERAND_ADDR_RANGE_ERROR", 0xC000010100000000, tdx.ERROR),
+        ("OPERAND_BUSY", 0x8000020000000000, tdx.RETRY),
+        ("PREVIOUS_TLB_EPOCH_BUSY", 0x8000020100000000, tdx.RETRY),
+        ("OPERAND_BUSY_HOST_PRIORITY", 0x8000020400000000, tdx.RETRY),
+        ("HOST_PRIORITY_BUSY_TIMEOUT", 0x9000020500000000, tdx.RETRY),
+        ("PAGE_METADATA_INCORRECT", 0xC000030000000000, tdx.ERROR),
+        ("EPT_WALK_FAILED", 0xC0000B0000000000, tdx.ERROR),
+        ("GPA_RANGE_NOT_BLOCKED", 0xC0000B0600000000, tdx.ERROR),
+        ("GPA_RANGE_ALREADY_BLOCKED", 0x00000B0700000000, tdx.WARNING),
+        ("TLB_TRACKING_NOT_DONE", 0xC0000B0800000000, tdx.ERROR),
+        ("EPT_INVALID_PROMOTE_CONDITIONS", 0xC0000B0900000000, tdx.ERROR),
+        ("PAGE_ALREADY_ACCEPTED", 0x00000B0A00000000, tdx.WARNING),
+        ("PAGE_SIZE_MISMATCH", 0xC0000B0B00000000, tdx.ERROR),
+        ("EPT_ENTRY_STATE_INCORRECT", 0xC0000B0D00000000, tdx.ERROR),
+        ("EPT_PAGE_NOT_FREE", 0xC0000B0E00000000, tdx.ERROR),
+        ("INTERRUPTED_RESTARTABLE", 0x8000000400000000, tdx.RETRY),
+        ("NON_RECOVERABLE_TD", 0x6000000200000000, tdx.LOST),
+        ("NON_RECOVERABLE_TD_NON_ACCESSIBLE", 0x6000000500000000, tdx.LOST),
+    ],
+)
+def test_a_completion_code_has_its_value_and_class(status, value, kind):
+    assert Status[status] == value and tdx.kind(value) == kind
+
+
+@pytest.mark.parametrize(
+    ("operand", "number"),
+    [
+        ("RCX", 1),
+        ("RDX", 2),
+        ("R8", 8),
+        ("TDR", 0x80),
+        ("SEPT_TREE", 0x92),
+        ("SEPT_ENTRY", 147),
+        ("TD_EPOCH", 0xA9),
+        ("OP_STATE", 172),
+    ],
+)
+def test_an_operand_id_has_its_number(operand, number):
+    assert Operand[operand] == number
+
+
+@pytest.mark.parametrize(
+    ("rax", "text"),
+    [
+        (0x8000020000000092, "TDX_OPERAND_BUSY | SEPT_TREE"),
+        (0x80000200000000A9, "TDX_OPERAND_BUSY | TD_EPOCH"),
+        (0x8000020000000001, "TDX_OPERAND_BUSY | RCX"),
+        (0x8000020000000008, "TDX_OPERAND_BUSY | R8"),
+        (0x00000B0A00000001, "TDX_PAGE_ALREADY_ACCEPTED | 2M"),
+        (0x8000020100000000, "TDX_PREVIOUS_TLB_EPOCH_BUSY"),
+        (48, "TDX_SUCCESS | EXIT_REASON_EPT_VIOLATION"),
+        (0xC0000B0800000055, "TDX_TLB_TRACKING_NOT_DONE | 0x55"),
+        (0xC00012340000000A, "0xc000123400000000 | 0xa"),
+    ],
+)
+def test_a_completion_is_named_with_its_operand(rax, text):
+    assert tdx.name(rax) == text
+
+
+def test_linux_and_the_module_differ_in_the_value_of_non_recoverable_td():
+    assert tdx.name(0x4000000200000000) == tdx.name(0x6000000200000000) == "TDX_NON_RECOVERABLE_TD"
+
+
+def test_the_epoch_busy_code_is_not_the_one_that_kvm_retries():
+    assert tdx.status_part(tdx.busy(Operand.TD_EPOCH)) == Status.OPERAND_BUSY
+    assert tdx.status_part(Status.PREVIOUS_TLB_EPOCH_BUSY) != Status.OPERAND_BUSY
+
+
+@pytest.mark.parametrize(("gpaw", "bit"), [(False, 47), (True, 51)])
+def test_the_shared_bit_follows_the_width_of_gpas(gpaw, bit):
+    assert tdx.is_shared(1 << bit, gpaw=gpaw) and not tdx.is_shared(1 << bit - 1, gpaw=gpaw)
+
+
+# S-EPT entries.
+
+
+@pytest.mark.parametrize(
+    ("state", "encoding", "public", "rwx"),
+    [
+        ("FREE", 0x0E, 0, 0),
+        ("NL_MAPPED", 0x00, 132, 7),
+        ("NL_BLOCKED", 0x08, 129, 0),
+        ("MAPPED", 0x60, 4, 7),
+        ("BLOCKED", 0x68, 1, 0),
+        ("PENDING", 0x70, 2, 0),
+        ("PENDING_BLOCKED", 0x78, 3, 0),
+    ],
+)
+def test_an_entry_state_has_its_encoding_public_number_and_permissions(state, encoding, public, rwx):
+    assert (State[state].encoding, State[state].public, State[state].rwx) == (encoding, public, rwx)
+
+
+def test_no_two_states_share_an_encoding_or_a_public_number():
+    every = [(state.value, state.encoding, state.public) for state in State] + [*tdx_entry.MIGRATION_STATES]
+    assert [len(set(column)) for column in zip(*every, strict=True)] == [16, 16, 16]
+
+
+@pytest.mark.parametrize(
+    ("state", "raw"),
+    [
+        (State.FREE, 0x8000000000000000),
+        (State.NL_MAPPED, 0x7),  # no address
+        (State.NL_BLOCKED, 0x0),
+        (State.MAPPED, 0x80000000123450F7),
+        (State.BLOCKED, 0x80000000123450F0),
+        (State.PENDING, 0x80000000123450F0),
+    ],
+)
+def test_an_error_shows_the_entry_in_rcx(state, raw):
+    assert tdx_entry.arch_entry(state, 0x12345000) == raw
+
+
+def test_an_error_shows_the_accept_counter_of_a_large_pending_entry():
+    assert tdx_entry.arch_entry(State.PENDING, 0x12200000, 5) == 0x80000000122050F0
+
+
+def test_an_error_shows_level_and_public_state_in_rdx():
+    assert tdx_entry.arch_info(State.NL_BLOCKED, Level.PD) == 129 << 8 | 1
+
+
+FREE, NL_MAPPED, NL_BLOCKED, MAPPED, BLOCKED, PENDING, PENDING_BLOCKED = State
+
+
+@pytest.mark.parametrize(
+    ("state", "leaf", "conditions", "then"),
+    [
+        (FREE, Leaf.SEPT_ADD, {}, NL_MAPPED),
+        (FREE, Leaf.PAGE_ADD, {"running": False}, MAPPED),
+        (FREE, Leaf.PAGE_AUG, {}, PENDING),
+        (FREE, Leaf.PAGE_AUG, {"running": False}, PENDING),
+        (PENDING, Leaf.ACCEPT, {}, MAPPED),
+        (MAPPED, Leaf.RANGE_BLOCK, {}, BLOCKED),
+        (PENDING, Leaf.RANGE_BLOCK, {}, PENDING_BLOCKED),
+        (NL_MAPPED, Leaf.RANGE_BLOCK, {}, NL_BLOCKED),
+        (BLOCKED, Leaf.RANGE_UNBLOCK, {}, MAPPED),
+        (PENDING_BLOCKED, Leaf.RANGE_UNBLOCK, {}, PENDING),
+        (NL_BLOCKED, Leaf.RANGE_UNBLOCK, {}, NL_MAPPED),
+        (BLOCKED, Leaf.PAGE_REMOVE, {}, FREE),
+        (PENDING_BLOCKED, Leaf.PAGE_REMOVE, {}, FREE),
+        (MAPPED, Leaf.PAGE_REMOVE, {"running": False, "tracked": False}, FREE),
+        (PENDING, Leaf.PAGE_REMOVE, {"running": False, "tracked": False}, FREE),
+        (BLOCKED, Leaf.PAGE_DEMOTE, {}, NL_MAPPED),
+        (PENDING_BLOCKED, Leaf.PAGE_DEMOTE, {}, NL_MAPPED),
+        (MAPPED, Leaf.PAGE_DEMOTE, {"running": False}, NL_MAPPED),
+        (NL_BLOCKED, Leaf.PAGE_PROMOTE, {"children": Children.MAPPED}, MAPPED),
+        (NL_BLOCKED, Leaf.PAGE_PROMOTE, {"children": Children.PENDING}, PENDING),
+        (NL_MAPPED, Leaf.PAGE_PROMOTE, {"children": Children.MAPPED, "running": False}, MAPPED),
+        (NL_MAPPED, Leaf.PAGE_PROMOTE, {"children": Children.PENDING, "running": False}, PENDING),
+        (NL_BLOCKED, Leaf.SEPT_REMOVE, {"children": Children.FREE}, FREE),
+        (NL_MAPPED, Leaf.SEPT_REMOVE, {"children": Children.FREE, "running": False}, FREE),
+    ],
+)
+def test_a_leaf_takes_an_entry_from_state_to_state(state, leaf, conditions, then):
+    assert seamcall(leaf, state, **conditions) == (Status.SUCCESS, 0, then)
+
+
+UNTRACKED, IN_USE, BEFORE = {"tracked": False}, {"page_free": False}, {"running": False}
+
+
+@pytest.mark.parametrize(
+    ("state", "leaf", "conditions", "rax"),
+    [
+        (MAPPED, Leaf.PAGE_ADD, BEFORE, 0xC0000B0D00000001),
+        (FREE, Leaf.PAGE_ADD, {}, 0xC000060800000000),
+        (FREE, Leaf.PAGE_ADD, BEFORE | IN_USE, 0xC000030000000008),
+        (PENDING, Leaf.PAGE_AUG, {}, 0xC0000B0D00000001),
+        (BLOCKED, Leaf.PAGE_AUG, {}, 0xC0000B0D00000001),
+        (FREE, Leaf.PAGE_AUG, IN_USE, 0xC000030000000008),
+        (NL_MAPPED, Leaf.SEPT_ADD, {}, 0xC0000B0D00000001),
+        (FREE, Leaf.SEPT_ADD, IN_USE, 0xC000030000000008),
+        (FREE, Leaf.RANGE_BLOCK, {}, 0xC0000B0D00000001),
+        (BLOCKED, Leaf.RANGE_BLOCK, {}, 0x00000B0700000001),
+        (PENDING_BLOCKED, Leaf.RANGE_BLOCK, {}, 0x00000B0700000001),
+        (NL_BLOCKED, Leaf.RANGE_BLOCK, {}, 0x00000B0700000001),
+        (MAPPED, Leaf.RANGE_UNBLOCK, {}, 0xC0000B0D00000001),
+        (BLOCKED, Leaf.RANGE_UNBLOCK, UNTRACKED, 0xC0000B0800000092),
+        (FREE, Leaf.PAGE_REMOVE, {}, 0xC0000B0D00000001),
+        (NL_BLOCKED, Leaf.PAGE_REMOVE, {}, 0xC0000B0D00000001),
+        (MAPPED, Leaf.PAGE_REMOVE, {}, 0xC0000B0600000001),
+        (PENDING, Leaf.PAGE_REMOVE, {}, 0xC0000B0600000001),
+        (BLOCKED, Leaf.PAGE_REMOVE, UNTRACKED, 0xC0000B0800000001),
+        (MAPPED, Leaf.PAGE_DEMOTE, {}, 0xC0000B0600000001),
+        (BLOCKED, Leaf.PAGE_DEMOTE, UNTRACKED, 0xC0000B0800000001),
+        (BLOCKED, Leaf.PAGE_DEMOTE, IN_USE, 0xC000030000000008),
+        (MAPPED, Leaf.PAGE_DEMOTE, BEFORE | IN_USE, 0xC000030000000008),
+        (NL_MAPPED, Leaf.PAGE_DEMOTE, {}, 0xC0000B0D00000001),
+        (NL_MAPPED, Leaf.PAGE_PROMOTE, BEFORE, 0xC0000B0900000001),
+        (NL_MAPPED, Leaf.SEPT_REMOVE, BEFORE, 0xC0000B0E00000001),
+        (NL_MAPPED, Leaf.PAGE_PROMOTE, {}, 0xC0000B0600000001),
+        (NL_BLOCKED, Leaf.PAGE_PROMOTE, UNTRACKED, 0xC0000B0800000001),
+        (NL_BLOCKED, Leaf.PAGE_PROMOTE, {"children": Children.MIXED}, 0xC0000B0900000001),
+        (NL_BLOCKED, Leaf.PAGE_PROMOTE, {"children": Children.FREE}, 0xC0000B0900000001),
+        (MAPPED, Leaf.PAGE_PROMOTE, {}, 0xC0000B0D00000001),
+        (NL_MAPPED, Leaf.SEPT_REMOVE, {"children": Children.FREE}, 0xC0000B0600000001),
+        (NL_BLOCKED, Leaf.SEPT_REMOVE, UNTRACKED, 0xC0000B0800000001),
+        (NL_BLOCKED, Leaf.SEPT_REMOVE, {"children": Children.MIXED}, 0xC0000B0E00000001),
+        (FREE, Leaf.SEPT_REMOVE, {}, 0xC0000B0D00000001),
+    ],
+)
+def test_a_leaf_refuses_a_wrong_state_and_leaves_the_entry_alone(state, leaf, conditions, rax):
+    answer = seamcall(leaf, state, **conditions)
+    assert (answer.rax, answer.state) == (rax, state)
+
+
+@pytest.mark.parametrize("state", tuple(State))
+@pytest.mark.parametrize("leaf", tdx_sept.LEAVES)
+def test_no_leaf_of_a_running_td_makes_a_mapped_entry_of_one_that_was_not_accepted(leaf, state):
+    then = {seamcall(leaf, state, children=children).state for children in Children}
+    assert MAPPED not in then or state in (MAPPED, BLOCKED) or leaf in (Leaf.ACCEPT, Leaf.PAGE_PROMOTE)
+
+
+@pytest.mark.parametrize("leaf", [Leaf.PAGE_AUG, Leaf.PAGE_REMOVE, Leaf.SEPT_ADD, Leaf.RANGE_BLOCK])
+@pytest.mark.parametrize("level", tuple(Level))
+def test_a_level_that_a_leaf_does_not_take_is_an_invalid_operand(leaf, level):
+    allowed = {
+        Leaf.PAGE_AUG: (0, 1),
+        Leaf.PAGE_REMOVE: (0, 1, 2),
+        Leaf.SEPT_ADD: (1, 2, 3, 4),
+        Leaf.RANGE_BLOCK: range(5),
+    }
+    assert (seamcall(leaf, FREE, level=level).rax == 0xC000010000000001) == (level not in allowed[leaf])
+
+
+@pytest.mark.parametrize("state", tuple(State))
+def test_a_seamcall_walks_on_only_through_a_table_that_is_not_blocked(state):
+    answer = tdx_sept.walk("SEAMCALL", state, Level.PD)
+    assert (answer is None) == (state == NL_MAPPED)
+    assert answer is None or answer.rax == 0xC0000B0000000001
+
+
+# ACCEPT.
+
+
+@pytest.mark.parametrize(
+    ("state", "level", "outcome"),
+    [
+        (PENDING, Level.PT, 0),
+        (PENDING, Level.PD, 0),
+        (MAPPED, Level.PT, 0x00000B0A00000000),
+        (MAPPED, Level.PD, 0x00000B0A00000001),
+        (NL_MAPPED, Level.PD, 0xC0000B0B00000001),
+        (NL_BLOCKED, Level.PD, 0xC0000B0B00000001),
+        (FREE, Level.PT, Guest.EXIT_ACCEPT),
+        (BLOCKED, Level.PT, Guest.EXIT_ACCEPT),
+        (PENDING_BLOCKED, Level.PT, Guest.EXIT_ACCEPT),
+    ],
+)
+def test_accept_answers_by_the_entry_that_it_finds_at_its_level(state, level, outcome):
+    answer = seamcall(Leaf.ACCEPT, state, level=level)
+    assert outcome in (answer.status, answer.rax)
+
+
+@pytest.mark.parametrize(
+    ("state", "outcome"),
+    [
+        (MAPPED, 0x00000B0A00000001),
+        (PENDING, Guest.EXIT_ACCEPT),  # a 2M page pending for a 4K ask
+        (BLOCKED, Guest.EXIT_ACCEPT),
+        (PENDING_BLOCKED, Guest.EXIT_ACCEPT),
+        (FREE, Guest.EXIT_ACCEPT),  # a table is missing
+        (NL_BLOCKED, Guest.EXIT_ACCEPT),
+    ],
+)
+def test_accept_answers_by_the_entry_that_stops_it_above_its_level(state, outcome):
+    answer = tdx_sept.walk("ACCEPT", state, Level.PD)
+    assert outcome in (answer.status, answer.rax)
+
+
+def test_the_exit_of_accept_says_type_1_levels_state_and_leaf():
+    assert tdx_entry.accept_info(PENDING, Level.PT, Level.PD) == 1 | (0 | 1 << 3 | 2 << 6 | 1 << 14) << 32
+
+
+def test_a_2m_accept_needs_512_chunks():
+    counter, done, chunks = 0, False, 0
+    while not done:
+        counter, done = tdx_entry.accept_chunk(counter)
+        chunks += 1
+    assert (chunks, counter) == (512, 0)
+
+
+@pytest.mark.parametrize(
+    ("state", "ve_disable", "outcome"),
+    [
+        (MAPPED, False, Guest.DATA),
+        (MAPPED, True, Guest.DATA),
+        (PENDING, False, Guest.VE),
+        (PENDING, True, Guest.EXIT_PENDING),
+        (FREE, False, Guest.EXIT),
+        (BLOCKED, False, Guest.EXIT),
+        (PENDING_BLOCKED, False, Guest.EXIT),
+        (NL_BLOCKED, False, Guest.EXIT),
+    ],
+)
+def test_an_access_finds_its_page_or_a_ve_or_leaves_the_td(state, ve_disable, outcome):
+    assert tdx_sept.access(state, ve_disable=ve_disable) == outcome
+
+
+def test_an_access_to_a_pending_page_exits_with_type_6_and_other_violations_with_type_0():
+    assert Guest.EXIT_PENDING.extended_qualification == 6 and Guest.EXIT.extended_qualification == 0
+
+
+def test_no_access_ends_at_a_table():
+    with pytest.raises(ValueError, match="descend"):
+        tdx_sept.access(NL_MAPPED)
+
+
+# PAMT.
+
+
+@pytest.mark.parametrize(
+    ("what", "status"),
+    [
+        ({}, Status.SUCCESS),
+        ({"entry": PamtEntry(PageType.REG)}, Status.PAGE_METADATA_INCORRECT),
+        ({"larger": True}, Status.PAGE_METADATA_INCORRECT),
+        ({"size": Level.PD}, Status.SUCCESS),
+        ({"size": Level.PD, "children": False}, Status.PAGE_METADATA_INCORRECT),
+        ({"in_tdmr": False}, Status.OPERAND_ADDR_RANGE_ERROR),
+    ],
+)
+def test_a_page_is_taken_only_if_the_pamt_knows_it_as_free_at_every_size(what, status):
+    assert tdx_pamt.is_free(**{"size": Level.PT, "entry": NDA} | what) == status
+
+
+OURS = PamtEntry(PageType.REG, 7, 3)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "of", "before", "after"),
+    [
+        (Leaf.PAGE_AUG, "page", PamtEntry(bepoch=5), PamtEntry(PageType.REG, 7, 0)),
+        (Leaf.PAGE_ADD, "page", NDA, PamtEntry(PageType.REG, 7, 0)),
+        (Leaf.SEPT_ADD, "table", NDA, PamtEntry(PageType.EPT, 7, 0)),
+        (Leaf.RANGE_BLOCK, "page", OURS, OURS._replace(bepoch=9)),
+        (Leaf.RANGE_UNBLOCK, "page", OURS, OURS),
+        (Leaf.PAGE_REMOVE, "page", OURS, OURS._replace(type=PageType.NDA)),
+        (Leaf.PAGE_DEMOTE, "page", OURS, OURS._replace(type=PageType.NDA)),
+        (Leaf.PAGE_DEMOTE, "children", NDA, PamtEntry(PageType.REG, 7, 0)),
+        (Leaf.PAGE_PROMOTE, "children", OURS, OURS._replace(type=PageType.NDA)),
+        (Leaf.PAGE_PROMOTE, "page", NDA, PamtEntry(PageType.REG, 7, 0)),
+        (Leaf.ACCEPT, "page", OURS, OURS),
+    ],
+)
+def test_a_leaf_leaves_its_mark_in_the_pamt(leaf, of, before, after):
+    assert tdx_pamt.after(leaf, of, before, owner=7, td_epoch=9) == after
+
+
+# Locks.
+
+_SHARED_TREE = (Leaf.SEPT_ADD, Leaf.PAGE_AUG, Leaf.PAGE_REMOVE, Leaf.PAGE_DEMOTE, Leaf.PAGE_PROMOTE)
+_EXCLUSIVE_TREE = (Leaf.RANGE_BLOCK, Leaf.RANGE_UNBLOCK, Leaf.SEPT_REMOVE)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "lock", "mode"),
+    [
+        *((leaf, Lock.TREE, SHARED) for leaf in _SHARED_TREE),
+        *((leaf, Lock.TREE, EXCLUSIVE) for leaf in _EXCLUSIVE_TREE),
+        *((leaf, Lock.ENTRY, EXCLUSIVE) for leaf in (*_SHARED_TREE, *_EXCLUSIVE_TREE, Leaf.ACCEPT)),
+        *((leaf, Lock.TDR, SHARED) for leaf in (*_SHARED_TREE, *_EXCLUSIVE_TREE, Leaf.TRACK, Leaf.VP_ENTER)),
+        (Leaf.ACCEPT, Lock.TREE, NONE),
+        (Leaf.TRACK, Lock.TREE, NONE),
+        (Leaf.VP_ENTER, Lock.TREE, NONE),
+        (Leaf.VP_ENTER, Lock.EPOCH, SHARED),
+        (Leaf.TRACK, Lock.EPOCH, EXCLUSIVE),
+        (Leaf.PAGE_AUG, Lock.PAMT, EXCLUSIVE),
+        (Leaf.PAGE_AUG, Lock.PARENTS, SHARED),
+        (Leaf.PAGE_REMOVE, Lock.PAMT, EXCLUSIVE),
+        (Leaf.PAGE_WBINVD, Lock.PAMT, SHARED),
+        (Leaf.PAGE_ADD, Lock.TDR, EXCLUSIVE),
+        (Leaf.MNG_VPFLUSHDONE, Lock.TDR, EXCLUSIVE),
+    ],
+)
+def test_a_leaf_takes_a_lock_shared_or_exclusive(leaf, lock, mode):
+    assert tdx_locks.wanted(leaf, lock) == mode
+
+
+def test_vp_enter_takes_the_tree_only_when_zero_step_mitigation_is_armed():
+    assert tdx_locks.wanted(Leaf.VP_ENTER, Lock.TREE, armed=True) == EXCLUSIVE
+
+
+@pytest.mark.parametrize(
+    ("leaf", "held", "rax"),
+    [
+        (Leaf.PAGE_AUG, {Lock.TREE: SHARED}, None),
+        (Leaf.PAGE_AUG, {Lock.TREE: EXCLUSIVE}, 0x8000020000000092),
+        (Leaf.RANGE_BLOCK, {Lock.TREE: SHARED}, 0x8000020000000092),
+        (Leaf.PAGE_REMOVE, {Lock.ENTRY: EXCLUSIVE}, 0x8000020000000001),
+        (Leaf.PAGE_AUG, {Lock.PAMT: SHARED}, 0x8000020000000008),
+        (Leaf.PAGE_REMOVE, {Lock.PAMT: SHARED}, 0x8000020000000001),
+        (Leaf.TRACK, {Lock.EPOCH: SHARED}, 0x80000200000000A9),
+        (Leaf.VP_ENTER, {Lock.EPOCH: EXCLUSIVE}, 0x80000200000000A9),
+        (Leaf.VP_ENTER, {Lock.EPOCH: SHARED}, None),
+        (Leaf.PAGE_AUG, {Lock.TDR: EXCLUSIVE}, 0x8000020000000002),
+        (Leaf.VP_ENTER, {Lock.TDR: EXCLUSIVE}, 0x8000020000000080),
+        (Leaf.PAGE_AUG, {Lock.OP_STATE: EXCLUSIVE}, 0x80000200000000AC),
+        (Leaf.PAGE_AUG, {Lock.TREE: EXCLUSIVE, Lock.ENTRY: EXCLUSIVE}, 0x8000020000000092),
+    ],
+)
+def test_a_leaf_that_meets_a_taken_lock_is_busy_with_that_operand(leaf, held, rax):
+    assert tdx_locks.busy_code(leaf, held) == rax
+
+
+def test_a_host_that_fails_on_an_entry_lock_gets_priority_over_the_guest():
+    _, lock = tdx_locks.acquire_entry("host", EntryLock(taken=True))
+    lock = tdx_locks.release_entry(lock)
+    assert tdx_locks.acquire_entry("guest", lock) == (Status.OPERAND_BUSY_HOST_PRIORITY, lock)
+
+
+def test_the_hosts_next_success_ends_its_priority():
+    status, lock = tdx_locks.acquire_entry("host", EntryLock(taken=False, host_priority=True))
+    assert (status, lock) == (Status.SUCCESS, EntryLock(taken=True, host_priority=False))
+
+
+@pytest.mark.parametrize("priority", [False, True])
+def test_a_guest_that_finds_an_entry_locked_is_busy_and_changes_nothing(priority):
+    lock = EntryLock(True, priority)
+    assert tdx_locks.acquire_entry("guest", lock) == (Status.OPERAND_BUSY, lock)
+
+
+def test_a_guest_is_told_of_host_priority_as_of_any_busy_lock():
+    assert tdx_locks.told_to_guest(Status.OPERAND_BUSY_HOST_PRIORITY) == 0x8000020000000001
+
+
+def test_a_guest_that_waits_too_long_for_the_host_leaves_the_td():
+    assert tdx_locks.told_to_guest(Status.OPERAND_BUSY_HOST_PRIORITY, timed_out=True) == 0x9000020500000000
+
+
+# TLB tracking.
+
+
+def test_the_first_epoch_is_1():
+    assert Epochs() == (1, (0, 0))
+
+
+def test_track_is_busy_while_a_vcpu_is_inside_with_the_epoch_before():
+    epochs, _, _ = tdx_tlb.enter(Epochs(), 0)
+    status, epochs = tdx_tlb.track(epochs)
+    assert status == Status.SUCCESS
+    assert tdx_tlb.track(epochs) == (Status.PREVIOUS_TLB_EPOCH_BUSY, epochs)
+
+
+def test_an_entry_is_tracked_after_one_track_and_one_exit_of_everybody_inside():
+    epochs, vcpu, _ = tdx_tlb.enter(Epochs(), 0)
+    blocked = epochs.td_epoch
+    _, epochs = tdx_tlb.track(epochs)
+    inside, outside = tdx_tlb.tracked(epochs, blocked), tdx_tlb.tracked(tdx_tlb.leave(epochs, vcpu), blocked)
+    assert (inside, outside) == (False, True)
+
+
+def test_without_track_or_with_track_first_an_entry_is_not_tracked():
+    assert not tdx_tlb.tracked(Epochs(5), 5)
+
+
+def test_an_entry_two_epochs_old_is_tracked_whoever_is_inside():
+    assert tdx_tlb.tracked(Epochs(5, (1, 1)), 3)
+
+
+def test_one_track_serves_every_block_before_it():
+    _, epochs = tdx_tlb.track(Epochs(4))
+    assert all(tdx_tlb.tracked(epochs, bepoch) for bepoch in (2, 3, 4))
+
+
+@pytest.mark.parametrize(("vcpu", "new", "flush"), [(4, False, True), (5, False, False), (4, True, False)])
+def test_vp_enter_flushes_a_vcpu_with_an_old_epoch_unless_it_is_new_on_its_processor(vcpu, new, flush):
+    assert tdx_tlb.enter(Epochs(5), vcpu, newly_associated=new)[1:] == (5, flush)
+
+
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["enter", "leave"]), st.integers(0, 2)),
+        st.tuples(st.just("block"), st.integers(0, 1)),
+        st.tuples(st.just("track"), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+class Both:
+    """Three vCPUs and two blocked entries, in absolute epochs and in ages side by side."""
+
+    def __init__(self):
+        self.epochs, self.vcpus, self.blocked = Epochs(2), [1, 1, 1], [1, 1]
+        self.ages, self.blocked_ages, self.inside = [Age.PREVIOUS] * 3, [Age.PREVIOUS] * 2, set()
+
+    def inside_ages(self):
+        return [self.ages[i] for i in self.inside]
+
+    def enter(self, i):
+        if i in self.inside:
+            return None, None
+        self.inside.add(i)
+        self.epochs, self.vcpus[i], flushed = tdx_tlb.enter(self.epochs, self.vcpus[i])
+        self.ages[i], flushed_age = tdx_tlb.enter_age(self.ages[i])
+        return flushed, flushed_age
+
+    def leave(self, i):
+        if i in self.inside:
+            self.inside.remove(i)
+            self.epochs = tdx_tlb.leave(self.epochs, self.vcpus[i])
+        return None, None
+
+    def block(self, i):
+        self.blocked[i], self.blocked_ages[i] = self.epochs.td_epoch, Age.NOW
+        return None, None
+
+    def track(self, _):
+        busy = tdx_tlb.track_busy(self.inside_ages())
+        status, self.epochs = tdx_tlb.track(self.epochs)
+        if not busy:
+            self.ages = [tdx_tlb.track_age(age) for age in self.ages]
+            self.blocked_ages = [tdx_tlb.track_age(age) for age in self.blocked_ages]
+        return status == Status.PREVIOUS_TLB_EPOCH_BUSY, busy
+
+    def tracked(self):
+        absolute = [tdx_tlb.tracked(self.epochs, bepoch) for bepoch in self.blocked]
+        return absolute, [tdx_tlb.tracked_age(age, self.inside_ages()) for age in self.blocked_ages]
+
+
+@given(EVENTS)
+def test_ages_tell_all_that_absolute_epochs_tell(events):
+    both = Both()
+    for name, index in events:
+        absolute, by_age = getattr(both, name)(index)
+        assert absolute == by_age
+        absolute, by_age = both.tracked()
+        assert absolute == by_age
+        now = both.epochs.td_epoch
+        assert both.ages == [tdx_tlb.age(epoch, now) for epoch in both.vcpus]
+
+
+# Zero-step mitigation.
+
+
+def stepped(times, gpas=("a",)):
+    state = CALM
+    for i in range(times):
+        state = tdx_tlb.ept_violation(state, gpas[i % len(gpas)], progress=False)
+    return state
+
+
+@pytest.mark.parametrize(("times", "armed"), [(6, False), (7, True)])
+def test_the_seventh_violation_on_one_instruction_arms_the_mitigation(times, armed):
+    assert stepped(times).armed == armed
+
+
+def test_progress_of_the_guest_disarms_the_mitigation():
+    assert tdx_tlb.td_exit(stepped(9), progress=True) == CALM
+
+
+def test_at_most_32_gpas_are_listed():
+    assert len(stepped(100, gpas=range(50)).gpas) == 32
+
+
+@pytest.mark.parametrize(
+    ("times", "tree_free", "faulting", "verdict"),
+    [
+        (6, False, {"a"}, tdx_tlb.ENTER),
+        (7, False, {"a"}, tdx_tlb.TREE_BUSY),
+        (7, True, {"a"}, tdx_tlb.FAKE),
+        (7, True, {"b"}, tdx_tlb.ENTER),
+    ],
+)
+def test_an_armed_vcpu_enters_only_if_no_listed_gpa_would_fault(times, tree_free, faulting, verdict):
+    assert tdx_tlb.entry_filter(stepped(times), tree_free=tree_free, faulting=faulting) == verdict

@@ -1,0 +1,88 @@
+"""A reservation that fails leaves empty entries in the xarray; before 277d3623d99a they read as attributes."""
+
+import errno
+
+import pytest
+
+from kvmlab.emulator import Vm, VmErrno, VmSwitches
+
+P, M2 = 4096, 1 << 21
+BUG = [True, False]
+
+
+def residue(bug, at=5, pages=512, **more):
+    """A VM after an ioctl to private whose reservation failed at index `at`."""
+    vm = Vm("sw", pages, switches=VmSwitches(reserved_reads_as_set=bug), **more)
+    vm.fail("xa_reserve", at=at)
+    with pytest.raises(VmErrno) as caught:
+        vm.set_memory_attributes(0, 512 * P, True)
+    assert caught.value.errno == errno.ENOMEM
+    return vm
+
+
+def test_what_was_reserved_before_the_failure_stays_and_holds_no_attributes():
+    vm = residue(bug=True)
+    assert vm.attributes.reserved.tolist() == [1] * 5 and vm.mmu.seq == 0
+    assert not vm.attributes.get(0, 512).any() and not vm.attributes.is_private(0)
+
+
+@pytest.mark.parametrize("bug", BUG)
+def test_a_uniform_shared_range_does_not_return_early_because_of_residue(bug):
+    vm = residue(bug)
+    vm.set_memory_attributes(0, 512 * P, False)
+    assert vm.mmu.seq == bug
+
+
+@pytest.mark.parametrize("bug", BUG)
+def test_a_single_gfn_was_always_looked_up_right(bug):
+    vm = residue(bug)
+    vm.set_memory_attributes(2 * P, P, False)
+    assert vm.mmu.seq == 0
+
+
+@pytest.mark.parametrize("bug", BUG)
+def test_residue_never_reads_as_private(bug):
+    vm = residue(bug)
+    assert not vm.attributes.uniform(0, 5, True) and not vm.attributes.uniform_by(0, 512, 512, True).any()
+
+
+@pytest.mark.parametrize("bug", BUG)
+def test_residue_makes_a_uniform_2m_page_mixed_and_so_never_huge(bug):
+    vm = residue(bug, shared_2m=True)
+    vm.set_memory_attributes(100 * P, P, True)
+    vm.set_memory_attributes(100 * P, P, False)
+    vm.guest().touch(0, P)
+    assert next(iter(vm.slots)).test_mixed(0, "2M") is bug
+    assert bool(vm.mmu.leaves(0, 1)[0] & 1) is not bug
+
+
+@pytest.mark.parametrize("bug", BUG)
+def test_residue_makes_the_1g_page_above_mixed_too(bug):
+    vm = residue(bug, pages=1 << 18)
+    vm.set_memory_attributes(100 * P, P, True)
+    vm.set_memory_attributes(100 * P, P, False)
+    assert next(iter(vm.slots)).test_mixed(0, "1G") is bug
+
+
+@pytest.mark.parametrize("bug", BUG)
+def test_a_new_memslot_is_computed_wrongly_from_residue(bug):
+    vm = residue(bug)
+    vm.set_user_memory_region2(0, 0, 0)
+    vm.set_user_memory_region2(0, 0, M2)
+    assert next(iter(vm.slots)).test_mixed(0, "2M") is bug
+
+
+def test_an_ioctl_that_covers_the_residue_clears_it():
+    vm = residue(bug=True)
+    vm.set_memory_attributes(0, 512 * P, True)
+    vm.set_memory_attributes(0, 512 * P, False)
+    assert not vm.attributes.reserved.any() and vm.attributes.uniform(0, 512, False)
+
+
+def test_entries_that_held_attributes_before_the_failure_keep_them():
+    vm = Vm("sw", 512)
+    vm.set_memory_attributes(2 * P, P, True)
+    vm.fail("xa_reserve", at=5)
+    with pytest.raises(VmErrno):
+        vm.set_memory_attributes(0, 512 * P, True)
+    assert vm.attributes.reserved.tolist() == [1, 1, 0, 1, 1] and vm.attributes.is_private(2)
