@@ -13,7 +13,7 @@ Layers, low to high; nothing imports upward (tests/test_frame.py):
     emulator/               one VM at real size, by the same rules and the same text
     explore/                every interleaving: two engines, liveness, shortest runs
     trace report session    runs and codes; verdicts; the workbench without a widget
-    show/                   text, HTML, widget
+    show/                   text, HTML, widget; the board of a secure EPT entry
     cli
 """
 
@@ -35,6 +35,7 @@ _WHERE = {
     "compare": "report",
     "matrix": "grid",
     "replay": "trace",
+    "sept_board": "show.sept",
     "workbench": "show.widget",
 }
 __all__ = sorted(_WHERE)
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .report import check as check
     from .report import compare as compare
     from .session import Session as Session
+    from .show.sept import sept_board as sept_board
     from .show.widget import workbench as workbench
     from .trace import Trace as Trace
     from .trace import replay as replay

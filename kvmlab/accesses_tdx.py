@@ -13,6 +13,8 @@ from .hw.memory import GUEST_KEY, PLAIN, Content
 from .hw.tdx import Guest, Leaf, Status
 from .kernel import keyids
 from .kernel.keyids import HKID
+from .kvm import memslots
+from .kvm.tdx import answers_kick
 from .state import View
 
 
@@ -40,10 +42,12 @@ def _dropped(s: View, acc: Access) -> bool:
 def _vp_enter(s: View, me: str) -> str:
     """TDH.VP.ENTER: count oneself in under the epoch lock, flush if the epoch is new; then run."""
     if s.mode[me] == "entering":
-        s.mode[me] = "td"
         s.say("VP.ENTER: in the TD")
+        answers_kick(s, me)
         return "again"
     s.wait(not s.wait_for_sept_zap)  # tdx_vcpu_run() turns back until the zap is done
+    if s.conf.deletes:
+        memslots.srcu_read_unlock(s, me)
     epoch, flushes = tdx_tlb.enter_age(s.vcpu_epoch[me])
     s.mode[me], s.vcpu_epoch[me] = "entering", epoch
     for cpu, gfn in s.ptlb if flushes else ():
@@ -60,6 +64,8 @@ def td_exit(s: View, me: str) -> None:
 
 def _ept_violation(s: View, me: str, acc: Access, why: str) -> str:
     td_exit(s, me)
+    if s.conf.deletes:
+        memslots.srcu_read_lock(s, me)
     s.count("npf")
     s.say(f"EPT violation ({why}) gfn {acc.gfn} {acc.kind}")
     return f"fault-{acc.kind}"
@@ -169,7 +175,8 @@ def _accept_begins(s: View, me: str, acc: Access) -> str:
 
 def _accept_ends(s: View, me: str, acc: Access) -> str:
     """The state decides: PENDING is zeroed and mapped; FREE and blocked leave the TD, and ACCEPT runs again."""
-    s.entry_lock[acc.gfn], s.mode[me] = None, "td"
+    s.entry_lock[acc.gfn] = None
+    answers_kick(s, me)
     answer = tdx_sept.seamcall(Leaf.ACCEPT, s.sept[acc.gfn])
     if answer.status == Guest.EXIT_ACCEPT:
         return _ept_violation(s, me, acc, f"ACCEPT: {s.sept[acc.gfn]}")

@@ -225,7 +225,9 @@ def _c08(b: Bench) -> tuple[str, str]:
         f"conversions are clean without it; a host that writes where it must not still kills the TD ({stray})"
     ]
     if generic != NEVER:
-        told.append(f"and unmapping for every platform makes the kernel oops at its own zeroing and CLFLUSH ({generic})")
+        told.append(
+            f"and unmapping for every platform makes the kernel oops at its own zeroing and CLFLUSH ({generic})"
+        )
     return (QUALIFIED if stray != NEVER else CONFIRMED), "; ".join(told)
 
 
@@ -380,8 +382,10 @@ def _c24(b: Bench) -> tuple[str, str]:
         b.clean("pre-post-directmap", "tiny", "host-io", "host-stray"),
         b.clean("pre-post-as-typed"),
     )
+    tdx, guarded = (b.clean(d, platform="tdx") for d in ("pre-post-directmap", "pre-post-snp-only"))
     if hooks and not typed:
-        return QUALIFIED, "as hooks outside mmu_lock; typed in place of the call, it sleeps under mmu_lock"
+        where = "" if tdx else f"; on tdx the kernel oopses{', unless the hooks ask for snp' if guarded else ''}"
+        return QUALIFIED, f"as hooks outside mmu_lock; typed in place of the call, it sleeps under mmu_lock{where}"
     return _if(hooks, "it works")
 
 

@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     _case(matrix, many=True, switches=False)
     matrix.add_argument("--design", action="append", metavar="DESIGN", help="only this one (may be repeated)")
     matrix.add_argument("--json", action="store_true")
+    matrix.add_argument("--jobs", type=int, metavar="N", help="processes that check (default: one a CPU)")
     trace = command("trace", "print a counterexample, or a sample run, as a race diagram")
     trace.add_argument("design")
     _case(trace, many=False)
@@ -278,7 +279,10 @@ def _matrix(options: argparse.Namespace) -> int:
         "designs": options.design,
     }
     found = matrix(
-        **{name: value for name, value in asked.items() if value}, progress=_progress, elements=options.json
+        **{name: value for name, value in asked.items() if value},
+        progress=_progress,
+        elements=options.json,
+        jobs=(os.cpu_count() or 1) if options.jobs is None else options.jobs,
     )
     _progress("")
     if options.json:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -12,7 +15,7 @@ from .design.calls import BACKINGS
 from .machine import PLATFORMS, Switches
 from .properties import BY_NAME
 from .report import ALWAYS, SOMETIMES, as_design, check
-from .scenario import SCENARIOS, InputError, NotApplicable
+from .scenario import SCENARIOS, InputError, NotApplicable, check_names, find_scenario
 
 SHORT = {
     "host-rmp-fault": "RMPF", "host-machine-check": "MCE", "kernel-bug": "BUG", "platform-error": "PLATF",
@@ -91,27 +94,50 @@ def matrix(
     backings: Iterable[str] = BACKINGS,
     progress: Callable[[str], Any] | None = None,
     elements: bool = False,
+    jobs: int = 1,
 ) -> Matrix:
     """Check every design (default: those of the thread and their variants) in every scenario.
 
-    `progress` is called with a line before each check;
-    `elements` keeps what `--json` prints.  InputError for a name that does not exist.
+    `progress` is called with a line before each check (with `jobs` processes: when its result is awaited);
+    `elements` keeps what `--json` prints.  InputError for a name that does not exist, or no process at all.
     """
     names = list(designs) if designs is not None else [*shipped("thread"), *shipped("variant")]
-    squares = []
-    for platform in platforms:
-        for backing in backings:
-            for name in names:
-                for scenario in scenarios:
-                    if progress:
-                        progress(f"{platform} {backing} {name} {scenario}")
-                    squares.append(_square((name, platform, scenario, backing), elements))
-    if not squares:
+    cases = [
+        (name, platform, scenario, backing)
+        for platform, backing in product(platforms, backings)
+        for name, scenario in product(names, scenarios)
+    ]
+    if not cases:
         raise InputError("nothing to check: a list of names is empty")
+    if jobs < 1:
+        raise InputError(f"a matrix needs at least one process, not {jobs}")
+    for name in names:
+        as_design(name)
+    for _, platform, scenario, backing in cases:
+        check_names(platform, backing)
+        find_scenario(scenario)
+    squares = []
+    with _workers(jobs) as work:
+        for case, square in zip(cases, work(partial(_square, elements=elements), cases), strict=True):
+            if progress:
+                progress(f"{case[1]} {case[3]} {case[0]} {case[2]}")
+            squares.append(square)
     return Matrix(tuple(squares))
 
 
-def _square(where: tuple[str, str, str, str], elements: bool, switches: Switches | None = None) -> Square:
+@contextmanager
+def _workers(jobs: int) -> Iterator[Callable[..., Iterable[Square]]]:
+    """A map over cases: in this process, or in several (each check is independent)."""
+    if jobs == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        yield pool.map
+
+
+def _square(
+    where: tuple[str, str, str, str], elements: bool = False, switches: Switches | None = None
+) -> Square:
     name, platform, scenario, backing = where
     try:
         report = check(as_design(name), platform, scenario, backing, switches)

@@ -8,7 +8,7 @@ per PFN     rmp, memory, directmap (+ directmap_2m)      RMP entry, contents, di
 KVM         in_progress, invalidate_range, flush         the invalidation window
 locks       slots_lock, folio_lock, mmu_lock_*, invalidate_lock_*
 per vCPU    acc, tlb[vcpu, gfn], tlb_2m, snapshot, rmp_bit   the pending access, its translations, its fault
-            folio_ref                                    whether its thread holds a guest_memfd page
+            folio_ref, srcu, grace                       whether its thread holds a guest_memfd page, or kvm->srcu
 per actor   pc
 """
 
@@ -85,6 +85,7 @@ class Conf:
     xa_fails: bool = False  # one allocation of the xarray may fail
     unlucky: str = ""  # whose reservation fails for certain, at its last gfn
     yields: bool = False  # a zap may yield mmu_lock between two gfns
+    deletes: bool = False  # the VMM deletes the memslot, at any time
     busy: bool = False  # tdx: one SEAMCALL may answer OPERAND_BUSY without a reason that the model knows
     switches: Switches = Switches()
     owners: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -273,11 +274,14 @@ def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
     if conf.gmem:
         layout.append(Field("gmem", ("cached", "dying", "free"), gfns))
         layout.append(Field("folio_ref", (False, True), tuple(a for a in programs if a != "host")))
+    if conf.deletes:
+        layout.append(Field("slot", ("valid", "invalid", "gone")))
+        layout += [Field("srcu", (False, True), conf.vcpus), Field("grace", (False, True), conf.vcpus)]
     if conf.residue:
         layout.append(Field("reserved", (False, True), gfns))
     fields += layout
     if conf.tdx:
-        fields += machine_tdx.fields(conf)
+        fields += machine_tdx.fields(conf, tuple(programs))
     for gfn in gfns:
         pages = (None, *dict.fromkeys((conf.backing["shared", gfn], conf.backing["private", gfn])))
         pages = pages[:2] if conf.tdx else pages  # the ordinary EPT maps the shared backing only

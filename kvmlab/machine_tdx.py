@@ -4,7 +4,7 @@ per gfn     sept, mirror, entry_lock, uptodate           the S-EPT entry; KVM's 
 one         sept_table, mirror_table                     the table above them (all gfns lie in one 2M region)
 per PFN     pamt, bepoch, memory (a line), directmap     owner, epoch of the BLOCK, contents by KeyID
 per vCPU    mode, vcpu_epoch, ptlb[vcpu, gfn]            in the TD or not, its epoch, its private translations
-KVM         wait_for_sept_zap
+KVM         wait_for_sept_zap, kicked[vcpu], kicker      a zap that keeps vCPUs out; a kick under way
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def lines(contents: Sequence[Any]) -> tuple[Line, ...]:
     )
 
 
-def fields(conf: Any) -> list[Field]:
+def fields(conf: Any, actors: Sequence[str]) -> list[Field]:
     """The cells that only a TDX machine has."""
     gfns, vcpus, private = conf.gfns, conf.vcpus, conf.private_pfns
     leaves = tuple(s for s in STATES if s not in (State.NL_MAPPED, State.NL_BLOCKED))
@@ -53,6 +53,8 @@ def fields(conf: Any) -> list[Field]:
         Field("mode", ("td", "host", "entering", "accepting"), vcpus),
         Field("vcpu_epoch", (Age.NOW, Age.PREVIOUS, Age.OLDER), vcpus),
         Field("wait_for_sept_zap", (False, True)),
+        Field("kicked", (False, True), vcpus),
+        Field("kicker", (None, *actors)),
         Field("directmap", (PRESENT, ABSENT), private),
         Field("directmap_2m", (False,)),
     ]

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from . import accesses, accesses_tdx, actors
 from .assembly import Draft, assemble, nothing, without_markers
-from .design import Design
+from .design import Design, Row
 from .kernel import locks
-from .kvm import gmem, mmu
+from .kvm import gmem, memslots, mmu
 from .machine import Conf
 from .section import KINDS, UNDO, Section
 from .state import View
@@ -164,6 +164,21 @@ def vmm_punch_program(design: Design, conf: Conf) -> tuple[tuple[Instr, ...], se
     return _vmm_thread(
         [Draft(actors.vmm_punches, (), "", 0, "punch", label="any", idle=True), *drafts]
     ), nests
+
+
+def vmm_delete_program(design: Design, conf: Conf) -> tuple[tuple[Instr, ...], set[tuple[str, str]]]:
+    """A VMM thread that deletes the memslot whenever it likes (kvm_set_memslot())."""
+    section = Section(conf, "ioctl", "shared", "delete", conf.gfns, design)
+    lock, zap = Row("write_lock", lock="mmu_lock"), Row("kvm_unmap_gfn_range")
+    flush, unlock = Row("kvm_flush_remote_tlbs"), Row("write_unlock", lock="mmu_lock")
+    for row in (lock, zap, flush, unlock):
+        section.row(row)
+    head = [
+        Draft(memslots.delete_memslot, (), "", 0, "ioctl", label="any", idle=True),
+        Draft(memslots.synchronize_srcu, (), "synchronize_srcu()", 0, "ioctl"),
+    ]
+    gone = Draft(memslots.slot_is_gone, (), "kvm_free_memslot()", 0, "ioctl")
+    return _vmm_thread([*head, *section.drafts, gone]), section.nests
 
 
 def _vmm_thread(drafts: list[Draft]) -> tuple[Instr, ...]:

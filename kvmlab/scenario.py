@@ -12,7 +12,7 @@ from .hw.memory import GUEST_KEY, PLAIN, Content
 from .hw.tdx_lines import HOST, Line
 from .kernel.keyids import HKID
 from .machine import NEIGHBOUR, PLATFORMS, Conf, Switches, build_layout, with_usage
-from .program import host_program, inverted, vcpu_program, vmm_program, vmm_punch_program
+from .program import host_program, inverted, vcpu_program, vmm_delete_program, vmm_program, vmm_punch_program
 from .properties import FATAL
 from .step import Actor, Model, run_step
 from .sync import out_of_sync
@@ -53,6 +53,7 @@ class Scenario:
     unlucky: bool = False  # the other VMM thread's reservation fails for certain
     yields: bool = False  # a zap may yield mmu_lock
     busy: bool = False  # one SEAMCALL may find a lock taken
+    deletes: bool = False  # a VMM thread deletes the memslot
 
 
 _ALL = (
@@ -177,6 +178,13 @@ _ALL = (
         busy=True,
     ),
     Scenario(
+        "slot-deleted",
+        "to private; a VMM thread deletes the memslot at any time",
+        ("shared", "private"),
+        racers=0,
+        deletes=True,
+    ),
+    Scenario(
         "reserve-fails",
         "to private and back, one page of a shared 2M page; another ioctl cannot reserve its entries",
         ("shared", "private", "shared"),
@@ -249,6 +257,11 @@ def build(
     calls = {row.call for row in design.rows("ioctl", to="private", platform=platform)}
     if scenario.unlucky and "xa_reserve" not in calls:
         raise NotApplicable(f"{design.name} reserves nothing")
+    looks = any(
+        row.call == "memslot_invalid" for row in design.rows("fault", to="private", platform=platform)
+    )
+    if scenario.deletes and not looks:
+        raise NotApplicable(f"the fault path of {design.name} does not look at the memslot")
     model = _bare(design, scenario, platform, backing, switches or Switches())
     if scenario.eras[0] == "private":
         model = replace(model, initial=model.layout.pack(_private_start(design, scenario, model)))
@@ -263,6 +276,8 @@ def _absent(scenario: Scenario, platform: str, backing: str) -> str | None:
         return "KVM maps private memory of a TD in 4K pages only"
     if platform == "tdx" and scenario.fails:
         return "there is no RMPUPDATE to fail on tdx"
+    if scenario.deletes and platform != "tdx":
+        return f"on {platform} a retried fault goes through the guest, which lets go of kvm->srcu"
     if scenario.busy and platform != "tdx":
         return f"there are no SEAMCALLs on {platform}"
     if scenario.punch and backing == "in-place":
@@ -303,6 +318,7 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
         unlucky="VMM1" if scenario.unlucky else "",
         yields=scenario.yields,
         busy=scenario.busy,
+        deletes=scenario.deletes,
         switches=switches,
     )
     nests: set[tuple[str, str]] = set()
@@ -315,6 +331,9 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
         nests |= more
     if scenario.punch == "free":
         programs["VMM1"], more = vmm_punch_program(design, conf)
+        nests |= more
+    if scenario.deletes:
+        programs["VMM1"], more = vmm_delete_program(design, conf)
         nests |= more
     if targets := _host_targets(conf, scenario.host):
         programs["host"] = host_program(targets)

@@ -11,7 +11,7 @@ from .assembly import Draft, nothing
 from .design import Design, Row
 from .hw.tdx import Leaf
 from .kernel import directmap, locks
-from .kvm import attributes, gmem, mmu, sev, tdx
+from .kvm import attributes, gmem, memslots, mmu, sev, tdx
 from .machine import Conf
 from .state import View
 from .step import Step
@@ -48,6 +48,7 @@ FAULT_CALLS: dict[str, Step] = {
     "kvm_gmem_get_pfn": gmem.kvm_gmem_get_pfn,
     "is_page_fault_stale": mmu.is_page_fault_stale,
     "kvm_tdp_mmu_map": mmu.kvm_tdp_mmu_map,
+    "memslot_invalid": memslots.memslot_invalid,
     "npf_sizem": mmu.npf_sizem,
     "snp_lookup_rmpentry": sev.snp_lookup_rmpentry,
     "psmash": sev.psmash,
@@ -56,6 +57,7 @@ FAULT_CALLS: dict[str, Step] = {
 WORD_ARGS: dict[str, Callable[[str | None], tuple[Any, ...]]] = {
     "snp_lookup_rmpentry": lambda word: (word == "warn",),
     "psmash": lambda word: (word,),
+    "memslot_invalid": lambda word: (word == "leave",),
 }
 HELPER = frozenset(
     {"kvm_unmap_directmap", "rmpupdate", "kvm_map_directmap"}
@@ -100,7 +102,6 @@ ZAP_STEPS: dict[str, Step] = {
     "tdx_clear_page": tdx.tdx_clear_page,
 }
 ZAP_CALLS = frozenset({*ZAP_STEPS, *tdx.ZAP_LEAVES, "tdh_do_no_vcpus", "kvm_make_all_cpus_request"})
-AUG_CALLS = frozenset({"freeze_spte", "write_spte", "clflush", "tdh_mem_sept_add", "tdh_mem_page_aug"})
 _PLAIN: dict[str, Callable[..., str | None]] = {
     "kvm_flush_remote_tlbs": mmu.kvm_flush_remote_tlbs,
     "kvm_mmu_invalidate_end": attributes.kvm_mmu_invalidate_end,
@@ -136,7 +137,6 @@ class Section:
         self.nests: set[tuple[str, str]] = set()
         self.unwinds: dict[str, tuple[tuple[tuple[Step, str], ...], str]] = {}
         self.partly: dict[int, Partly] = {}
-        self.frozen: str | None = None  # where a frozen SPTE has got its value
         self.covered: tuple[int, int] | None = None
         self.rows: Sequence[Row] = ()
         self._labels = 0
@@ -184,6 +184,8 @@ class Section:
         call = row.call
         if call in RMP_ONLY and not self.conf.has_rmp and not (self.conf.tdx and call in DIRECTMAP):
             return
+        if call == "memslot_invalid" and not self.conf.deletes:
+            return
         if call in LOCK_CALLS:
             self.lock(row)
         elif call == "kvm_unmap_gfn_range" and self.conf.tdx and _zapped(self.kind) == "private":
@@ -192,8 +194,6 @@ class Section:
             self.per_gfn(PER_GFN[call], row)
         elif call in ZAP_CALLS:
             self.zap_call(row)
-        elif call in AUG_CALLS:
-            self.aug_call(row)
         elif call == "kvm_tdp_mmu_map" and self.conf.tdx and self.kind == "private":
             self.map_private(row)
         elif call == "rmpupdate":
@@ -262,6 +262,7 @@ class Section:
         over = self.new_label()
         for step, args, jumps in (
             (mmu.tdp_mmu_yields, (), {"skip": over}),
+            (mmu.kvm_flush_remote_tlbs, (), {}),
             (locks.write_unlock, ("mmu_lock",), {}),
             (locks.write_lock, ("mmu_lock",), {}),
         ):
@@ -409,32 +410,41 @@ class Section:
         self.mark(done)
 
     def map_private(self, row: Row) -> None:
-        """tdx: kvm_tdp_mmu_map() on the mirror root is the section aug."""
+        """tdx: kvm_tdp_mmu_map() on the mirror root is the section aug.
+
+        What a freeze finds present already is skipped: all that follows for the same SPTE.
+        """
         within, self.section = self.section, "aug"
-        for inner in self.design.rows("aug", to="private", platform="tdx") if self.design else ():
-            self.row(inner)
-        if self.frozen:
-            self.mark(self.frozen)
-            self.frozen = None
+        rows = self.design.rows("aug", to="private", platform="tdx") if self.design else ()
+        ends: dict[int, str] = {}
+        for n, inner in enumerate(rows):
+            if inner.call == "freeze_spte":
+                last = max(
+                    (k for k in range(n, len(rows)) if _frozen_work(rows[k]) == inner.target), default=n
+                )
+                ends[last] = self.new_label()
+                self.freeze(inner, ends[last])
+            else:
+                self.aug_call(inner)
+            if n in ends:
+                self.mark(ends[n])
         self.section = within
 
+    def freeze(self, row: Row, over: str) -> None:
+        """FROZEN_SPTE for a table or a leaf; present already: go on at `over`."""
+        ways = {"retry": self.unwind("retry"), "skip": over}
+        self.emit(tdx.freeze_spte, (row.target,), row, f"freeze_spte({row.target})", ways)
+
     def aug_call(self, row: Row) -> None:
-        """One call of the section aug; freezing what is there already skips to the next freeze."""
-        retry = self.unwind("retry")
-        if row.call == "freeze_spte":
-            if self.frozen:
-                self.mark(self.frozen)
-            self.frozen = self.new_label()
-            ways = {"retry": retry, "skip": self.frozen}
-            self.emit(tdx.freeze_spte, (row.target,), row, f"freeze_spte({row.target})", ways)
-        elif row.call == "write_spte":
+        """One call of the section aug."""
+        if row.call == "write_spte":
             self.emit(tdx.write_spte, (row.target,), row, f"write_spte({row.target})")
         elif row.call == "clflush":
             self.emit(tdx.clflush, (), row)
         else:
             leaf = Leaf.SEPT_ADD if row.call == "tdh_mem_sept_add" else Leaf.PAGE_AUG
-            bit_and = row.target == "bit_and"
-            self.emit(tdx.aug_seamcall, (leaf, row.call, bit_and), row, jumps={"retry": retry})
+            ways = {"retry": self.unwind("retry")}
+            self.emit(tdx.aug_seamcall, (leaf, row.call, row.target == "bit_and"), row, jumps=ways)
 
     def new_label(self) -> str:
         """Return a label that no other place has."""
@@ -444,6 +454,13 @@ class Section:
     def mark(self, label: str) -> None:
         """Give the place reached now a name; a step that does nothing stands there only if it must."""
         self.drafts.append(Draft(nothing, (), "", 0, self.section, label=label))
+
+
+def _frozen_work(row: Row) -> str | None:
+    """Which SPTE a call of the section aug is for: that of the table or the leaf's."""
+    if row.call in ("freeze_spte", "write_spte"):
+        return row.target
+    return "table" if row.call == "tdh_mem_sept_add" else "leaf"
 
 
 def _zapped(kind: str) -> str:

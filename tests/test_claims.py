@@ -7,10 +7,10 @@ from kvmlab.scenario import InputError
 
 ANSWERS = {
     "C01": CONFIRMED, "C02": CONFIRMED, "C03": CONFIRMED, "C04": CONFIRMED, "C05": REFUTED, "C06": CONFIRMED,
-    "C07": QUALIFIED, "C08": BEYOND, "C09": CONFIRMED, "C10": BEYOND, "C11": QUALIFIED, "C12": QUALIFIED,
+    "C07": QUALIFIED, "C08": QUALIFIED, "C09": CONFIRMED, "C10": REFUTED, "C11": QUALIFIED, "C12": QUALIFIED,
     "C13": CONFIRMED, "C14": CONFIRMED, "C15": QUALIFIED, "C16": CONFIRMED, "C17": CONFIRMED, "C18": QUALIFIED,
     "C19": QUALIFIED, "C20": REFUTED, "C21": CONFIRMED, "C22": QUALIFIED, "C23": QUALIFIED, "C24": QUALIFIED,
-    "C25": BEYOND, "C26": CONFIRMED, "C27": REFUTED, "C28": REFUTED, "C29": CONFIRMED,
+    "C25": BEYOND, "C26": CONFIRMED, "C27": REFUTED, "C28": QUALIFIED, "C29": CONFIRMED,
 }  # fmt: skip
 
 
@@ -43,6 +43,9 @@ def test_a_claim_has_this_answer_and_shows_what_it_looked_at(claim):
         ("C04", "upstream", "v8-post-hook"),
         ("C05", "set-mem-attr-op", "v8-post-hook"),
         ("C06", "v7-under-lock", "v8-post-hook"),
+        ("C07", "no-zap", "v8-post-hook"),
+        ("C08", "upstream", "no-zap"),
+        ("C10", "v8-post-hook", "no-zap"),
         ("C11", "no-zap", "v8-post-hook"),
         ("C12", "no-zap", "v8-post-hook"),
         ("C13", "no-zap", "v8-post-hook"),
@@ -55,7 +58,7 @@ def test_a_claim_has_this_answer_and_shows_what_it_looked_at(claim):
         ("C22", "upstream", "keeps-directmap"),
         ("C24", "pre-post-as-typed", "pre-post-directmap"),
         ("C26", "pre-post-directmap", "pre-post-as-typed"),
-        ("C27", "rmp-under-lock-directmap-post", "pre-post-directmap"),
+        ("C27", "rmp-under-lock-directmap-post", "pre-post-snp-only"),
         ("C29", "upstream", "narrow-hull"),
         ("C28", "set-mem-attr-op", "v8-post-hook"),
     ],

@@ -94,6 +94,10 @@ CALLS = (
     KnownCall(
         "kvm_gmem_get_pfn", ("fault", "ioctl"), "get the PFN; may sleep", ("kvm_restrictedmem_get_pfn",)
     ),
+    KnownCall(
+        "memslot_invalid", FAULT,
+        "the memslot is being deleted: retry; (leave): and leave tdx's local loop (RET_PF_RETRY_INVALID_SLOT)",
+    ),
     KnownCall("kvm_gmem_is_private", FAULT, "the same comparison again, under invalidate_lock"),
     KnownCall("is_page_fault_stale", FAULT, "a fault that raced with an invalidation retries"),
     KnownCall("kvm_tdp_mmu_map", FAULT, "install the leaf"),
@@ -178,6 +182,7 @@ WORDS = {  # the arguments that carry meaning, at most one a call
     "kvm_mmu_invalidate_range_add": ("hugepage",),  # the huge pages that the request only touches
     "kvm_range_has_memory_attributes": ("reserved",),  # takes reserved, empty entries for attributes
     "kvm_update_lpage_mixed_flag": ("reserved",),
+    "memslot_invalid": ("leave",),
     "snp_lookup_rmpentry": ("warn",),
     "psmash": ("recheck", "recheck_unassigned"),
     "tdh_do_no_vcpus": ZAP_SEAMCALLS,

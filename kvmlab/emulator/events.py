@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Collection
 from typing import NamedTuple
 
+from ..hw import tdx
+
 MEMORY_EXIT_FLAG_PRIVATE = 1 << 3  # KVM_MEMORY_EXIT_FLAG_PRIVATE
 
 
@@ -119,6 +121,60 @@ class GuestSpins(VmError):
         self.gpa, self.why = gpa, why
 
 
+class TdxError(VmError):
+    """A TDCALL or SEAMCALL answered a status other than 0: RAX bit for bit, and its class in the module's words."""
+
+    def __init__(self, leaf: str, gpa: int, rax: int) -> None:
+        super().__init__(f"{leaf}({gpa:#x}) = {rax:#x} ({tdx.name(rax)})")
+        self.leaf, self.gpa, self.rax, self.kind = leaf, gpa, rax, tdx.kind(rax)
+
+    @property
+    def status(self) -> tdx.Status:
+        """The status without its operand."""
+        return tdx.Status(tdx.status_part(self.rax))
+
+
+class MapGpaError(VmError):
+    """TDG.VP.VMCALL<MapGPA> failed, or a Linux guest gave it up: `status` is R10, `r11` where it stopped."""
+
+    def __init__(self, status: int, r11: int, why: str) -> None:
+        super().__init__(f"MapGPA = {status:#x} ({why}), R11 = {r11:#x}")
+        self.status, self.r11, self.why = status, r11, why
+
+
+class SetMemoryFailed(VmErrno):
+    """A Linux guest's set_memory_encrypted() or set_memory_decrypted() gives -EIO; its caller leaks the memory."""
+
+    def __init__(self, errno: int, call: str, why: VmError) -> None:
+        super().__init__(errno, f"{call}(): {why}")
+        self.call, self.why = call, why
+
+
+class VmDead(VmErrno):
+    """KVM has given up the VM (kvm_vm_dead(), KVM_BUG_ON()): every ioctl gives EIO."""
+
+
+class ShutdownExit(VmError):
+    """KVM_EXIT_SHUTDOWN: the guest is at its end."""
+
+
+class VeFault(VmError):
+    """#VE in a TD's kernel for a private GPA, at which a Linux guest panics."""
+
+    def __init__(self, gpa: int) -> None:
+        super().__init__(f"#VE at private gpa {gpa:#x}: PENDING, not accepted")
+        self.gpa = gpa
+
+
+class MachineCheck(VmError):
+    """Poison was consumed: `who` is "TD", "module" or "host", `end` who goes down, `status` what VP.ENTER returns."""
+
+    def __init__(self, who: str, pfn: int, end: str) -> None:
+        super().__init__(f"#MC: {who} consumes poison in PFN {pfn:#x}: {end}")
+        self.who, self.pfn, self.end = who, pfn, end
+        self.status = tdx.Status.NON_RECOVERABLE_TD_NON_ACCESSIBLE if who == "TD" else None
+
+
 class Event(NamedTuple):
     """One thing that happened, `times` times in a row on consecutive pages from `page` (gfn or PFN) on."""
 
@@ -168,10 +224,11 @@ class Log:
         """The number that the next event will have."""
         return self.dropped + len(self.events)
 
-    def repeat(self, since: int, kinds: Collection[str], times: int) -> None:
-        """Say that the events of these kinds from number `since` on stand for `times` as many; counters stay."""
+    def repeat(self, since: int, kinds: Collection[str] | None, times: int) -> None:
+        """Say that events from number `since` on (of these kinds) stand for `times` as many; counters stay."""
         for at in range(max(0, since - self.dropped), len(self.events)):
-            if (event := self.events[at]).kind in kinds:
+            if kinds is None or self.events[at].kind in kinds:
+                event = self.events[at]
                 self.events[at] = event._replace(times=event.times * times)
 
     def violate(self, name: str, text: str) -> None:

@@ -17,11 +17,13 @@ from .events import MEMORY_EXIT_FLAG_PRIVATE, InternalError, MemoryFaultExit, Mm
 from .locks import Thread
 from .memory import PAGE, prefix
 from .slots import MemSlot
+from .tdx_aug import Aug
 
 if TYPE_CHECKING:
     from .vm import Vm
 
 RETRY, DONE, FAULTS_2M = "retry", "done", 512
+DIRECTMAP = ("kvm_unmap_directmap", "kvm_map_directmap")  # generic code, on tdx too
 PREPARES = ("rmp_prepare", "rmp_match")
 
 
@@ -106,8 +108,10 @@ class Fault:
         return PG_2M
 
     def install(self) -> int:
-        """kvm_tdp_mmu_map(): how many faults these pages took (one for a 2M leaf)."""
+        """kvm_tdp_mmu_map(): how many faults these pages took (one for a 2M leaf); 0 for RET_PF_RETRY."""
         self.thread.assert_mmu_lock("kvm_tdp_mmu_map()")
+        if self.vm.tdx and self.private:
+            return self.n if Aug(self, self.vm.tdx).run() else 0
         if self.level() == PG_4K:
             self.vm.mmu.install(self.gfn, self.n, self.pfn, False)
             return self.n
@@ -120,14 +124,17 @@ class Fault:
         return 1
 
 
-def run_fault(vm: Vm, vcpu: int, gfn: int, n: int, private: bool, write: bool, code: Npf) -> tuple[str, int]:
+def run_fault(
+    vm: Vm, vcpu: int, gfn: int, n: int, private: bool, write: bool, code: int, kind: str = ""
+) -> tuple[str, int]:
     """One nested fault (or `n` alike): RETRY or DONE, and how many pages it dealt with.
 
     Raises MemoryFaultExit or MmioExit for what goes to userspace, VmErrno if KVM_RUN fails.
     """
     fault = Fault(vm, vm.new_thread(f"vCPU {vcpu}"), gfn, n, private, write)
     taken, answer = 1, DONE
-    kind = "npf-rmp" if code & Npf.RMP else "npf"
+    rmp = vm.has_rmp and bool(code & Npf.RMP)
+    kind = kind or ("npf-rmp" if rmp else "npf")
     event = vm.log.add(kind, "private" if private else "shared", gfn, 1, int(code))
     try:
         for row in vm.rows("fault", private):
@@ -138,14 +145,17 @@ def run_fault(vm: Vm, vcpu: int, gfn: int, n: int, private: bool, write: bool, c
                 fault.thread.unwind()
                 break
             if row.call == "kvm_tdp_mmu_map":
-                taken = fault.install()
+                if not (taken := fault.install()):
+                    taken, answer = 1, RETRY
+                    fault.thread.unwind()
+                    break
             else:
                 _row(fault, row)
         fault.thread.leave("enters the guest")
     finally:
         vm.log.amend(event, taken)
-    if code & Npf.RMP:
-        rmpfault.handle(vm, fault.thread, gfn, code)
+    if rmp:
+        rmpfault.handle(vm, fault.thread, gfn, Npf(code))
     return answer, fault.n
 
 
@@ -165,7 +175,7 @@ def _row(fault: Fault, row: Row) -> None:
             thread.drop(row.lock)
         else:
             thread.take(row.lock, shared=row.call == "read_lock" or row.call.endswith("_shared"))
-    elif vm.has_rmp:
+    elif vm.has_rmp or (vm.tdx and row.call in DIRECTMAP):
         slot = fault.slot or fault.find_slot()
         if slot.gmem is not None:
             pfn = slot.private_pfn(fault.gfn)

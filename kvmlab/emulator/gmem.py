@@ -89,7 +89,7 @@ class GuestMemfd:
         held.take("mmu_lock")
         for lo, hi in bound:
             vm.mmu.begin((lo, hi))
-            if vm.mmu.zap(lo, hi):
+            if vm.zap(held, lo, hi, shared=vm.in_place, private=True):
                 vm.mmu.flush()
         held.drop("mmu_lock")
         self.free(start, end)
@@ -107,7 +107,8 @@ class GuestMemfd:
             for head in {lo - lo % 512, hi - hi % 512}:
                 empty = not self.present[head : head + 512].any()
                 (self.broken.discard if empty else self.broken.add)(head)
-            self.vm.memory.zero(self.base + lo, hi - lo)
+            if not self.vm.tdx:  # there a page is cleared when it is taken again
+                self.vm.memory.zero(self.base + lo, hi - lo)
             self.vm.log.add("gmem-free", page=self.base + lo, times=hi - lo)
             self.vm.leaked |= kept
 
@@ -121,8 +122,18 @@ class GuestMemfd:
         new = n - int(np.count_nonzero(self.present[start : start + n]))
         if new:
             self.vm.fail_allocation()
+            if self.vm.tdx:
+                self._clear_highpage(start, n)
             self.present[start : start + n] = 1
             self.vm.log.add("gmem-alloc", page=self.base + start, times=new)
+
+    def _clear_highpage(self, start: int, n: int) -> None:
+        """Zero the new ones of `n` pages, through the direct map, with the host's KeyID."""
+        assert self.vm.tdx is not None
+        for lo, hi in runs(self.present[start : start + n] == 0, 0, n):
+            pfn = self.base + start + lo
+            self.vm.tdx.oops_if_absent(np.arange(pfn, pfn + hi - lo, dtype=np.uint32), "clear_highpage()")
+            self.vm.memory.zero(pfn, hi - lo)
 
     def _whole_folios(self, start: int, n: int) -> tuple[int, int]:
         """With 2M folios, an allocation in an empty 2M of the file takes all of it."""

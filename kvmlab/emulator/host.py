@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..hw import snp
 from ..hw.snp import PG_2M, PG_4K
 from .caches import CachedMemory
@@ -11,6 +13,7 @@ from .events import KernelBug, RmpFault, SigBus, VmError
 from .gmem import pagewise, runs
 from .memory import PAGE
 from .slots import MemSlot
+from .tdx_memory import TdMemory
 
 if TYPE_CHECKING:
     from .vm import Vm
@@ -62,7 +65,7 @@ class Host:
             thread = vm.new_thread("MMU notifier")
             thread.take("mmu_lock")
             vm.mmu.begin((lo, hi))
-            if vm.mmu.zap(lo, hi):
+            if vm.zap(thread, lo, hi, shared=True, private=False):
                 vm.mmu.flush()
             vm.mmu.end()
             thread.drop("mmu_lock")
@@ -90,6 +93,16 @@ class Host:
             raise RmpFault(pfn, f"{where}; snp_dump_hva_rmpentry(), then the oops")
         self.vm.memory.write(pfn, 0, data)
 
+    def partial_write(self, pfn: int, data: bytes, offset: int = 0) -> None:
+        """Less than a line at the memory controller (MOVNTI, an uncached mapping, a device): tdx's erratum.
+
+        VmError on platforms where nothing is special about it.
+        """
+        if self.vm.tdx is None:
+            raise VmError("partial writes matter on tdx only")
+        self.vm.tdx.oops_if_absent(np.array([pfn], np.uint32), "a write")
+        self.vm.tdx.memory.partial_write(pfn, offset, data)
+
     def directmap_read(self, pfn: int, n: int = PAGE) -> bytes:
         """A kernel load through the direct map: raw bytes, no RMP check."""
         if self.vm.directmap.absent[pfn]:
@@ -101,10 +114,12 @@ class Host:
 
         How many there were; VmError unless the Vm has `caches=True`.
         """
-        memory = self.vm.memory
+        memory, key = self.vm.memory, self.vm.key
+        if isinstance(memory, TdMemory) and memory.caches:
+            return memory.evict(pfn, memory.hkid if private else 0)
         if not isinstance(memory, CachedMemory):
             raise VmError("this Vm keeps its caches coherent: Vm(..., caches=True)")
-        return memory.evict(pfn, self.vm.key if private and self.vm.encrypts else 0)
+        return memory.evict(pfn, key if private and self.vm.encrypts else 0)
 
     def _check(self, pfn: int, large: bool) -> str:
         return snp.host_access(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..design import Row
 from ..hw.snp import Rmpupdate
 from .events import PlatformError, VmErrno
+from .faults import DIRECTMAP
 from .gmem import runs
 from .lpage import hull, update_mixed
 from .memory import PAGE
@@ -114,7 +115,7 @@ class SetAttributes:
             return None  # no memslot, no mmu_lock, no invalidation
         elif row.call in MMU_ROWS:
             self._mmu(row)
-        elif row.call in RMP_ROWS and self.vm.has_rmp:
+        elif row.call in RMP_ROWS and (self.vm.has_rmp or (self.vm.tdx and row.call in DIRECTMAP)):
             for slot, lo, hi in self._done():
                 self._platform(row, slot, lo, hi)
         return None
@@ -161,7 +162,7 @@ class SetAttributes:
             mmu.end()
         elif row.call == "kvm_unmap_gfn_range":
             for _, lo, hi in self._done():
-                self.flush |= mmu.zap(lo, hi)
+                self.flush |= vm.zap(self.thread, lo, hi, shared=self.private, private=not self.private)
         elif row.call == "kvm_flush_remote_tlbs":
             mmu.flush()
             self.flush = False

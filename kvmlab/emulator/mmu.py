@@ -7,6 +7,7 @@ dictionary with FIFO replacement: `entries` is a model's number, not a processor
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -120,6 +121,7 @@ class Mmu:
         self.seq = self.in_progress = 0
         self.root = 0  # kvm_mmu_zap_all_fast() makes it obsolete when a memslot goes
         self.window: tuple[int, int] | None = None
+        self.everybody_out: Callable[[], None] | None = None  # what a flush does to vCPUs, where that matters
 
     def leaves(self, lo: int, hi: int) -> U32:
         """The NPT leaves of gfns [lo, hi), as a view."""
@@ -177,6 +179,8 @@ class Mmu:
         """kvm_flush_remote_tlbs(): one IPI a vCPU, counted as if every vCPU were in the guest."""
         self.log.add("flush")
         self.log.counters["ipi"] += len(self.tlbs)
+        if self.everybody_out:
+            self.everybody_out()
         for tlb in self.tlbs:
             tlb.leaves.clear()
 

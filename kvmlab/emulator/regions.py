@@ -76,10 +76,19 @@ def delete(vm: Vm, as_id: int, number: int) -> None:
     """
     slot = vm.address_spaces[as_id].remove(number)
     vm.mmu.root += 1
-    if as_id == 0 and vm.mmu.zap(slot.base, slot.end):
-        vm.mmu.flush()
+    if as_id == 0:
+        _zap(vm, slot)
     if slot.gmem:
         slot.gmem.unbind(slot)
+
+
+def _zap(vm: Vm, slot: MemSlot) -> None:
+    """Both kinds go with the memslot."""
+    thread = vm.new_thread("memslot deletion")
+    thread.take("mmu_lock")
+    if vm.zap(thread, slot.base, slot.end, shared=True, private=True):
+        vm.mmu.flush()
+    thread.drop("mmu_lock")
 
 
 def _check(vm: Vm, as_id: int, number: int, gpa: int, size: int, flags: int) -> None:

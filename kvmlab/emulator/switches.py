@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..design import Design
 from ..machine import Switches
 
-PLATFORMS = ("snp", "sev", "sw")  # those of the explorer that are emulated
+PLATFORMS = ("snp", "tdx", "sev", "sw")
 BACKINGS = ("split", "in-place")
 
 
@@ -22,6 +22,10 @@ class VmSwitches(Switches):
     a punch that got in between (acafcf32c83e, 211606532680: 2026), else it warns.
     `guest_flushes_caches`, `free_flushes_caches`: the guest's flush at a conversion, and sev_gmem_invalidate()'s;
     both matter only with `Vm(caches=True)`.
+    tdx: `sept_ve_disable`: the TD attribute; without it an unaccepted page is a #VE in the guest.
+    `pending_is_shutdown`: such a touch is KVM_EXIT_SHUTDOWN (2026), not kvm_vm_dead().  `eagain_is_retry`: EAGAIN
+    from userspace is a RETRY of MapGPA (2026), and what is neither EAGAIN nor EINVAL ends KVM_RUN.
+    `seam_machine_check`: the CPU reports a machine check in SEAM mode so that the host survives it.
     """
 
     head_4k_over_2m: bool = False
@@ -30,6 +34,10 @@ class VmSwitches(Switches):
     unassigned_is_benign: bool = False
     guest_flushes_caches: bool = True
     free_flushes_caches: bool = True
+    sept_ve_disable: bool = True
+    pending_is_shutdown: bool = False
+    eagain_is_retry: bool = False
+    seam_machine_check: bool = True
 
 
 def check(platform: str, backing: str, design: Design) -> None:

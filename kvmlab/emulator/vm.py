@@ -25,6 +25,8 @@ from .rmp import Rmp
 from .sev import DirectMap, Sev
 from .slots import GUEST_MEMFD, MemSlot, MemSlots, UserMemory
 from .switches import VmSwitches, check
+from .tdx_kvm import BUSY, TdxKvm
+from .tdx_zap import Zap
 from .vmm import Policy, Vmm
 
 GUEST_KEY = 0x5EED  # of the stand-in cipher; 0 is "in clear"
@@ -33,10 +35,11 @@ GUEST_KEY = 0x5EED  # of the stand-in cipher; 0 is "in clear"
 class Vm:
     """One VM: `pages` of guest memory from gpa 0, or the memslots `slots` given as (gpa, size in bytes).
 
-    `platform`: snp, sev or sw.  `design`: a Design, the name of one that ships, or a file.  `backing`: split or
+    `platform`: snp, tdx, sev or sw.  `design`: a Design, the name of one that ships, or a file.  `backing`: split or
     in-place (default: the design's).  `vmm`: convert, rerun, kill, or a function of the MemoryFaultExit;
     `discard`: none, before, after.  `shared_2m`, `private_2m`: whether either backing comes in 2M pages.
     `caches`: writes stay in cache lines tagged with the C-bit until they are flushed or evicted (default: coherent).
+    `zap_batch`: tdx: how many private leaves one TRACK and one kick serve (merged: 1).
     ValueError for words that do not exist; what goes wrong later is in `kvmlab.emulator.events`.
     """
 
@@ -45,13 +48,13 @@ class Vm:
         backing: str | None = None, slots: Sequence[tuple[int, int]] | None = None, vmm: Policy = "convert", *,
         discard: str = "none", vcpus: int = 1, private: bool = False, shared_2m: bool = False,
         private_2m: bool = False, switches: VmSwitches | None = None, tlb_entries: int = 128,
-        keep_events: int = 100_000, caches: bool = False,
+        keep_events: int = 100_000, caches: bool = False, zap_batch: int = 1,
     ) -> None:  # fmt: skip
         self.design = design if isinstance(design, Design) else Design.load(design)
         backing = backing or self.design.backing or "split"
         check(platform, backing, self.design)
         self.platform, self.backing, self.switches = platform, backing, switches or VmSwitches()
-        self.has_rmp, self.encrypts = platform == "snp", platform in ("snp", "sev")
+        self.has_rmp, self.encrypts = platform == "snp", platform in ("snp", "sev", "tdx")
         self.in_place = backing == "in-place"
         self.shared_2m, self.private_2m = shared_2m, private_2m
         self.supported_attributes, self.hypercall_exits, self.key = PRIVATE, True, GUEST_KEY
@@ -61,6 +64,10 @@ class Vm:
         self.failures: dict[str, int] = {}
         self.threads: list[Thread] = []
         self.leaked: set[int] = set()
+        self.pending: Callable[[], bool] | None = None
+        self.zap_batch = max(1, zap_batch)
+        self.tdx: TdxKvm | None = None
+        self._next_pfn, self.page_table = 512, PageTable(private)
         self.log, self.memory = Log(keep_events), CachedMemory() if caches else PhysicalMemory()
         self.rmp = Rmp(self.switches.identical_keeps_validated, self.switches.head_4k_over_2m)
         self.directmap = DirectMap()
@@ -68,7 +75,9 @@ class Vm:
         self.mmu = Mmu(self.log, vcpus, tlb_entries)
         self.sev, self.host, self.vmm = Sev(self), Host(self), Vmm(self, vmm, discard)
         self._spaces = (MemSlots(), MemSlots())
-        self._next_pfn, self.page_table = 512, PageTable(private)
+        if platform == "tdx":
+            self.tdx = TdxKvm(self, vcpus, tlb_entries, caches)
+            self.memory, self.mmu.everybody_out = self.tdx.memory, self.tdx.everybody_out
         self._rows: dict[tuple[str, bool], tuple[Row, ...]] = {}
         self._populate(pages, slots, private)
 
@@ -143,6 +152,8 @@ class Vm:
         self, gpa: int | None, size: int, private: bool, *, flags: int = 0, attributes: int | None = None
     ) -> Remainder:
         """KVM_SET_MEMORY_ATTRIBUTES, or its guest_memfd form if the design locks that; VmErrno as KVM gives."""
+        if self.tdx:
+            self.tdx.check_alive()
         value = attributes if attributes is not None else PRIVATE * private
         check_input(self, gpa, size, value, flags)
         start, end = (gpa or 0) // PAGE, ((gpa or 0) + size) // PAGE
@@ -182,16 +193,15 @@ class Vm:
     def fail(self, what: str, at: int = 0, code: Rmpupdate = Rmpupdate.FAIL_PERMISSION) -> None:
         """Inject one failure: "xa_store", "xa_reserve" (at index `at`), "gmem_alloc", or "rmpupdate" (at PFN `at`).
 
-        A failing RMPUPDATE goes on failing at that PFN until `repair()`.
+        A failing RMPUPDATE goes on failing at that PFN until `repair()`.  tdx: the name of a leaf, as
+        "TDH.MEM.TRACK": its next call answers TDX_OPERAND_BUSY.
         """
         if what == "rmpupdate":
             self.rmp.failures[at] = code
-        elif what in ("xa_store", "xa_reserve", "gmem_alloc"):
+        elif what in (words := ["xa_store", "xa_reserve", "gmem_alloc", *(BUSY if self.tdx else ())]):
             self.failures[what] = at
         else:
-            raise ValueError(
-                f"cannot inject {what!r}; there are: xa_store, xa_reserve, gmem_alloc, rmpupdate"
-            )
+            raise ValueError(f"cannot inject {what!r}; there are: {', '.join(words)}, rmpupdate")
 
     def repair(self) -> None:
         """Take back every injected failure."""
@@ -265,7 +275,29 @@ class Vm:
         self._next_pfn += n + -n % 512
         self.rmp.grow(self._next_pfn)
         self.directmap.grow(self._next_pfn)
+        if self.tdx:
+            self.tdx.grow(self._next_pfn)
         return base
+
+    def zap(self, thread: Thread, lo: int, hi: int, *, shared: bool, private: bool) -> bool:
+        """kvm_unmap_gfn_range(): whether anything was mapped.  tdx has a root a kind; elsewhere there is one."""
+        if self.tdx is None:
+            return self.mmu.zap(lo, hi)
+        found = self.mmu.zap(lo, hi) if shared else False
+        return (Zap(self, self.tdx, thread).range(lo, hi) if private else False) or found
+
+    def load(self, pfn: int, offset: int, n: int, enc: bool) -> bytes:
+        """Bytes of one page as the guest reads them, with its key or without."""
+        if self.tdx:
+            return self.tdx.memory.read(pfn, offset, n, self.tdx.memory.hkid if enc else 0, "TD")
+        return self.memory.read(pfn, offset, n, self.key if enc and self.encrypts else 0)
+
+    def store(self, pfn: int, offset: int, data: bytes, enc: bool) -> None:
+        """Bytes of one page as the guest writes them."""
+        if self.tdx:
+            self.tdx.memory.write(pfn, offset, data, self.tdx.memory.hkid if enc else 0, "TD")
+        else:
+            self.memory.write(pfn, offset, data, self.key if enc and self.encrypts else 0)
 
     def backing_pfn(self, slot: MemSlot, gfn: int, private: bool) -> int:
         """The PFN behind a gfn: two of them when split, one in-place."""

@@ -55,22 +55,21 @@ def drop_translation(s: View, cpu: str, gfn: int) -> None:
     s.tlb[cpu, gfn] = None
 
 
-def kvm_flush_remote_tlbs(s: View, me: str) -> None:
+def kvm_flush_remote_tlbs(s: View, me: str) -> str | None:
     """Drop every vCPU's translations (tdx: the shared ones; see kvm/tdx.py)."""
     if s.conf.tdx:
-        tdx.kvm_flush_remote_tlbs(s, me)
-        return
+        return tdx.kvm_flush_remote_tlbs(s, me)
     for where in s.tlb:
         s.tlb[where] = None
     for cpu in s.conf.vcpus if s.conf.folio_2m else ():
         s.tlb_2m[cpu] = False
+    return None
 
 
 def tdp_mmu_yields(s: View, me: str) -> str | None:
-    """Between two gfns the zap may yield (tdp_mmu_iter_cond_resched()): flush what is pending, drop the lock."""
+    """Between two gfns the zap may yield (tdp_mmu_iter_cond_resched()): flush, drop the lock, take it again."""
     if not s.choose((False, True)):
         return "skip"
-    kvm_flush_remote_tlbs(s, me)
     s.say("yields mmu_lock")
     return None
 

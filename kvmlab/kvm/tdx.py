@@ -23,26 +23,49 @@ INSIDE = ("td", "entering", "accepting")  # modes in which the module counts a v
 # Leaving the TD.
 
 
-def kick(s: View) -> None:
-    """KVM_REQ_OUTSIDE_GUEST_MODE: wait until every vCPU has left; one inside a module call ends it first."""
-    s.wait(not any(s.mode[cpu] in ("entering", "accepting") for cpu in s.conf.vcpus))
+def kick(s: View, me: str) -> bool:
+    """KVM_REQ_OUTSIDE_GUEST_MODE: every vCPU leaves once; whether all have by now, else call it again.
+
+    A vCPU inside VP.ENTER or ACCEPT ends that first, and leaves at once.  It may come back while others are
+    still awaited.
+    """
+    if s.kicker == me:
+        s.wait(not any(s.kicked[cpu] for cpu in s.conf.vcpus))
+        s.kicker = None
+        return True
+    s.wait(s.kicker is None)
     for cpu in s.conf.vcpus:
         if s.mode[cpu] == "td":
             s.mode[cpu] = "host"
+        elif s.mode[cpu] in ("entering", "accepting"):
+            s.kicked[cpu], s.kicker = True, me
+    if s.kicker == me:
+        s.say("[waits for a vCPU inside a module call]")
+        return False
+    return True
 
 
-def kvm_make_all_cpus_request(s: View, me: str) -> None:
+def answers_kick(s: View, me: str) -> None:
+    """A vCPU that has ended its module call: in the TD, or out again at once if it was kicked meanwhile."""
+    s.mode[me] = "td"
+    if s.kicked[me]:
+        s.kicked[me], s.mode[me] = False, "host"
+        s.say("[kicked out]")
+
+
+def kvm_make_all_cpus_request(s: View, me: str) -> str | None:
     """The kick that waits: no step of it sleeps, so it may stand under mmu_lock."""
-    kick(s)
+    if not kick(s, me):
+        return "again"
     s.count("kicks")
+    return None
 
 
-def kvm_flush_remote_tlbs(s: View, me: str) -> None:
+def kvm_flush_remote_tlbs(s: View, me: str) -> str | None:
     """Every vCPU leaves and drops its shared translations before it enters again; it is no TRACK."""
-    kick(s)
-    s.count("kicks")
     for where in s.tlb:
         s.tlb[where] = None
+    return kvm_make_all_cpus_request(s, me)
 
 
 # The module's answers.
@@ -159,11 +182,10 @@ def zap_seamcall(s: View, me: str, gfn: int, call: str, if_busy: str) -> str | N
     return None
 
 
-def stop_vcpus(s: View, me: str) -> None:
+def stop_vcpus(s: View, me: str) -> str | None:
     """tdh_do_no_vcpus() after a busy answer: wait_for_sept_zap, and a kick; nobody enters until it is done."""
-    kick(s)
-    s.count("kicks")
     s.wait_for_sept_zap = True
+    return kvm_make_all_cpus_request(s, me)
 
 
 def let_vcpus(s: View, me: str) -> None:

@@ -8,7 +8,9 @@ Greys fit a light and a dark page alike, for an <img> knows nothing of the page'
 from __future__ import annotations
 
 from base64 import b64encode
+from functools import lru_cache
 from html import escape
+from pathlib import Path
 from typing import NamedTuple
 
 from ..hw import tdx_sept
@@ -73,23 +75,26 @@ def before_finalize() -> str:
     return ", ".join(f"{_short(e.leaf)} {e.before} -> {e.after}" for e in early)
 
 
-def picture(at: At, last: Click | None = None) -> str:
-    """The whole drawing with the machine at `at`, after the click `last`: one <svg> element."""
-    said = {
+def picture(at: At) -> str:
+    """The whole drawing with the machine at `at`: one <svg> element."""
+    where = " ".join(f'data-{name}="{escape(value)}"' for name, value in data(at).items())
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="kvmlab-sept-picture" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'role="img" aria-label="{escape(describe(at))}" {where}><style>{_style()}</style>{_heads()}'
+        f"{_regions()}{''.join(map(_edge, edges()))}{''.join(map(_box, ENTRY_STATES))}{_epochs()}</svg>"
+    )
+
+
+def data(at: At) -> dict[str, str]:
+    """Where the machine is, as the root's data-* attributes."""
+    return {
         "at": at.entry,
         "bepoch": at.bepoch or "none",
         "vcpu": at.vcpu,
         "inside": "yes" if at.inside else "no",
         "cached": "yes" if at.cached else "no",
         "tracked": "yes" if at.tracked else "no",
-        "last": last or "",
     }
-    data = " ".join(f'data-{name}="{escape(str(value))}"' for name, value in said.items())
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="kvmlab-sept-picture" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'role="img" aria-label="{escape(describe(at))}" {data}><style>{_style()}</style>{_heads()}'
-        f"{_regions()}{''.join(map(_edge, edges()))}{''.join(map(_box, ENTRY_STATES))}{_epochs()}</svg>"
-    )
 
 
 def describe(at: At) -> str:
@@ -102,9 +107,9 @@ def describe(at: At) -> str:
     )
 
 
-def image(at: At, last: Click | None = None) -> str:
+def image(at: At) -> str:
     """The drawing as a data: URI, which survives where <svg> does not."""
-    return "data:image/svg+xml;base64," + b64encode(picture(at, last).encode()).decode()
+    return "data:image/svg+xml;base64," + b64encode(picture(at).encode()).decode()
 
 
 def _short(leaf: Leaf) -> str:
@@ -114,11 +119,12 @@ def _short(leaf: Leaf) -> str:
 def _heads() -> str:
     """Arrow heads; one for each colour, since a marker does not take its line's."""
     heads = (("quiet", "var(--s-line)"), ("open", BLUE), ("shut", VERMILLION))
-    return "<defs>" + "".join(
+    markers = (
         f'<marker id="kvmlab-sept-{name}" viewBox="0 0 8 8" refX="6.5" refY="4" markerWidth="8" markerHeight="8" '
         f'markerUnits="userSpaceOnUse" orient="auto"><path d="M0 0L8 4L0 8z" fill="{colour}"/></marker>'
         for name, colour in heads
-    ) + "</defs>"
+    )
+    return f"<defs>{''.join(markers)}</defs>"
 
 
 def _regions() -> str:
@@ -133,17 +139,19 @@ def _regions() -> str:
 def _box(state: State) -> str:
     x, y = PLACES[state]
     found = tdx_sept.access(state)
+    left, top = x - BOX_WIDTH // 2, y - BOX_HEIGHT // 2
     return (
-        f'<g class="box" data-state="{state}"><rect x="{x - BOX_WIDTH // 2}" y="{y - BOX_HEIGHT // 2}" width="{BOX_WIDTH}" '
-        f'height="{BOX_HEIGHT}" rx="8"/><text class="name" x="{x}" y="{y - 3}">{state}</text>'
+        f'<g class="box" data-state="{state}">'
+        f'<rect x="{left}" y="{top}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="8"/>'
+        f'<text class="name" x="{x}" y="{y - 3}">{state}</text>'
         f'<text class="note" x="{x}" y="{y + 15}">access: {found}</text></g>'
     )
 
 
 def _edge(edge: Edge) -> str:
     path, x, y, anchor = ROUTES[edge.before, edge.after]
-    beside = anchor != "middle"
-    more = f'<tspan x="{x}" dy="15" class="note">once tracked</tspan>' if beside else '<tspan class="note"> once tracked</tspan>'
+    place, gap = ("", " ") if anchor == "middle" else (f' x="{x}" dy="15"', "")
+    more = f'<tspan class="note"{place}>{gap}once tracked</tspan>'
     name = _short(edge.leaf)
     return (
         f'<g class="edge{" tracked" if edge.tracked else ""}" data-from="{edge.before}" data-leaf="{name}">'
@@ -155,7 +163,7 @@ def _edge(edge: Edge) -> str:
 def _epochs() -> str:
     """Three epochs in a row; the BEPOCH of the page stands above, the vCPU's below."""
     slots = "".join(
-        f'<path d="M{x} {LINE_Y - 5}v10"/><text class="note" x="{x}" y="{LINE_Y + 4}" dy="18">{_SLOT_NAMES[age]}</text>'
+        f'<path d="M{x} {LINE_Y - 5}v10"/><text class="note" x="{x}" y="{LINE_Y + 22}">{_SLOT_NAMES[age]}</text>'
         for age, x in SLOTS.items()
     )
     return (
@@ -163,7 +171,7 @@ def _epochs() -> str:
         f'<text class="side" x="14" y="{LINE_Y - 20}">page blocked in (PAMT.BEPOCH)</text>'
         f'<text class="side" x="14" y="{LINE_Y + 44}">vCPU entered in (VCPU_EPOCH)</text>'
         f'<g class="bepoch"><path d="M-6 {LINE_Y - 16}h12l-6 9z"/><text x="0" y="{LINE_Y - 22}">BEPOCH</text></g>'
-        f'<g class="vcpu"><circle cx="-24" cy="{LINE_Y + 39}" r="6"/><text x="-12" y="{LINE_Y + 44}">'
+        f'<g class="vcpu"><circle cx="-28" cy="{LINE_Y + 39}" r="6"/><text x="-16" y="{LINE_Y + 44}">'
         '<tspan class="in">inside</tspan><tspan class="out">outside</tspan></text></g>'
         f'<g class="verdict"><text x="742" y="{LINE_Y - 20}" class="yes">tracked: REMOVE may go</text>'
         f'<text x="742" y="{LINE_Y - 20}" class="no">not tracked yet</text>'
@@ -171,35 +179,23 @@ def _epochs() -> str:
     )
 
 
+@lru_cache(maxsize=1)
 def _style() -> str:
-    """What the root's attributes say, as rules."""
-    me = ".kvmlab-sept-picture"
-    rules = [
-        f"{me}{{--s-ink:#7b8089;--s-line:#8d929b;font-family:system-ui,sans-serif;font-size:13px}}",
-        f"{me} text{{fill:var(--s-ink)}}{me} .note{{font-size:12px;font-family:system-ui,sans-serif;font-weight:400}}",
-        f"{me} .region rect{{fill:none;stroke:var(--s-line);stroke-dasharray:2 5}}{me} .region text{{font-size:12px}}",
-        f"{me} .box rect{{fill:#7f7f7f24;stroke:var(--s-line)}}{me} .box text{{text-anchor:middle}}",
-        f"{me} .name{{font-weight:600;letter-spacing:.02em}}",
-        f"{me} .edge path{{fill:none;stroke:var(--s-line);stroke-width:1.5;marker-end:url(#kvmlab-sept-quiet)}}",
-        f"{me} .edge text{{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:12px}}",
-        f"{me} .epochs path{{stroke:var(--s-line);fill:none}}{me} .epochs .note{{text-anchor:middle}}",
-        f"{me} .bepoch path{{fill:{VERMILLION};stroke:none}}{me} .bepoch text{{text-anchor:middle;font-size:12px;font-weight:600}}",
-        f"{me} .vcpu circle{{fill:none;stroke:{GREEN};stroke-width:2}}{me} .vcpu text{{font-weight:600;font-size:12px}}",
-        f'{me}[data-inside="yes"] .vcpu circle{{fill:{GREEN}}}',
-        f'{me}[data-inside="yes"] .out,{me}[data-inside="no"] .in{{display:none}}',
-        f'{me}[data-bepoch="none"] .bepoch,{me}[data-bepoch="none"] .yes,{me}[data-tracked="yes"] .no,'
-        f'{me}[data-tracked="no"] .yes,{me}[data-cached="no"] .tlb{{display:none}}',
-        f"{me} .yes,{me} .no{{font-weight:600}}",
-    ]
-    for name, x in SLOTS.items():
-        rules.append(f'{me}[data-bepoch="{name}"] .bepoch,{me}[data-vcpu="{name}"] .vcpu{{transform:translateX({x}px)}}')
+    """What the root's attributes say, as rules; those that depend on places and states are made here."""
+    text = (Path(__file__).parent / "sept_picture.css").read_text(encoding="utf-8").partition("*/")[2]
+    rules = [text.replace("VERMILLION", VERMILLION).replace("GREEN", GREEN)]
+    for age, x in SLOTS.items():
+        rules.append(
+            f'&[data-bepoch="{age}"] .bepoch,&[data-vcpu="{age}"] .vcpu{{transform:translateX({x}px)}}'
+        )
+    rules.append(f'&[data-bepoch="none"] .bepoch{{transform:translateX({SLOTS[Age.NOW]}px)}}')  # it appears there
     for state in ENTRY_STATES:
-        here = f'{me}[data-at="{state}"]'
+        here, mine = f'&[data-at="{state}"]', f'[data-from="{state}"]'
         rules += [
-            f'{here} [data-state="{state}"] rect{{fill:{BLUE};stroke:{BLUE}}}{here} [data-state="{state}"] text{{fill:#fff}}',
-            f'{here} [data-from="{state}"] path{{stroke:{BLUE};stroke-width:2.5;marker-end:url(#kvmlab-sept-open)}}',
-            f'{here} [data-from="{state}"] text{{font-weight:600}}',
-            f'{here}[data-tracked="no"] .tracked[data-from="{state}"] path{{stroke:{VERMILLION};stroke-dasharray:4 4;'
+            f'{here} [data-state="{state}"] rect{{fill:{BLUE};stroke:{BLUE}}}',
+            f'{here} [data-state="{state}"] text{{fill:#fff}}{here} {mine} text{{font-weight:600}}',
+            f"{here} {mine} path{{stroke:{BLUE};stroke-width:2.5;marker-end:url(#kvmlab-sept-open)}}",
+            f'{here}[data-tracked="no"] .tracked{mine} path{{stroke:{VERMILLION};stroke-dasharray:4 4;'
             "marker-end:url(#kvmlab-sept-shut)}",
         ]
-    return "".join(rules)
+    return " ".join("".join(rules).replace("&", ".kvmlab-sept-picture").split())

@@ -18,7 +18,7 @@ from ..hw.tdx_td import Lifecycle, OpState
 from ..hw.tdx_tlb import Age
 from ..scenario import InputError
 
-ENTRY_STATES = tuple(state for state in State if state not in tdx_sept.TABLES)
+ENTRY_STATES = (State.FREE, State.PENDING, State.MAPPED, State.BLOCKED, State.PENDING_BLOCKED)
 
 
 class Click(StrEnum):
@@ -123,7 +123,9 @@ def possible(at: At, click: Click) -> bool:
 def answer(at: At, click: Click) -> Answer:
     """What comes of a click; InputError for one that is not possible."""
     if not possible(at, click):
-        raise InputError(f"{click}: the vCPU is {'inside already' if at.inside else 'outside: VP.ENTER first'}")
+        raise InputError(
+            f"{click}: the vCPU is {'inside already' if at.inside else 'outside: VP.ENTER first'}"
+        )
     if click == Click.KICK:
         return Answer(click, None, "the vCPU leaves the TD", at._replace(inside=False))
     if click == Click.ACCESS:
@@ -143,7 +145,9 @@ def answer(at: At, click: Click) -> Answer:
 
 
 def _finalize(at: At) -> Answer:
-    return Answer(Click.FINALIZE, 0, "the TD may run: tracking counts now", at._replace(op_state=OpState.RUNNABLE))
+    return Answer(
+        Click.FINALIZE, 0, "the TD may run: tracking counts now", at._replace(op_state=OpState.RUNNABLE)
+    )
 
 
 def _track(at: At) -> Answer:
@@ -158,7 +162,9 @@ def _track(at: At) -> Answer:
 def _enter(at: At) -> Answer:
     epoch, flushes = tdx_tlb.enter_age(at.vcpu)
     said = "inside; a new epoch, so its translations are dropped first" if flushes else "inside"
-    return Answer(Click.ENTER, None, said, at._replace(inside=True, vcpu=epoch, cached=at.cached and not flushes))
+    return Answer(
+        Click.ENTER, None, said, at._replace(inside=True, vcpu=epoch, cached=at.cached and not flushes)
+    )
 
 
 _SPECIAL = {Click.FINALIZE: _finalize, Click.TRACK: _track, Click.ENTER: _enter}

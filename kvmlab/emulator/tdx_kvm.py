@@ -1,0 +1,243 @@
+"""KVM's side of one TD: its vCPUs inside and outside, the kick, SEAMCALLs with their busy answers, the mirror.
+
+A vCPU that has run stays in the TD until something makes it leave, as one that goes on running would; so whether a
+design kicks matters.  A kick that meets a vCPU in the middle of VP.ENTER or ACCEPT (`vm.on_point` runs there, the
+module's lock held) ends that first.  From arch/x86/kvm/vmx/tdx.c and virt/vmx/tdx/tdx.c.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+
+from ..hw import tdx, tdx_lines, tdx_tlb
+from ..hw.tdx import Leaf, Level, Operand, Status
+from .events import GuestSpins, KernelBug, MachineCheck, PlatformError, ShutdownExit, TdxError, VmDead
+from .memory import U8, U32, grown
+from .mmu import Tlb
+from .tdx_memory import TdMemory
+from .tdx_module import TABLE_LEVELS, Done, TdModule
+
+if TYPE_CHECKING:
+    from .vm import Vm
+
+HKID = 17  # a private KeyID; documented example: 16 is the first, and global
+VMFAILINVALID = 0x8000FF00FFFF0000  # Linux's TDX_SEAMCALL_VMFAILINVALID: no module answers
+FROZEN = np.uint32(0xFFFFFFFF)  # FROZEN_SPTE
+OUTSIDE, ENTERING, INSIDE, ACCEPTING = "host", "entering", "td", "accepting"
+BUSY = {  # which lock an injected busy answer names
+    Leaf.SEPT_ADD: Operand.SEPT_TREE, Leaf.PAGE_AUG: Operand.SEPT_TREE, Leaf.RANGE_BLOCK: Operand.SEPT_TREE,
+    Leaf.TRACK: Operand.TD_EPOCH, Leaf.PAGE_REMOVE: Operand.SEPT_TREE, Leaf.ACCEPT: Operand.RCX,
+}  # fmt: skip
+SPIN_LIMIT = 8
+
+
+@dataclass
+class TdVcpu:
+    """One vCPU: where it is, its VCPU_EPOCH, its private translations, and an ACCEPT under way."""
+
+    tlb: Tlb
+    mode: str = OUTSIDE
+    epoch: int = 0
+    accepting: int = -1
+    answer: Done | None = None
+
+
+class TdxKvm:
+    """The TD of one Vm: `module`, `memory`, `vcpus`, the mirror page table, `wait_for_sept_zap`.
+
+    `mirror` holds PFN + 1 by gfn, 0 for none; `mirror_tables` 1 where a table's SPTE is present, 2 where it is
+    frozen.
+    """
+
+    def __init__(self, vm: Vm, vcpus: int, tlb_entries: int, caches: bool) -> None:
+        self.vm, self.log = vm, vm.log
+        switches = vm.switches
+        self.memory = TdMemory(
+            HKID, caches=caches, integrity=switches.integrity, erratum=switches.partial_write_erratum
+        )
+        self.memory.consumed = self._machine_check
+        self.module = TdModule(self.memory, vm.new_pfns)
+        self.vcpus = [TdVcpu(Tlb(tlb_entries)) for _ in range(vcpus)]
+        self.mirror: U32 = np.zeros(0, np.uint32)
+        self.mirror_tables: dict[Level, U8] = {level: np.zeros(0, np.uint8) for level in TABLE_LEVELS}
+        self.wait_for_sept_zap, self.dead = False, ""
+
+    def grow(self, pfns: int) -> None:
+        """Make room for PFNs below `pfns`."""
+        self.memory.grow(pfns)
+        self.module.grow(pfns)
+
+    def mirror_of(self, lo: int, hi: int) -> U32:
+        """The mirror leaves of gfns [lo, hi), as a view."""
+        if hi > len(self.mirror):
+            self.mirror = grown(self.mirror, hi)
+        return self.mirror[lo:hi]
+
+    # vCPUs.
+
+    def enter(self, index: int) -> None:
+        """TDH.VP.ENTER, unless the vCPU is inside; VmDead once the VM is."""
+        vcpu = self.vcpus[index]
+        if vcpu.mode == INSIDE:
+            return
+        for _ in range(SPIN_LIMIT):
+            self._enter(vcpu, index)
+            if vcpu.mode == INSIDE:
+                return
+        raise GuestSpins(0, f"vCPU {index} never gets into the TD")
+
+    def _enter(self, vcpu: TdVcpu, index: int) -> None:
+        self.check_alive()
+        if self.wait_for_sept_zap:
+            raise GuestSpins(0, f"vCPU {index} may not enter: wait_for_sept_zap")
+        if self.module.fatal:
+            raise TdxError(Leaf.VP_ENTER, 0, Status.NON_RECOVERABLE_TD_NON_ACCESSIBLE)
+        self.log.add(Leaf.VP_ENTER, f"vCPU {index}")
+        self.module.epochs, vcpu.epoch, flushes = tdx_tlb.enter(self.module.epochs, vcpu.epoch)
+        if flushes:
+            vcpu.tlb.leaves.clear()
+        vcpu.mode = ENTERING
+        self.vm.at_point(Leaf.VP_ENTER)
+        if vcpu.mode == ENTERING:
+            vcpu.mode = INSIDE
+
+    def leave(self, index: int) -> None:
+        """A TD exit; one in the middle of VP.ENTER or ACCEPT ends that first."""
+        vcpu = self.vcpus[index]
+        if vcpu.mode == ACCEPTING:
+            vcpu.answer = self.module.accept(vcpu.accepting, 1)
+        if vcpu.mode != OUTSIDE:
+            vcpu.mode = OUTSIDE
+            self.module.epochs = tdx_tlb.leave(self.module.epochs, vcpu.epoch)
+
+    def everybody_out(self) -> None:
+        """Every vCPU leaves the guest, as it does for a kick or a flush."""
+        for index in range(len(self.vcpus)):
+            self.leave(index)
+
+    def kick(self) -> None:
+        """kvm_make_all_cpus_request(KVM_REQ_OUTSIDE_GUEST_MODE): wait until every vCPU is out; one IPI each."""
+        self.log.add("kick")
+        self.log.counters["kick-ipi"] += len(self.vcpus)
+        self.everybody_out()
+
+    def accept(self, index: int, gfn: int, n: int) -> Done:
+        """TDG.MEM.PAGE.ACCEPT of up to `n` 4K pages by a vCPU that is inside; `vm.on_point` with the lock held."""
+        if self.take_failure(Leaf.ACCEPT):
+            return Done(0, tdx.busy(Operand.RCX))
+        vcpu = self.vcpus[index]
+        if self.vm.on_point is None:
+            if any(other.accepting == gfn for other in self.vcpus):
+                return Done(0, tdx.busy(Operand.RCX))
+            return self.module.accept(gfn, n)
+        vcpu.mode, vcpu.accepting, vcpu.answer = ACCEPTING, gfn, None
+        self.vm.at_point(Leaf.ACCEPT)
+        if vcpu.mode == ACCEPTING:
+            vcpu.mode, vcpu.answer = INSIDE, self.module.accept(gfn, 1)
+        vcpu.accepting = -1
+        assert vcpu.answer is not None
+        return vcpu.answer
+
+    # SEAMCALLs.
+
+    def take_failure(self, leaf: Leaf) -> bool:
+        """Whether a busy answer was injected for this leaf; never while wait_for_sept_zap is set."""
+        return not self.wait_for_sept_zap and self.vm.take_failure(leaf) is not None
+
+    def seamcall(self, leaf: Leaf, gfn: int, n: int = 1, pfn: int = 0) -> Done:
+        """One leaf on `n` gfns in turn, counted and logged; RAX of the first that it refuses."""
+        inside = [v.accepting for v in self.vcpus if gfn < v.accepting < gfn + n]
+        if inside and leaf != Leaf.TRACK:
+            before = self.seamcall(leaf, gfn, min(inside) - gfn, pfn)
+            if before.rax:
+                return before
+            rest = self.seamcall(leaf, gfn + before.n, n - before.n, pfn + before.n)
+            return Done(before.n + rest.n, rest.rax)
+        if self.module.off:
+            done = Done(0, VMFAILINVALID)
+        elif busy := self._locked(leaf, gfn):
+            done = Done(0, busy)
+        else:
+            done = self._call(leaf, gfn, n, pfn)
+        if done.n:
+            self.log.add(leaf, "", gfn, done.n, 0)
+        if done.rax:
+            self.log.add(leaf, tdx.name(done.rax), gfn + done.n, 1, done.rax)
+        return done
+
+    def _locked(self, leaf: Leaf, gfn: int) -> int:
+        """RAX if a lock is taken: by a vCPU in VP.ENTER or ACCEPT, or as injected."""
+        if self.take_failure(leaf):
+            return tdx.busy(BUSY[leaf])
+        if leaf == Leaf.TRACK and any(vcpu.mode == ENTERING for vcpu in self.vcpus):
+            return tdx.busy(Operand.TD_EPOCH)
+        if leaf in BUSY and leaf != Leaf.TRACK and any(vcpu.accepting == gfn for vcpu in self.vcpus):
+            return tdx.busy(Operand.RCX)
+        return 0
+
+    def _call(self, leaf: Leaf, gfn: int, n: int, pfn: int) -> Done:
+        module = self.module
+        if leaf == Leaf.TRACK:
+            rax = module.track()
+            return Done(int(not rax), rax)
+        if leaf == Leaf.PAGE_AUG:
+            return module.aug(gfn, n, pfn)
+        if leaf == Leaf.SEPT_ADD:
+            return Done(*module.sept_add(gfn, n))
+        if leaf == Leaf.RANGE_BLOCK:
+            return module.block(gfn, n)
+        assert leaf == Leaf.PAGE_REMOVE
+        return module.remove(gfn, n)
+
+    def wbinvd(self, pfns: U32) -> None:
+        """TDH.PHYMEM.PAGE.WBINVD of pages; anything but success is a KVM_BUG_ON."""
+        done = Done(0, VMFAILINVALID) if self.module.off else self.module.wbinvd(pfns)
+        if done.n:
+            self.log.add(Leaf.PAGE_WBINVD, "", int(pfns[0]), done.n, 0)
+        if done.rax:
+            self.log.add(Leaf.PAGE_WBINVD, tdx.name(done.rax), int(pfns[done.n]), 1, done.rax)
+            self.bug("tdh_phymem_page_wbinvd", done.rax)
+
+    # Ends.
+
+    def check_alive(self) -> None:
+        """VmDead (EIO) if KVM has given up the VM."""
+        if self.dead:
+            raise VmDead(errno.EIO, f"the VM is dead: {self.dead}")
+
+    def bug(self, call: str, rax: int) -> NoReturn:
+        """KVM_BUG_ON: the VM is dead, and what the call was about leaks."""
+        self.dead = f"KVM_BUG_ON: {call} = {tdx.name(rax)}"
+        self.everybody_out()
+        raise PlatformError(self.dead, rax)
+
+    def pending(self, index: int, gfn: int) -> NoReturn:
+        """A vCPU touched a PENDING page with SEPT_VE_DISABLE (extended qualification 6)."""
+        self.leave(index)
+        code = tdx.Guest.EXIT_PENDING.extended_qualification
+        self.log.add("ept-violation", "PENDING", gfn, 1, code)
+        if self.vm.switches.pending_is_shutdown:
+            raise ShutdownExit(f"KVM_EXIT_SHUTDOWN: guest touched gfn {gfn:#x} without ACCEPT")
+        self.dead = f"guest touched gfn {gfn:#x} without ACCEPT"
+        raise VmDead(errno.EIO, f"KVM_RUN: {self.dead}")
+
+    def _machine_check(self, who: str, pfn: int) -> None:
+        end = tdx_lines.consumed(who, seam_nr=self.vm.switches.seam_machine_check)
+        self.log.add("machine-check", f"{who}: {end}", pfn)
+        if who == "TD":
+            self.module.fatal = True
+            self.everybody_out()
+        elif who == "module":
+            self.module.off = True
+        raise MachineCheck(who, pfn, end)
+
+    def oops_if_absent(self, pfns: U32, what: str) -> None:
+        """The kernel works on pages through its direct map; KernelBug where one is not there."""
+        absent = self.vm.directmap.absent[pfns]
+        if absent.any():
+            pfn = int(pfns[int(absent.argmax())])
+            raise KernelBug(f"oops: {what} of PFN {pfn:#x}, which is not in the direct map")

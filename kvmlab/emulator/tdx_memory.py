@@ -1,0 +1,168 @@
+"""Physical memory under a TD: bytes by 64-byte lines, each with KeyID, poison and what caches hold of it.
+
+Every rule is a function of hw/tdx_lines.py.  A page whose lines are all zeros of one KeyID takes one byte
+(`owner`), so that gigabytes can be accepted and removed; others are kept line by line.  Unless `caches`, a store
+is written back at once, and no order of flushes matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import numpy as np
+
+from ..hw import tdx_lines
+from ..hw.tdx_lines import DATA, HOST, NOISE, POISON, ZERO, ZEROS, Line
+from .memory import PAGE, U8, PhysicalMemory, grown, not_aes_keystream
+
+LINE = 64
+LINES = PAGE // LINE
+CIPHER = 0x5EED00  # the stand-in cipher's key for a KeyID is this plus the KeyID
+
+
+def keystream(keyid: int, pfn: int) -> bytes:
+    """What the stand-in cipher XORs into a page under a KeyID; zeros for KeyID 0."""
+    return not_aes_keystream(CIPHER + keyid, pfn).tobytes() if keyid else bytes(PAGE)
+
+
+class TdMemory(PhysicalMemory):
+    """Memory as its readers get it: by KeyID, and who reads (`who`: "TD", "host" or "module").
+
+    `consumed(who, pfn)` is called when somebody gets poison, and has to raise.  `watched` are PFNs (tables of the
+    secure EPT) of which `suspect` remembers those that somebody wrote to.
+    """
+
+    def __init__(self, hkid: int, *, caches: bool, integrity: bool, erratum: bool) -> None:
+        super().__init__()
+        self.hkid, self.caches, self.integrity, self.erratum = hkid, caches, integrity, erratum
+        self.owner: U8 = np.zeros(0, np.uint8)
+        self.lines: dict[int, list[Line]] = {}
+        self.watched, self.suspect = set[int](), set[int]()
+        self.consumed: Callable[[str, int], None] = lambda who, pfn: None
+
+    def grow(self, pfns: int) -> None:
+        """Make room for PFNs below `pfns`: zeros of KeyID 0."""
+        self.owner = grown(self.owner, pfns)
+
+    def page(self, pfn: int) -> list[Line]:
+        """The 64 lines of a page, as they are; a list that may be changed."""
+        if pfn not in self.lines:
+            self.lines[pfn] = [Line(ZERO, int(self.owner[pfn]))] * LINES
+            if pfn in self.watched:
+                self.suspect.add(pfn)
+        return self.lines[pfn]
+
+    def read(self, pfn: int, offset: int = 0, n: int = PAGE, key: int = HOST, who: str = "host") -> bytes:
+        """Load through the cache with a KeyID; poison is for `consumed` to answer."""
+        if n <= 0:
+            return b""
+        if pfn not in self.lines:
+            plain = tdx_lines.read(Line(ZERO, int(self.owner[pfn])), key, integrity=self.integrity)
+            if plain.got in (DATA, ZEROS):
+                return bytes(n)
+        first = offset // LINE
+        found = b"".join(self._load(pfn, i, key, who) for i in range(first, (offset + n - 1) // LINE + 1))
+        return found[offset - first * LINE :][:n]
+
+    def _load(self, pfn: int, i: int, key: int, who: str) -> bytes:
+        line = self.page(pfn)[i]
+        read = tdx_lines.read(line, key, integrity=self.integrity)
+        if read.got == POISON:
+            self.lines[pfn][i] = read.line
+            self.consumed(who, pfn)
+        if read.got == NOISE:
+            at = slice(i * LINE, (i + 1) * LINE)
+            return _xor(_bytes(line.content), _xor(keystream(line.keyid, pfn)[at], keystream(key, pfn)[at]))
+        return _bytes(read.content)
+
+    def write(self, pfn: int, offset: int, data: bytes, key: int = HOST, who: str = "host") -> None:
+        """Ordinary stores: each line is filled, which may consume poison, then dirty or written back."""
+        end = offset + len(data)
+        for i in range(offset // LINE, (end - 1) // LINE + 1 if data else 0):
+            whole = bytearray(self._load(pfn, i, key, who))
+            lo, hi = max(offset, i * LINE), min(end, (i + 1) * LINE)
+            whole[lo - i * LINE : hi - i * LINE] = data[lo - offset : hi - offset]
+            self.lines[pfn][i] = self._stored(self.page(pfn)[i], key, _content(whole), pfn, who)
+
+    def _stored(self, line: Line, key: int, content: Hashable, pfn: int, who: str) -> Line:
+        done = tdx_lines.store(line, key, content, integrity=self.integrity)
+        if done.got == POISON:
+            self.consumed(who, pfn)
+        return done.line if self.caches else tdx_lines.write_back(done.line, key)
+
+    def partial_write(self, pfn: int, offset: int, data: bytes) -> None:
+        """The host writes less than a line at the memory controller (MOVNTI, UC or WC mapping, a device)."""
+        i, at = divmod(offset, LINE)
+        line = self.page(pfn)[i]
+        whole = bytearray(_bytes(tdx_lines.read(line, HOST, integrity=self.integrity).content))
+        whole[at : at + len(data)] = data
+        self.lines[pfn][i] = tdx_lines.partial_write(line, HOST, _content(whole), erratum=self.erratum)
+
+    def zero(self, pfn: int, n: int) -> None:
+        """clear_highpage(): ordinary stores of zeros with KeyID 0."""
+        self._each(pfn, n, lambda line, at: self._stored(line, HOST, ZERO, at, "host"))
+
+    def clear(self, pfn: int, n: int) -> None:
+        """tdx_clear_page(): MOVDIR64B of zeros with KeyID 0."""
+        self._each(pfn, n, lambda line, at: tdx_lines.zero(line, HOST))
+
+    def accept(self, pfn: int, n: int) -> None:
+        """The module zeroes pages (for ACCEPT, or a new table) with the TD's HKID."""
+        self._each(pfn, n, lambda line, at: tdx_lines.zero(line, self.hkid))
+
+    def flush(self, pfn: int, n: int) -> None:
+        """CLFLUSH: write back and drop the lines of KeyID 0."""
+        if self.caches:
+            self._each(pfn, n, lambda line, at: tdx_lines.clflush(line))
+
+    def wbinvd(self, pfn: int, n: int) -> None:
+        """TDH.PHYMEM.PAGE.WBINVD: the same for the TD's lines."""
+        if self.caches:
+            self._each(pfn, n, lambda line, at: tdx_lines.wbinvd(line, self.hkid))
+
+    def evict(self, pfn: int, key: int) -> int:
+        """Write back the dirty lines of one KeyID, as caches may at any time; how many there were."""
+        dirty = sum(line.cached(key) for line in self.lines.get(pfn, ()))
+        if dirty:
+            self._each(pfn, 1, lambda line, at: tdx_lines.write_back(line, key))
+        return dirty
+
+    def dram(self, pfn: int) -> bytes:
+        """What a probe on the memory bus sees: ciphertext wherever a TD wrote last."""
+        keys = {line.keyid: keystream(line.keyid, pfn) for line in self.page(pfn)}
+        return b"".join(
+            _xor(_bytes(line.content), keys[line.keyid][i * LINE : (i + 1) * LINE])
+            for i, line in enumerate(self.page(pfn))
+        )
+
+    def _each(self, pfn: int, n: int, change: Callable[[Line, int], Line]) -> None:
+        """Change every line of `n` pages: once for each distinct one of the pages that are kept as a byte."""
+        kept = [p for p in (self.lines if n > len(self.lines) else range(pfn, pfn + n))
+                if pfn <= p < pfn + n and p in self.lines]  # fmt: skip
+        part = self.owner[pfn : pfn + n]
+        if len(kept) < n:
+            old = part.copy()
+            for key in np.flatnonzero(np.bincount(old)).tolist():
+                after = change(Line(ZERO, key), pfn)
+                part[old == key] = after.keyid
+                if after != Line(ZERO, after.keyid):
+                    for at in (np.flatnonzero(old == key) + pfn).tolist():
+                        self.lines.setdefault(at, [after] * LINES)
+        for page in kept:
+            lines = [change(line, page) for line in self.lines[page]]
+            self.lines[page] = lines
+            if lines[0] == Line(ZERO, lines[0].keyid) and lines.count(lines[0]) == LINES:
+                del self.lines[page]
+                self.owner[page] = lines[0].keyid
+
+
+def _bytes(content: Hashable) -> bytes:
+    return content if isinstance(content, bytes) else bytes(LINE)
+
+
+def _content(line: bytearray) -> Hashable:
+    return bytes(line) if any(line) else ZERO
+
+
+def _xor(a: bytes, b: bytes) -> bytes:
+    return bytes(x ^ y for x, y in zip(a, b, strict=True))
