@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from . import accesses, accesses_tdx, actors
 from .assembly import Draft, assemble, nothing, without_markers
@@ -12,7 +14,7 @@ from .kvm import gmem, memslots, mmu
 from .machine import Conf
 from .section import KINDS, UNDO, Section
 from .state import View
-from .step import Instr
+from .step import Instr, Step
 
 
 def fault_paths(design: Design, conf: Conf) -> tuple[list[Draft], set[tuple[str, str]]]:
@@ -29,12 +31,17 @@ def fault_paths(design: Design, conf: Conf) -> tuple[list[Draft], set[tuple[str,
         drafts += _leave(section, done)
         nests |= section.nests
         if handler:
-            rmp = Section(conf, "rmp_fault", kind, f"handler-{kind}", None)
             handled = design.rows("rmp_fault", to=kind, platform=conf.platform)
+            keeps = any(row.call == "npf_sizem" for row in handled)
+            for draft in drafts:
+                if draft.after == done:
+                    draft.step = _Ends(draft.step, keeps)
+                    draft.jumps |= {"plain": "guest", "handled": f"handler-{kind}-body"}
+            rmp = Section(conf, "rmp_fault", kind, f"handler-{kind}", None)
             drafts.append(
                 Draft(
                     mmu.had_rmp_bit,
-                    (any(row.call == "npf_sizem" for row in handled),),
+                    (keeps,),
                     "if (error_code & PFERR_GUEST_RMP)",
                     0,
                     "rmp_fault",
@@ -42,10 +49,28 @@ def fault_paths(design: Design, conf: Conf) -> tuple[list[Draft], set[tuple[str,
                     jumps={"skip": "guest"},
                 )
             )
+            rmp.mark(f"handler-{kind}-body")
             rmp.compile(handled)
             drafts += _leave(rmp, "guest")
             nests |= rmp.nests
     return drafts, nests
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """The last step of a fault, with the look at the RMP bit that follows: without it the guest goes on."""
+
+    step: Step
+    keeps: bool
+
+    @property
+    def __name__(self) -> str:
+        return str(getattr(self.step, "__name__", "step"))
+
+    def __call__(self, s: View, me: str, *args: Any) -> str | None:
+        if (jump := self.step(s, me, *args)) is not None:
+            return jump
+        return "handled" if mmu.had_rmp_bit(s, me, self.keeps) is None else "plain"
 
 
 def _leave(section: Section, done: str) -> list[Draft]:
@@ -95,8 +120,9 @@ class Ioctl:
             self.drafts += self._whole(start, gfns)
         else:
             self.drafts += [Draft(nothing, (), "", 0, "ioctl", label=label), *self._whole(start, gfns)]
+        holds = any(draft.step is gmem.hold_page for draft in self.drafts)
         self.drafts.append(Draft(nothing, (), "", 0, "ioctl", label=f"{label}-done"))
-        if conf.gmem:
+        if holds:
             self.drafts.append(Draft(_puts_pages, (), "put_page()", 0, "ioctl"))
         if conf.punch == "after" and to == "shared":
             self.drafts += self._punch(f"{label}-punch", gfns)

@@ -108,6 +108,8 @@ MEASURES = {
     "retry": "the stale test sent the fault back",
     "exits": "KVM_EXIT_MEMORY_FAULT",
     "silent-read": "a C=0 read of a page that KVM calls shared and the RMP still the guest's",
+    "enomem": "allocations of the xarray that failed",
+    "psmash": "2M RMP entries that were split",
     "double": "a shared gfn whose private page is allocated as well (where the VMM discards)",
     "residue": "a private PFN still assigned after going shared (split backing)",
 }

@@ -55,7 +55,14 @@ def test_each_property_is_broken_by_a_planted_design(prop):
     assert broken
 
 
-@pytest.mark.parametrize("name", shipped("planted"))
+# What these break is no property of a default run: test_tdx_explorer.py shows it.
+BREAKS_ELSEWHERE = {
+    "tdx-no-clear": "with the erratum of partial writes",
+    "tdx-retries-for-ever": "a measure has no bound",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in shipped("planted") if name not in BREAKS_ELSEWHERE])
 def test_a_planted_design_breaks_something(name):
     assert any(found for lines in Design.load(name).expect.values() for found in lines.values())
 

@@ -11,22 +11,22 @@ from kvmlab.report import check
 from kvmlab.scenario import SCENARIOS, InputError, NotApplicable
 
 SIZES = {
-    ("v8-post-hook", "tiny"): (1_067, 3_148, 39),
-    ("v8-post-hook", "round-trip"): (5_617, 17_151, 79),
-    ("v8-post-hook", "host-io"): (4_990, 19_431, 49),
-    ("v8-post-hook", "careless"): (10_412, 34_426, 54),
-    ("v8-post-hook", "hostile"): (564_107, 1_730_567, 144),
-    ("pre-post-directmap", "tiny"): (991, 2_922, 39),
-    ("defer-to-fault", "tiny"): (3_731, 11_107, 78),
-    ("upstream", "tiny"): (1_292, 3_795, 45),
-    ("upstream", "discard"): (16_575, 59_735, 110),
-    ("upstream", "discard-first"): (15_908, 56_463, 111),
-    ("upstream", "huge-accept"): (5_162, 11_440, 93),
-    ("upstream", "huge-split"): (115_832, 333_342, 136),
-    ("upstream", "vmm-punches"): (12_719, 32_046, 125),
-    ("upstream", "zap-yields"): (11_831, 36_969, 69),
-    ("upstream", "xarray-full"): (22_502, 70_536, 72),
-    ("upstream", "reserve-fails"): (1_829, 5_423, 87),
+    ("v8-post-hook", "tiny"): (940, 2_770, 37),
+    ("v8-post-hook", "round-trip"): (4_896, 14_956, 76),
+    ("v8-post-hook", "host-io"): (4_243, 16_520, 47),
+    ("v8-post-hook", "careless"): (9_165, 30_449, 52),
+    ("v8-post-hook", "hostile"): (511_772, 1_570_278, 141),
+    ("pre-post-directmap", "tiny"): (870, 2_562, 37),
+    ("defer-to-fault", "tiny"): (3_259, 9_690, 74),
+    ("upstream", "tiny"): (1_169, 3_429, 43),
+    ("upstream", "discard"): (14_174, 51_035, 105),
+    ("upstream", "discard-first"): (13_610, 48_237, 106),
+    ("upstream", "huge-accept"): (4_764, 10_612, 89),
+    ("upstream", "huge-split"): (98_575, 284_805, 129),
+    ("upstream", "vmm-punches"): (11_813, 29_580, 119),
+    ("upstream", "zap-yields"): (10_549, 33_037, 66),
+    ("upstream", "xarray-full"): (20_066, 63_056, 69),
+    ("upstream", "reserve-fails"): (1_733, 5_147, 85),
 }
 
 

@@ -188,6 +188,14 @@ def test_the_stored_output_needs_no_script_no_style_and_no_svg() -> None:
     assert "TDX_TLB_TRACKING_NOT_DONE | RCX" in still and "data:image/svg+xml;base64," in still
 
 
+def test_in_a_notebook_the_live_board_comes_with_its_picture_and_its_text() -> None:
+    pytest.importorskip("anywidget", reason="needs anywidget")
+    board = kvmlab.sept_board(*STORY)
+    bundle, _ = board._repr_mimebundle_()
+    assert nbrules.WIDGET_VIEW in bundle
+    assert (bundle["text/plain"], bundle["text/html"]) == (board.text(), board.html())
+
+
 def test_the_stored_output_is_the_same_every_time() -> None:
     assert kvmlab.sept_board(*STORY).html() == kvmlab.sept_board(*STORY).html()
 

@@ -10,6 +10,10 @@ mmu faults ioctl           attributes, NPT, TLBs; the `fault:` and `ioctl:` rows
 access guest psc alike     a vCPU; page state changes; runs of requests that are alike
 linux                      what a Linux guest does
 host vmm                   the host kernel and userspace
+tdx_memory tdx_module      tdx: lines by KeyID; S-EPT, PAMT and epochs as arrays
+tdx_kvm tdx_zap tdx_aug    its vCPUs and SEAMCALLs; the `zap:` and `aug:` rows of a design
+tdx_walk tdx_guest         accesses through two roots; ACCEPT and MapGPA
+tdx_linux tdx_load         a Linux guest; conversions in batches, side by side
 vm workloads               the public Vm; a boot-like load
 """
 
@@ -23,13 +27,20 @@ from .events import (
     InstructionError,
     InternalError,
     KernelBug,
+    MachineCheck,
+    MapGpaError,
     MemoryFaultExit,
     MmioExit,
     PlatformError,
     PscError,
     RmpFault,
+    SetMemoryFailed,
+    ShutdownExit,
     SigBus,
+    TdxError,
     VcFault,
+    VeFault,
+    VmDead,
     VmErrno,
     VmError,
     VmplFault,
@@ -40,6 +51,7 @@ from .vm import Vm
 
 __all__ = [
     "Deadlock", "Event", "GpFault", "GuestSpins", "GuestTerminated", "InstructionError", "InternalError", "KernelBug",
-    "MemoryFaultExit", "MmioExit", "PlatformError", "PscError", "RmpFault", "SigBus", "VcFault", "Vm", "VmErrno",
+    "MachineCheck", "MapGpaError", "MemoryFaultExit", "MmioExit", "PlatformError", "PscError", "RmpFault",
+    "SetMemoryFailed", "ShutdownExit", "SigBus", "TdxError", "VcFault", "VeFault", "Vm", "VmDead", "VmErrno",
     "VmError", "VmSwitches", "VmplFault",
 ]  # fmt: skip

@@ -14,15 +14,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..hw.tdx import Level
 from .memory import U8, U32, prefix
 
 if TYPE_CHECKING:
     from .slots import MemSlot
+    from .tdx_kvm import TdxKvm
     from .vm import Vm
 
 MOST = 1 << 18  # pages that are looked at and run as one
 ONCE_A_REQUEST = ("psc-buffer", "exit-map-gpa-range", "set-attributes", "flush")
-NOT_PLAIN = ("warn", "violation", "retry", "npf-rmp", "spurious-npf", "exit-memory-fault", "exit-mmio")
+NOT_PLAIN = (
+    "warn", "violation", "retry", "npf-rmp", "spurious-npf", "exit-memory-fault", "exit-mmio", "seamcall-busy",
+)  # fmt: skip
 
 Request = Callable[[int, int], None]  # first gfn, pages
 
@@ -76,7 +80,8 @@ def _quiet(vm: Vm, slot: MemSlot) -> bool:
     alone = vm.on_row is None and vm.on_point is None and not vm.threads and not vm.mmu.in_progress
     failing = vm.failures or vm.rmp.failures or vm.attributes.reserved.any()
     pinned = slot.gmem is not None and slot.gmem.pinned
-    return bool(alone and not failing and not pinned and vm.vmm.discard == "none" and not vm.huge(True))
+    plain = vm.vmm.discard == "none" and not vm.huge(True) and 512 % vm.zap_batch == 0
+    return bool(alone and not failing and not pinned and plain)
 
 
 def _leaves_alike(vm: Vm, gfn: int, leaves: U32) -> int:
@@ -91,7 +96,8 @@ def _leaves_alike(vm: Vm, gfn: int, leaves: U32) -> int:
 
 def _until_a_tlb(vm: Vm, gfn: int, n: int) -> int:
     """How many of `n` gfns no TLB knows: what it knows may be old, and keeps its place in the queue."""
-    for tlb in vm.mmu.tlbs:
+    private = [vcpu.tlb for vcpu in vm.tdx.vcpus] if vm.tdx else []
+    for tlb in (*vm.mmu.tlbs, *private):
         for key in tlb.leaves:
             lo, pages = (key, 1) if key >= 0 else (~key, 512)
             if lo < gfn + n and gfn < lo + pages:
@@ -101,6 +107,8 @@ def _until_a_tlb(vm: Vm, gfn: int, n: int) -> int:
 
 def _entries_alike(vm: Vm, slot: MemSlot, gfn: int, n: int) -> int:
     """How many pages have RMP entries in one state, for this gfn or for none; the shared side's are nobody's."""
+    if vm.tdx:
+        return _septs_alike(vm.tdx, gfn, n, slot.private_pfn(gfn))
     if not vm.has_rmp:
         return n
     pfn, other = slot.private_pfn(gfn), slot.shared_pfn(gfn)
@@ -109,3 +117,21 @@ def _entries_alike(vm: Vm, slot: MemSlot, gfn: int, n: int) -> int:
     if states[0]:
         n = prefix(vm.rmp.gfn[pfn : pfn + n] == np.arange(gfn, gfn + n, dtype=np.uint32))
     return prefix(vm.rmp.state[other : other + n] == 0) if n and other != pfn else n
+
+
+def _septs_alike(td: TdxKvm, gfn: int, n: int, pfn: int) -> int:
+    """How many pages have S-EPT entries, mirror leaves, tables and owners alike, each for its own PFN."""
+    module, consecutive = td.module, np.arange(n, dtype=np.uint32)
+    states, mirror = module.states(gfn, gfn + n), td.mirror_of(gfn, gfn + n)
+    pamt, absent = module.pamt[pfn : pfn + n], td.vm.directmap.absent[pfn : pfn + n]
+    same = (states == states[0]) & (pamt == pamt[0]) & (absent == 0)
+    if mirror[0]:
+        same &= mirror == consecutive + mirror[0]
+        same &= module.hpa[gfn : gfn + n] == consecutive + (mirror[0] - np.uint32(1))
+    else:
+        same &= mirror == 0
+    n = prefix(same)
+    if not n or td.memory.suspect:
+        return 0
+    there = module.has_table(Level.PD, gfn, gfn + n)
+    return min(n, (gfn // 512 + prefix(there == there[0])) * 512 - gfn)

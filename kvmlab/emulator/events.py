@@ -204,6 +204,7 @@ class Log:
         self, kind: str, text: str = "", page: int | None = None, times: int = 1, code: int | None = None
     ) -> int:
         """Note an event that happened `times` times; the number returned is for `amend`."""
+        kind = str(kind)  # a leaf's name, too
         self.counters[kind] += times
         self.events.append(Event(kind, text, page, times, code))
         if len(self.events) > 2 * self.keep:

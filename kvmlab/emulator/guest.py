@@ -1,4 +1,7 @@
-"""The guest: one vCPU's loads, stores, PVALIDATE and requests, through the guest's own page table (C-bits)."""
+"""The guest: one vCPU's loads, stores, instructions and requests, through the guest's own page table.
+
+The table has one bit a gfn: 1 for private, which is the C-bit, and the SHARED bit turned round.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,15 @@ import numpy as np
 
 from ..hw import snp, snp_pages
 from ..hw.snp import PG_2M, PG_4K, Pvalidate, Rmpupdate
-from . import alike, linux, psc
+from . import alike, linux, psc, tdx_guest, tdx_linux
 from .access import Walker
 from .events import GpFault, InstructionError, MmioExit, PscError, VmError
 from .gmem import pagewise
 from .memory import PAGE, U8, grown
 from .mmu import LIMIT
 from .psc import U64
+from .tdx_kvm import TdxKvm
+from .tdx_walk import TdWalker
 
 if TYPE_CHECKING:
     from .vm import Vm
@@ -56,8 +61,7 @@ class Guest:
         try:
             for gfn, pfn, enc in self._pages(gpa, n, "read"):
                 for at, step in _overlap(gfn, gpa, n):
-                    key = self.vm.key if enc and self.vm.encrypts else 0
-                    out[at - gpa : at - gpa + step] = self.vm.memory.read(pfn, at % PAGE, step, key)
+                    out[at - gpa : at - gpa + step] = load(self.vm, pfn, at % PAGE, step, enc)
         except MmioExit:
             if self.vm.mmio is None:
                 raise
@@ -68,8 +72,7 @@ class Guest:
         """Store bytes; errors as for `read`."""
         for gfn, pfn, enc in self._pages(gpa, len(data), "write"):
             for at, step in _overlap(gfn, gpa, len(data)):
-                key = self.vm.key if enc and self.vm.encrypts else 0
-                self.vm.memory.write(pfn, at % PAGE, data[at - gpa : at - gpa + step], key)
+                store(self.vm, pfn, at % PAGE, data[at - gpa : at - gpa + step], enc)
 
     def fill(self, gpa: int, n: int, byte: int) -> None:
         """memset()."""
@@ -82,11 +85,16 @@ class Guest:
 
     def _runs(self, gfn: int, end: int, op: str) -> Iterator[tuple[int, list[int], bool]]:
         for lo, hi, enc in self._by_c_bit(gfn, end):
-            walker, at = Walker(self.vm, self.index, op, enc, self.vmpl), lo
+            walker, at = self._walker(op, enc), lo
             while at < hi:
                 pfns, _ = walker.run(at, hi)
                 yield at, pfns.tolist(), enc
                 at += len(pfns)
+
+    def _walker(self, op: str, enc: bool) -> Walker | TdWalker:
+        if self.vm.tdx:
+            return TdWalker(self.vm, self.vm.tdx, self.index, op, enc)
+        return Walker(self.vm, self.index, op, enc, self.vmpl)
 
     def _pages(self, gpa: int, n: int, op: str) -> Iterator[tuple[int, int, bool]]:
         for gfn, pfns, enc in self._runs(gpa // PAGE, (gpa + n + PAGE - 1) // PAGE, op):
@@ -111,7 +119,13 @@ class Guest:
     def page_state_change(
         self, gpa: int, size: int, private: bool, *, page_size: int = 1 << 21, batch: int = psc.MAX_ENTRIES
     ) -> None:
-        """Ask for a conversion with PSC buffers of up to `batch` entries, 2M ones where they fit; PscError."""
+        """Ask for a conversion with PSC buffers of up to `batch` entries, 2M ones where they fit; PscError.
+
+        tdx: by MapGPA, as Linux repeats it; MapGpaError.
+        """
+        if self.vm.tdx:
+            tdx_linux.map_gpa(self, gpa, size, private)
+            return
         self._snp("a page state change")
         if batch > psc.MAX_ENTRIES:
             raise PscError(psc.BAD_HEADER)
@@ -191,20 +205,33 @@ class Guest:
         self.vm.rmp.permissions[pfn] = after
 
     def set_memory_encrypted(self, gpa: int, size: int) -> None:
-        """What a Linux guest does to go private; GuestTerminated if it gives up."""
+        """What a Linux guest does to go private; GuestTerminated, or tdx: SetMemoryFailed, if it gives up."""
         linux.set_memory_encrypted(self, gpa, size)
 
     def set_memory_decrypted(self, gpa: int, size: int) -> None:
-        """What a Linux guest does to go shared; GuestTerminated if it gives up."""
+        """What a Linux guest does to go shared; errors as for `set_memory_encrypted`."""
         linux.set_memory_decrypted(self, gpa, size)
 
     def accept(self, gpa: int, size: int = PAGE) -> None:
-        """TDG.MEM.PAGE.ACCEPT: of TDX, which this emulator does not have."""
-        raise VmError("ACCEPT is TDX's; SNP has PVALIDATE")
+        """TDG.MEM.PAGE.ACCEPT of one page (4096, 2 MiB or 1 GiB); TdxError with RAX unless that is 0."""
+        tdx_guest.accept(self, self._tdx("ACCEPT"), gpa, size)
+
+    def accept_range(self, gpa: int, length: int) -> None:
+        """ACCEPT 4K page after page; stops at the first that fails."""
+        tdx_guest.accept_4k(self, self._tdx("ACCEPT"), gpa // PAGE, (gpa + length) // PAGE)
+
+    def map_gpa(self, r12: int, r13: int) -> tdx_guest.MapGpa:
+        """TDG.VP.VMCALL<MapGPA> itself: start (with the SHARED bit, 47, to go shared) and size; R10 and R11."""
+        return tdx_guest.map_gpa(self, self._tdx("MapGPA"), r12, r13)
 
     def _answer(self, name: str, gfn: int, code: Pvalidate) -> None:
         self.vm.log.add("pvalidate", code.name, gfn, 1, int(code))
         raise InstructionError(name, gfn * PAGE, int(code), code.name)
+
+    def _tdx(self, what: str) -> TdxKvm:
+        if self.vm.tdx is None:
+            raise VmError(f"{what} needs platform tdx, not {self.vm.platform}")
+        return self.vm.tdx
 
     def _snp(self, what: str) -> None:
         if not self.vm.has_rmp:
@@ -215,3 +242,18 @@ def _overlap(gfn: int, gpa: int, n: int) -> Iterator[tuple[int, int]]:
     """The part of [gpa, gpa + n) that lies in one page."""
     start, end = max(gpa, gfn * PAGE), min(gpa + n, (gfn + 1) * PAGE)
     return pagewise(start, end - start)
+
+
+def load(vm: Vm, pfn: int, offset: int, n: int, enc: bool) -> bytes:
+    """Bytes of one page as the guest reads them, with its key or without."""
+    if vm.tdx:
+        return vm.tdx.memory.read(pfn, offset, n, vm.tdx.memory.hkid if enc else 0, "TD")
+    return vm.memory.read(pfn, offset, n, vm.key if enc and vm.encrypts else 0)
+
+
+def store(vm: Vm, pfn: int, offset: int, data: bytes, enc: bool) -> None:
+    """Bytes of one page as the guest writes them."""
+    if vm.tdx:
+        vm.tdx.memory.write(pfn, offset, data, vm.tdx.memory.hkid if enc else 0, "TD")
+    else:
+        vm.memory.write(pfn, offset, data, vm.key if enc and vm.encrypts else 0)

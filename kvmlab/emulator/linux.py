@@ -1,7 +1,7 @@
 """The order of a Linux guest's conversions: set_memory_encrypted() and set_memory_decrypted() under SNP.
 
 From arch/x86/mm/mem_encrypt_amd.c, arch/x86/mm/pat/set_memory.c and the guest's __set_pages_state().  Any
-failure other than a size mismatch ends the guest.
+failure other than a size mismatch ends the guest.  TDX has its own order, in tdx_linux.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..hw.snp import Pvalidate
 from ..hw.snp_pages import PAGES_2M
-from . import alike, psc
+from . import alike, psc, tdx_linux
 from .caches import CachedMemory
 from .events import GuestTerminated, InstructionError, PscError
 from .memory import PAGE
@@ -26,7 +26,9 @@ TERM_PSC, TERM_PVALIDATE = 1, 2
 
 def set_memory_decrypted(guest: Guest, gpa: int, size: int) -> None:
     """Private to shared: rescind validation, ask for the change, clear the C-bit, flush."""
-
+    if guest.vm.tdx:
+        tdx_linux.set_memory_decrypted(guest, guest.vm.tdx, gpa, size)
+        return
     flush_caches(guest, gpa, size)
 
     def rescind_and_ask(gfn: int, pages: int, large: bool) -> None:
@@ -43,6 +45,9 @@ def set_memory_decrypted(guest: Guest, gpa: int, size: int) -> None:
 
 def set_memory_encrypted(guest: Guest, gpa: int, size: int) -> None:
     """Shared to private: set the C-bit, flush, ask for the change, validate."""
+    if guest.vm.tdx:
+        tdx_linux.set_memory_encrypted(guest, guest.vm.tdx, gpa, size)
+        return
     flush_caches(guest, gpa, size)
     guest.set_private(gpa, True, size)
     guest.vm.log.add("guest-flush")
@@ -50,7 +55,13 @@ def set_memory_encrypted(guest: Guest, gpa: int, size: int) -> None:
 
 
 def accept(guest: Guest, gpa: int, size: int, *, large: bool = True) -> None:
-    """Ask for private and validate, batch by batch: also what accepting memory at boot is."""
+    """Ask for private and validate, batch by batch: also what accepting memory at boot is.
+
+    tdx: ACCEPT without asking, for there memory is private when the guest starts.
+    """
+    if guest.vm.tdx:
+        tdx_linux.accept(guest, guest.vm.tdx, gpa, size)
+        return
 
     def ask_and_validate(gfn: int, pages: int, large: bool) -> None:
         _ask(guest, gfn, pages, True)

@@ -109,7 +109,7 @@ class TdxKvm:
         """A TD exit; one in the middle of VP.ENTER or ACCEPT ends that first."""
         vcpu = self.vcpus[index]
         if vcpu.mode == ACCEPTING:
-            vcpu.answer = self.module.accept(vcpu.accepting, 1)
+            vcpu.answer, vcpu.accepting = self.module.accept(vcpu.accepting, 1), -1
         if vcpu.mode != OUTSIDE:
             vcpu.mode = OUTSIDE
             self.module.epochs = tdx_tlb.leave(self.module.epochs, vcpu.epoch)

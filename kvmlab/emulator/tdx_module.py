@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..hw import tdx_pamt, tdx_sept, tdx_td, tdx_tlb
-from ..hw.tdx import SEPT_VE_DISABLE as SEPT_VE_DISABLE
 from ..hw.tdx import Leaf, Level, Operand, Status, with_operand
 from ..hw.tdx_entry import State
 from ..hw.tdx_pamt import PageType, PamtEntry
@@ -105,9 +105,8 @@ class TdModule:
 
     def admit(self, leaf: Leaf) -> int:
         """RAX if the TD does not let a leaf in, else 0."""
-        return int(
-            tdx_td.admitted(leaf, lifecycle=tdx_td.Lifecycle.KEYS_CONFIGURED, op_state=self.op_state, fatal=self.fatal)
-        )
+        lifecycle = tdx_td.Lifecycle.KEYS_CONFIGURED
+        return int(tdx_td.admitted(leaf, lifecycle=lifecycle, op_state=self.op_state, fatal=self.fatal))
 
     # Tables.
 
@@ -131,7 +130,7 @@ class TdModule:
         if code:
             return 0, code
         for level in TABLE_LEVELS:
-            view = self.has_table(level, gfn, gfn + n)
+            view, added = self.has_table(level, gfn, gfn + n), list[int]()
             for at in np.flatnonzero(view == 0).tolist():
                 pfn = self._table_page()
                 answer = tdx_sept.seamcall(
@@ -141,9 +140,11 @@ class TdModule:
                     return count, answer.rax
                 view[at], count = 1, count + 1
                 self._note(Leaf.SEPT_ADD, tdx_pamt.TABLE, pfn)
-                self.memory.accept(pfn, 1)
-                self.memory.watched.add(pfn)
                 self.table_at[pfn] = level, gfn // level.pages + at
+                added.append(pfn)
+            self.memory.watched.update(added)
+            for lo, hi in spans(np.array(added, np.uint32)):
+                self.memory.accept(lo, hi - lo)
         return count, 0
 
     def walk(self, gfn: int, n: int) -> None:
@@ -270,4 +271,4 @@ def spans(pfns: U32) -> list[tuple[int, int]]:
     if not len(pfns):
         return []
     cuts = [0, *(np.flatnonzero(np.diff(pfns.astype(np.int64)) != 1) + 1).tolist(), len(pfns)]
-    return [(int(pfns[a]), int(pfns[b - 1]) + 1) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [(int(pfns[a]), int(pfns[b - 1]) + 1) for a, b in pairwise(cuts)]

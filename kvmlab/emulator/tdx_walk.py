@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..hw import tdx, tdx_sept
-from .access import LARGEST, SMALLEST, SPIN_LIMIT
+from . import access
 from .events import GuestSpins, MemoryFaultExit, VeFault
 from .faults import RETRY, run_fault
 from .memory import PAGE, U8, U32, prefix
@@ -35,7 +35,7 @@ class TdWalker:
 
     def __init__(self, vm: Vm, td: TdxKvm, vcpu: int, op: str, private: bool) -> None:
         self.vm, self.td, self.vcpu, self.op, self.private = vm, td, vcpu, op, private
-        self.chunk, self.tries, self.stuck_at, self.why = SMALLEST, 0, -1, ""
+        self.chunk, self.tries, self.stuck_at, self.why = access.SMALLEST, 0, -1, ""
 
     def run(self, gfn: int, end: int) -> tuple[U32, NDArray[np.bool_]]:
         """Fault until the access at `gfn` goes through; the PFNs of it and of what goes through after it.
@@ -62,7 +62,7 @@ class TdWalker:
 
     def grew(self, n: int) -> None:
         """Look at more pages at once after a run of `n`."""
-        self.chunk = min(LARGEST, max(SMALLEST, n * 4))
+        self.chunk = min(access.LARGEST, max(access.SMALLEST, n * 4))
 
     def _walk(self, lo: int, hi: int) -> tuple[U32, U8]:
         """Leaves (as in mmu.py) and outcomes of gfns [lo, hi): the vCPU's TLB first."""
@@ -103,7 +103,7 @@ class TdWalker:
     def _count(self, gfn: int) -> None:
         self.tries = self.tries + 1 if gfn == self.stuck_at else 1
         self.stuck_at = gfn
-        if self.tries > SPIN_LIMIT:
+        if self.tries > access.SPIN_LIMIT:
             raise GuestSpins(gfn * PAGE, self.why)
 
     def _once(self, gfn: int, n: int, qualification: int, kind: str) -> str:

@@ -12,7 +12,7 @@ from ..design import Design, Row
 from ..hw.snp import RmpEntry, Rmpupdate
 from . import regions
 from .caches import CachedMemory
-from .costs import Cost, estimate
+from .costs import Cost, TdxCost, estimate, estimate_tdx
 from .events import Event, Log, VmErrno
 from .gmem import GuestMemfd
 from .guest import Guest, PageTable
@@ -117,9 +117,9 @@ class Vm:
         """Violations after which the run went on: (property, what)."""
         return list(self.log.violations)
 
-    def cost(self) -> Cost:
+    def cost(self) -> Cost | TdxCost:
         """The counters as an estimated cost, from sourced figures only."""
-        return estimate(self.counters)
+        return estimate_tdx(self.counters, len(self.mmu.tlbs)) if self.tdx else estimate(self.counters)
 
     def guest(self, index: int = 0, vmpl: int = 0) -> Guest:
         """vCPU `index`."""
@@ -285,19 +285,6 @@ class Vm:
             return self.mmu.zap(lo, hi)
         found = self.mmu.zap(lo, hi) if shared else False
         return (Zap(self, self.tdx, thread).range(lo, hi) if private else False) or found
-
-    def load(self, pfn: int, offset: int, n: int, enc: bool) -> bytes:
-        """Bytes of one page as the guest reads them, with its key or without."""
-        if self.tdx:
-            return self.tdx.memory.read(pfn, offset, n, self.tdx.memory.hkid if enc else 0, "TD")
-        return self.memory.read(pfn, offset, n, self.key if enc and self.encrypts else 0)
-
-    def store(self, pfn: int, offset: int, data: bytes, enc: bool) -> None:
-        """Bytes of one page as the guest writes them."""
-        if self.tdx:
-            self.tdx.memory.write(pfn, offset, data, self.tdx.memory.hkid if enc else 0, "TD")
-        else:
-            self.memory.write(pfn, offset, data, self.key if enc and self.encrypts else 0)
 
     def backing_pfn(self, slot: MemSlot, gfn: int, private: bool) -> int:
         """The PFN behind a gfn: two of them when split, one in-place."""

@@ -7,13 +7,18 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from . import linux
-from .costs import Cost, estimate
+from .costs import Cost, TdxCost
 from .memory import PAGE
 from .vm import Vm
 
 COLUMNS = (
     "rmpupdate", "psmash", "pvalidate", "npf", "npf-rmp", "exit-map-gpa-range", "exit-memory-fault", "zap",
     "flush", "directmap-split", "directmap-unmap",
+)  # fmt: skip
+TDX_COLUMNS = (
+    "TDG.MEM.PAGE.ACCEPT", "ept-violation", "TDH.MEM.SEPT.ADD", "TDH.MEM.PAGE.AUG", "TDG.VP.VMCALL<MapGPA>",
+    "exit-map-gpa-range", "TDH.MEM.RANGE.BLOCK", "TDH.MEM.TRACK", "kick", "TDH.MEM.PAGE.REMOVE",
+    "TDH.PHYMEM.PAGE.WBINVD", "flush", "TDH.VP.ENTER",
 )  # fmt: skip
 
 
@@ -22,7 +27,8 @@ class Load(NamedTuple):
 
     design: str
     phases: dict[str, dict[str, int]]
-    cost: Cost
+    cost: Cost | TdxCost
+    columns: tuple[str, ...] = COLUMNS
 
     @property
     def total(self) -> dict[str, int]:
@@ -30,18 +36,14 @@ class Load(NamedTuple):
         return dict(sum((Counter(phase) for phase in self.phases.values()), Counter[str]()))
 
     def text(self) -> str:
-        """One line a phase, the counts of COLUMNS, then the cost."""
-        rows = [["", *COLUMNS]] + [
-            [name, *(str(counts.get(column, 0)) for column in COLUMNS)]
+        """One line a phase, the counts of `columns`, then the cost."""
+        rows = [["", *(column.removeprefix("TDH.").removeprefix("TDG.") for column in self.columns)]] + [
+            [name, *(str(counts.get(column, 0)) for column in self.columns)]
             for name, counts in {**self.phases, "total": self.total}.items()
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-        unknown = ", ".join(f"{n} {name}" for name, n in self.cost.unknown.items())
-        return "\n".join(
-            [self.design, *lines, f"RMPUPDATE about {self.cost.rmpupdate_seconds:.3g} s (1 us each); exits at "
-             f"least {self.cost.exit_cycles:,} cycles; cost not published: {unknown}"]
-        )  # fmt: skip
+        return "\n".join([self.design, *lines, self.cost.text()])
 
 
 def boot(
@@ -49,6 +51,7 @@ def boot(
 ) -> Load:
     """Boot a Linux-like guest on a VM whose memory is one memslot from gpa 0, still all shared.
 
+    tdx: the VMM has set all of it private, and the guest accepts it without asking.
     Memory is accepted in 2M but for the last `in_4k` bytes (at most half); the bounce buffer (bytes, at most a
     quarter) is shared and used; `scattered` single pages are shared, used and taken back.
     """
@@ -61,10 +64,15 @@ def boot(
         phases[name] = dict(Counter(vm.counters) - before)
 
     guest.set_private(0, True, size)
-    linux.accept(guest, 0, size - in_4k)
-    phase("accept 2M")
-    linux.accept(guest, size - in_4k, in_4k, large=False)
-    phase("accept 4K")
+    if vm.tdx:
+        vm.set_memory_attributes(0, size, True)
+        linux.accept(guest, 0, size)
+        phase("accept")
+    else:
+        linux.accept(guest, 0, size - in_4k)
+        phase("accept 2M")
+        linux.accept(guest, size - in_4k, in_4k, large=False)
+        phase("accept 4K")
     linux.set_memory_decrypted(guest, 0, bounce)
     guest.touch(0, bounce)
     phase("bounce buffer")
@@ -73,7 +81,7 @@ def boot(
         guest.write(page * PAGE, b"shared")
         linux.set_memory_encrypted(guest, page * PAGE, PAGE)
     phase("scattered 4K")
-    return Load(vm.design.name, phases, estimate(vm.counters))
+    return Load(vm.design.name, phases, vm.cost(), TDX_COLUMNS if vm.tdx else COLUMNS)
 
 
 def _scattered(lo: int, hi: int, count: int, seed: int) -> Iterable[int]:

@@ -13,6 +13,7 @@ from ..state import Cell
 from .graph import END, Graph, Hit
 
 FAULT, EXIT = "npf", "exits"
+AT_THE_END = ("residue", "double")  # measures of a state in which a run is over, not of steps
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ def measures(graph: Graph, names: Iterable[str]) -> dict[str, dict[str, int | No
     answer: dict[str, dict[str, int | None]] = {}
     for name in names:
         weight = np.array([label.counts.count(name) for label in graph.labels] or [0])[arrays.label]
-        if name == "residue":
+        if name in AT_THE_END:
             per_state = [
                 graph.quiet_found.get(i, ((), ()))[1].count(name)
                 for i in np.flatnonzero(np.asarray(graph.quiet)).tolist()

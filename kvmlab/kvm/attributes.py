@@ -59,6 +59,7 @@ def kvm_vm_set_region_attr(s: View, me: str, gfn: int, to: str) -> str | None:
     """
     if s.conf.xa_fails and s.failures_left and not s.conf.reserves and s.choose((False, True)):
         s.failures_left = 0
+        s.count("enomem")
         s.say(f"xa_store({gfn}) = -ENOMEM (injected)")
         return "failed"
     s.attr[gfn] = to
@@ -89,6 +90,7 @@ def xa_reserve(s: View, me: str, gfn: int, last: bool) -> str | None:
     might_sleep(s, me, "xa_reserve() may allocate")
     if s.conf.xa_fails and s.failures_left and s.choose((False, True)):
         s.failures_left = 0
+        s.count("enomem")
         s.say(f"xa_reserve({gfn}) = -ENOMEM (injected)")
         return "failed"
     if s.conf.residue:

@@ -90,7 +90,6 @@ def fault_kind(s: View, me: str) -> str:
 def had_rmp_bit(s: View, me: str, keeps: bool) -> str | None:
     """The RMP fault handler runs only after a fault with the RMP bit (npf_interception())."""
     if not s.rmp_bit[me]:
-        s.say("[no]")
         return "skip"
     if not keeps:
         s.rmp_bit[me] = None

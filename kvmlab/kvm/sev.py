@@ -122,6 +122,7 @@ def smash(s: View, entry: snp.RmpEntry) -> None:
     """The 2M entry becomes 4K ones that inherit everything."""
     for g in s.conf.gfns:
         s.rmp[s.conf.backing["private", g]] = entry._replace(gpa=g)
+    s.count("psmash")
     s.say("[2M RMP entry splits]")
 
 

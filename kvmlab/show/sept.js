@@ -5,7 +5,7 @@ function render({ model, el }) {
   const view = model.get("view");
   const picture = fragment(h("div", { className: "kvmlab-sept-drawing" }), view.picture);
   const svg = picture.firstChild;
-  const facts = h("dl", { className: "kvmlab-sept-facts" });
+  const facts = h("div", { className: "kvmlab-row kvmlab-sept-facts" });
   const told = h("div", { className: "kvmlab-sept-told", "aria-live": "polite" });
   const log = h("ol", { className: "kvmlab-sept-log", tabIndex: 0, "aria-label": "What was clicked" });
   const copied = h("span", { className: "kvmlab-quiet", "aria-live": "polite" });
@@ -53,7 +53,7 @@ function render({ model, el }) {
   function show() {
     const state = view.states[here()];
     for (const [name, value] of Object.entries(state.data)) svg.dataset[name] = value;
-    fill(facts, state.facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+    fill(facts, state.facts.map(([name, value]) => h("span", {}, h("span", { className: "kvmlab-quiet" }, name), " ", h("b", {}, value))));
     fill(told, answer(trail.at(-1)));
     fill(log, trail.map(({ click, found }) => h("li", {}, h("b", {}, view.clicks[click].name), " ",
       h("span", { className: bad(found) ? "kvmlab-sept-wrong" : "kvmlab-quiet" }, bad(found) ? `${found.name} (${found.said})` : found.said))));

@@ -188,7 +188,9 @@ def _style() -> str:
         rules.append(
             f'&[data-bepoch="{age}"] .bepoch,&[data-vcpu="{age}"] .vcpu{{transform:translateX({x}px)}}'
         )
-    rules.append(f'&[data-bepoch="none"] .bepoch{{transform:translateX({SLOTS[Age.NOW]}px)}}')  # it appears there
+    rules.append(
+        f'&[data-bepoch="none"] .bepoch{{transform:translateX({SLOTS[Age.NOW]}px)}}'
+    )  # it appears there
     for state in ENTRY_STATES:
         here, mine = f'&[data-at="{state}"]', f'[data-from="{state}"]'
         rules += [

@@ -98,9 +98,9 @@ MEANINGS = {
     Status.EPT_ENTRY_STATE_INCORRECT: "this leaf does not take an entry in this state",
     Status.PAGE_METADATA_INCORRECT: "the PAMT says that the page is still the TD's",
     Status.GPA_RANGE_NOT_BLOCKED: "BLOCK is missing",
-    Status.GPA_RANGE_ALREADY_BLOCKED: "a warning: blocked before; yet not zero, so an error to KVM",
+    Status.GPA_RANGE_ALREADY_BLOCKED: "blocked before; not zero, so an error to KVM",
     Status.PREVIOUS_TLB_EPOCH_BUSY: "the vCPU is still inside with the epoch before this one",
-    Status.PAGE_ALREADY_ACCEPTED: "a warning: mapped already; yet not zero, so a failure to Linux in the TD",
+    Status.PAGE_ALREADY_ACCEPTED: "mapped already; not zero, so a failure to Linux in the TD",
 }
 EXITS = {
     Guest.EXIT: "TD exit by an EPT violation; KVM's fault path is next",

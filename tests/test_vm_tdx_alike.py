@@ -1,0 +1,180 @@
+"""tdx: ranges, requests and zaps run as one do what they do one by one: state, bytes, TLBs, epochs and counts."""
+
+import random
+from itertools import zip_longest
+
+import pytest
+from test_vm_selftests import G4, M2, RANGES, SIZE, Conversions
+
+from kvmlab.design import shipped
+from kvmlab.emulator import Vm, VmError, access, alike, tdx_zap
+from kvmlab.emulator.costs import ACCEPT_SECONDS, REMOVAL_SECONDS
+from kvmlab.emulator.workloads import boot
+
+P, PAGES = 4096, 4 * 512 + 200
+
+
+def play(seed, design="upstream", **more):
+    """A program of guest and host operations over much memory at a time; errors are part of what it does."""
+    rng, said = random.Random(seed), []
+    vm = Vm("tdx", PAGES, design, **more)
+    for _ in range(14):
+        guest = vm.guest(rng.randrange(len(vm.tdx.vcpus)))
+        lo = rng.choice([0, 0, 1, 512, rng.randrange(PAGES)])
+        gpa, size = lo * P, rng.choice([PAGES - lo, rng.randrange(1, PAGES - lo + 1)]) * P
+        private = rng.random() < 0.5
+        calls = [
+            guest.set_memory_encrypted,
+            guest.set_memory_encrypted,
+            guest.set_memory_decrypted,
+            guest.set_memory_decrypted,
+            lambda a, s, to=private: vm.set_memory_attributes(a, s, to),
+            lambda a, s, g=guest: g.accept_range(a, s),
+            lambda a, s, g=guest, to=private: g.page_state_change(a, s, to),
+            lambda a, s, g=guest: g.touch(a, s),
+            lambda a, s, g=guest: g.write(a + s - 9, b"x" * 9),
+            lambda a, s: vm.gmem.punch_hole(a, s),
+        ]
+        try:
+            rng.choice(calls)(gpa, size)
+            said.append("ok")
+        except VmError as wrong:
+            said.append(str(wrong))
+            vm.tdx.dead = ""  # go on, or most programs would be short
+    return vm, said
+
+
+def state(vm):
+    n, module = vm._next_pfn, vm.tdx.module
+    return (
+        module.states(0, PAGES).tolist(), module.hpa[:PAGES].tolist(), vm.tdx.mirror_of(0, PAGES).tolist(),
+        module.pamt[:n].tolist(), module.bepoch[:n].tolist(), module.epochs, sorted(module.table_at.items()),
+        vm.attributes.get(0, PAGES).tolist(), vm.mmu.leaves(0, PAGES).tolist(), vm.resident(), vm.mmu.seq,
+        vm.tdx.memory.owner[:n].tolist(), {p: tuple(lines) for p, lines in vm.tdx.memory.lines.items()},
+        [list(tlb.leaves.items()) for tlb in vm.mmu.tlbs],
+        [(v.mode, v.epoch, list(v.tlb.leaves.items())) for v in vm.tdx.vcpus], vm.violations,
+    )  # fmt: skip
+
+
+KINDS = [{}, {"vcpus": 3}, {"zap_batch": 8}, {"zap_batch": 100}, {"discard": "after"}, {"shared_2m": True}]
+
+
+def compare(seed, monkeypatch, patches, **more):
+    many, said = play(seed, **more)
+    for where, name, value in patches:
+        monkeypatch.setattr(where, name, value)
+    single, said_single = play(seed, **more)
+    assert said == said_single
+    assert many.counters == single.counters
+    assert state(many) == state(single)
+
+
+@pytest.mark.parametrize("more", KINDS, ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_requests_alike_do_as_one_what_they_do_one_by_one(monkeypatch, more, seed):
+    compare(seed, monkeypatch, [(alike, "MOST", 1)], **more)
+
+
+@pytest.mark.parametrize("more", KINDS, ids=str)
+@pytest.mark.parametrize("seed", range(2))
+def test_zapped_leaves_alike_do_as_one_what_they_do_one_by_one(monkeypatch, more, seed):
+    patches = [(alike, "MOST", 1), (tdx_zap.Zap, "_alike", lambda *_: 0)]
+    compare(10 + seed, monkeypatch, patches, **more)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_runs_of_pages_do_what_single_pages_do(monkeypatch, seed):
+    patches = [(alike, "MOST", 1), (access, "SMALLEST", 1), (access, "LARGEST", 1)]
+    compare(20 + seed, monkeypatch, patches)
+
+
+@pytest.mark.parametrize(
+    "design",
+    ["tdx-no-track", "tdx-no-kick", "tdx-no-remove", "tdx-kick-first", "tdx-no-clear", "tdx-not-frozen", *shipped()],
+)
+def test_so_they_do_in_every_design(monkeypatch, design):
+    patches = [(alike, "MOST", 1), (tdx_zap.Zap, "_alike", lambda *_: 0)]
+    compare(31, monkeypatch, patches, design=design, vcpus=2)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_happens_the_mirror_is_the_secure_ept_and_the_pamt_knows_its_pages(seed):
+    vm, _ = play(40 + seed, vcpus=2)
+    module, mirror = vm.tdx.module, vm.tdx.mirror_of(0, PAGES)
+    there = module.states(0, PAGES) != 0
+    assert (there == (mirror != 0)).all() and (module.hpa[:PAGES][there] + 1 == mirror[there]).all()
+    owned = {int(pfn) for pfn in module.hpa[:PAGES][there]}
+    assert {pfn for pfn in range(vm._next_pfn) if module.pamt[pfn] == 3} == owned
+    assert not vm.threads and vm.mmu.in_progress == 0
+
+
+# What the selftest does, as far as a TD can: its explicit conversions, with ACCEPT after each
+
+
+class TdConversions(Conversions):
+    def map_gpa(self, at, size, private, attributes=True, fallocate=False):
+        super().map_gpa(at, size, private, False, fallocate)
+        base = self.base + at
+        if private:
+            self.guest.set_memory_encrypted(base, size)
+        else:
+            self.guest.set_memory_decrypted(base, size)
+
+
+@pytest.mark.parametrize(("vcpus", "memslots"), [(1, 1), (2, 2)])
+def test_private_mem_conversions_test_explicit_half_on_a_td(vcpus, memslots):
+    part = SIZE * vcpus // memslots
+    vm = Vm("tdx", slots=[(G4 + i * part, part) for i in range(memslots)], vcpus=vcpus, vmm="kill")
+    threads = [TdConversions(vm, i, G4 + i * SIZE) for i in range(vcpus)]
+    runs = [t.explicit_conversion(f) for t in threads for f in (False, True)]
+    for _ in zip_longest(*runs[::2]):
+        pass
+    for _ in zip_longest(*runs[1::2]):
+        pass
+    assert not vm.violations and vm.counters["TDH.MEM.PAGE.REMOVE"] and len(RANGES) == 5 and M2 < SIZE
+
+
+# A boot-like load
+
+
+def load(design="upstream", **more):
+    return boot(Vm("tdx", 64 << 8, design, **more), bounce=8 << 20, scattered=32)
+
+
+def test_every_page_is_one_fault_one_aug_and_one_accept():
+    phase = load().phases["accept"]
+    assert phase["ept-violation"] == phase["TDH.MEM.PAGE.AUG"] == 64 << 8
+    assert phase["TDG.MEM.PAGE.ACCEPT"] == (64 << 8) + 32
+
+
+def test_each_private_page_that_goes_shared_is_removed_and_costs_a_track_and_a_kick():
+    total = load().total
+    assert total["TDH.MEM.PAGE.REMOVE"] == total["TDH.MEM.TRACK"] == total["kick"] == 2048 + 32
+
+
+def test_in_batches_the_bounce_buffer_costs_as_many_tracks_as_batches():
+    phases = load(zap_batch=512).phases
+    assert phases["bounce buffer"]["TDH.MEM.TRACK"] == 4 and phases["scattered 4K"]["TDH.MEM.TRACK"] == 32
+
+
+def test_on_tdx_all_orderings_of_the_thread_issue_the_same_seamcalls():
+    totals = {d: load(d).total for d in ("upstream", "v8-post-hook", "pre-post-directmap", "defer-to-fault")}
+    seamcalls = {d: {k: n for k, n in t.items() if k.startswith("TDH.MEM")} for d, t in totals.items()}
+    assert len({str(sorted(s.items())) for s in seamcalls.values()}) == 1
+
+
+def test_the_cost_says_what_is_published_and_for_whom():
+    cost = load(vcpus=30).cost
+    assert cost.vcpus == 32 and cost.removal_seconds == pytest.approx(2080 * REMOVAL_SECONDS[32])
+    assert cost.accept_seconds == pytest.approx(((64 << 8) + 32) * ACCEPT_SECONDS)
+    assert "kick-ipi" in cost.unknown and "us a page, 32 idle vCPUs" in cost.text()
+
+
+def test_16_gib_are_accepted_and_converted_in_few_steps(monkeypatch):
+    steps = []
+    batch = tdx_zap.Zap._batch
+    monkeypatch.setattr(tdx_zap.Zap, "_batch", lambda *a: steps.append(a) or batch(*a))
+    vm = Vm("tdx", 4 << 20, private=True)
+    vm.guest().accept_range(0, 16 << 30)
+    vm.guest().set_memory_decrypted(0, 16 << 30)
+    assert vm.counters["TDH.MEM.PAGE.REMOVE"] == 4 << 20 and len(steps) < 20
