@@ -77,8 +77,8 @@ PROPERTIES = (
     ),
     Property(
         "conversion-refused",
-        "the guest's own PVALIDATE fails through no fault of its own",
-        "PVALIDATE; GHCB_TERM_PVALIDATE",
+        "the guest's own PVALIDATE or ACCEPT fails through no fault of its own",
+        "PVALIDATE; GHCB_TERM_PVALIDATE; tdx_accept_memory()",
         True,
         True,
     ),

@@ -137,7 +137,7 @@ def test_without_preempt_count_nothing_is_reported():
 
 @pytest.mark.parametrize(
     "arguments",
-    [("tdx", 4), ("snp", 4, "upstream", "in-place"), ("snp", 4, "upstream", "both")],
+    [("mars", 4), ("snp", 4, "upstream", "in-place"), ("snp", 4, "upstream", "both")],
 )
 def test_what_does_not_exist_is_a_value_error(arguments):
     with pytest.raises(ValueError, match=r"there are|only"):

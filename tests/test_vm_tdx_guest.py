@@ -4,7 +4,16 @@ import errno
 
 import pytest
 
-from kvmlab.emulator import MapGpaError, MemoryFaultExit, SetMemoryFailed, TdxError, Vm, VmDead, VmErrno, VmSwitches
+from kvmlab.emulator import (
+    MapGpaError,
+    MemoryFaultExit,
+    SetMemoryFailed,
+    TdxError,
+    Vm,
+    VmDead,
+    VmErrno,
+    VmSwitches,
+)
 from kvmlab.emulator.tdx_guest import ALIGN_ERROR, INVALID_OPERAND, RETRY, SHARED, SUBFUNC_UNSUPPORTED, MapGpa
 from kvmlab.hw.tdx import Status
 

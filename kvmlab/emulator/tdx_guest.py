@@ -48,7 +48,8 @@ def accept(guest: Guest, td: TdxKvm, gpa: int, size: int) -> None:
         raise ValueError(f"ACCEPT takes {', '.join(map(str, SIZES))}, not {size}")
     level = SIZES[size]
     td.enter(guest.index)
-    if not LEVELS(leaf=Leaf.ACCEPT, level=level, top=Level.PML4) or gpa % size or gpa & SHARED or gpa >= MAX_GPA:
+    taken = LEVELS(leaf=Leaf.ACCEPT, level=level, top=Level.PML4)
+    if not taken or gpa % size or gpa & SHARED or gpa >= MAX_GPA:
         refuse(td, gpa, tdx.with_operand(Status.OPERAND_INVALID, Operand.RCX))
     if level == Level.PD:
         _accept_2m(guest, td, gpa // PAGE)

@@ -11,7 +11,9 @@ from .costs import TdxCost, estimate_tdx
 from .memory import PAGE
 from .vm import Vm
 
-SHOWN = ("TDH.MEM.RANGE.BLOCK", "TDH.MEM.TRACK", "kick", "kick-ipi", "TDH.MEM.PAGE.REMOVE", "TDH.PHYMEM.PAGE.WBINVD")
+SHOWN = (
+    "TDH.MEM.RANGE.BLOCK", "TDH.MEM.TRACK", "kick", "kick-ipi", "TDH.MEM.PAGE.REMOVE", "TDH.PHYMEM.PAGE.WBINVD",
+)  # fmt: skip
 
 
 class Batching(NamedTuple):

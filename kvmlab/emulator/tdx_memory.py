@@ -1,13 +1,14 @@
 """Physical memory under a TD: bytes by 64-byte lines, each with KeyID, poison and what caches hold of it.
 
-Every rule is a function of hw/tdx_lines.py.  A page whose lines are all zeros of one KeyID takes one byte
-(`owner`), so that gigabytes can be accepted and removed; others are kept line by line.  Unless `caches`, a store
-is written back at once, and no order of flushes matters.
+Every rule is a function of hw/tdx_lines.py.  A page whose lines were all written with one KeyID, with nothing dirty
+over them and no poison, is plain: one byte (`owner`), and its content unless that is zeros.  So gigabytes can be
+accepted and removed.  Others are kept line by line.  Unless `caches`, a store is written back at once, and
+no order of flushes matters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from .memory import PAGE, U8, PhysicalMemory, grown, not_aes_keystream
 
 LINE = 64
 LINES = PAGE // LINE
+PROBE = "content"  # stands for whatever a plain page holds when a rule is asked
 CIPHER = 0x5EED00  # the stand-in cipher's key for a KeyID is this plus the KeyID
 
 
@@ -36,6 +38,7 @@ class TdMemory(PhysicalMemory):
         super().__init__()
         self.hkid, self.caches, self.integrity, self.erratum = hkid, caches, integrity, erratum
         self.owner: U8 = np.zeros(0, np.uint8)
+        self.plain: dict[int, bytearray] = {}
         self.lines: dict[int, list[Line]] = {}
         self.watched, self.suspect = set[int](), set[int]()
         self.consumed: Callable[[str, int], None] = lambda who, pfn: None
@@ -45,11 +48,10 @@ class TdMemory(PhysicalMemory):
         self.owner = grown(self.owner, pfns)
 
     def page(self, pfn: int) -> list[Line]:
-        """The 64 lines of a page, as they are; a list that may be changed."""
+        """The 64 lines of a page, from now on kept line by line; a list that may be changed."""
         if pfn not in self.lines:
-            self.lines[pfn] = [Line(ZERO, int(self.owner[pfn]))] * LINES
-            if pfn in self.watched:
-                self.suspect.add(pfn)
+            whole, key = self.plain.pop(pfn, bytearray(PAGE)), int(self.owner[pfn])
+            self.lines[pfn] = [Line(_content(whole[i * LINE :][:LINE]), key) for i in range(LINES)]
         return self.lines[pfn]
 
     def read(self, pfn: int, offset: int = 0, n: int = PAGE, key: int = HOST, who: str = "host") -> bytes:
@@ -57,9 +59,11 @@ class TdMemory(PhysicalMemory):
         if n <= 0:
             return b""
         if pfn not in self.lines:
-            plain = tdx_lines.read(Line(ZERO, int(self.owner[pfn])), key, integrity=self.integrity)
-            if plain.got in (DATA, ZEROS):
+            got = tdx_lines.read(Line(PROBE, int(self.owner[pfn])), key, integrity=self.integrity).got
+            if got == ZEROS or (got == DATA and pfn not in self.plain):
                 return bytes(n)
+            if got == DATA:
+                return bytes(self.plain[pfn][offset : offset + n])
         first = offset // LINE
         found = b"".join(self._load(pfn, i, key, who) for i in range(first, (offset + n - 1) // LINE + 1))
         return found[offset - first * LINE :][:n]
@@ -78,11 +82,26 @@ class TdMemory(PhysicalMemory):
     def write(self, pfn: int, offset: int, data: bytes, key: int = HOST, who: str = "host") -> None:
         """Ordinary stores: each line is filled, which may consume poison, then dirty or written back."""
         end = offset + len(data)
+        if pfn in self.watched:
+            self.suspect.add(pfn)
+        if self._stays_plain(pfn, key, len(data) == PAGE):
+            self.plain.setdefault(pfn, bytearray(PAGE))[offset:end] = data
+            self.owner[pfn] = key
+            return
         for i in range(offset // LINE, (end - 1) // LINE + 1 if data else 0):
             whole = bytearray(self._load(pfn, i, key, who))
             lo, hi = max(offset, i * LINE), min(end, (i + 1) * LINE)
             whole[lo - i * LINE : hi - i * LINE] = data[lo - offset : hi - offset]
             self.lines[pfn][i] = self._stored(self.page(pfn)[i], key, _content(whole), pfn, who)
+
+    def _stays_plain(self, pfn: int, key: int, whole: bool) -> bool:
+        """Whether a store leaves a plain page plain: with its own KeyID, or over all of it."""
+        if pfn in self.lines or self.caches:
+            return False
+        before = Line(PROBE, int(self.owner[pfn]))
+        done = tdx_lines.store(before, key, ZERO, integrity=self.integrity)
+        after = tdx_lines.write_back(done.line, key)
+        return done.got in (DATA, ZEROS) and (whole or before.keyid == key) and after == Line(ZERO, key)
 
     def _stored(self, line: Line, key: int, content: Hashable, pfn: int, who: str) -> Line:
         done = tdx_lines.store(line, key, content, integrity=self.integrity)
@@ -92,6 +111,8 @@ class TdMemory(PhysicalMemory):
 
     def partial_write(self, pfn: int, offset: int, data: bytes) -> None:
         """The host writes less than a line at the memory controller (MOVNTI, UC or WC mapping, a device)."""
+        if pfn in self.watched:
+            self.suspect.add(pfn)
         i, at = divmod(offset, LINE)
         line = self.page(pfn)[i]
         whole = bytearray(_bytes(tdx_lines.read(line, HOST, integrity=self.integrity).content))
@@ -137,23 +158,39 @@ class TdMemory(PhysicalMemory):
 
     def _each(self, pfn: int, n: int, change: Callable[[Line, int], Line]) -> None:
         """Change every line of `n` pages: once for each distinct one of the pages that are kept as a byte."""
-        kept = [p for p in (self.lines if n > len(self.lines) else range(pfn, pfn + n))
-                if pfn <= p < pfn + n and p in self.lines]  # fmt: skip
-        part = self.owner[pfn : pfn + n]
-        if len(kept) < n:
-            old = part.copy()
-            for key in np.flatnonzero(np.bincount(old)).tolist():
-                after = change(Line(ZERO, key), pfn)
+        part, old = self.owner[pfn : pfn + n], self.owner[pfn : pfn + n].copy()
+        lined = _within(self.lines, pfn, n)
+        for key in np.flatnonzero(np.bincount(old)).tolist():
+            after = change(Line(ZERO, key), pfn)
+            if after == Line(ZERO, after.keyid):
                 part[old == key] = after.keyid
-                if after != Line(ZERO, after.keyid):
-                    for at in (np.flatnonzero(old == key) + pfn).tolist():
+            else:
+                for at in (np.flatnonzero(old == key) + pfn).tolist():
+                    if at not in self.plain:
                         self.lines.setdefault(at, [after] * LINES)
-        for page in kept:
-            lines = [change(line, page) for line in self.lines[page]]
-            self.lines[page] = lines
+        for page in _within(self.plain, pfn, n):
+            self._plain_changes(page, int(old[page - pfn]), change)
+        for page in lined:
+            lines = self.lines[page] = [change(line, page) for line in self.lines[page]]
             if lines[0] == Line(ZERO, lines[0].keyid) and lines.count(lines[0]) == LINES:
                 del self.lines[page]
                 self.owner[page] = lines[0].keyid
+
+    def _plain_changes(self, page: int, key: int, change: Callable[[Line, int], Line]) -> None:
+        """The same for a page with a content of its own: it is lost, kept, or goes line by line from now on."""
+        after = change(Line(PROBE, key), page)
+        self.owner[page] = after.keyid
+        if after == Line(ZERO, after.keyid):
+            del self.plain[page]
+        elif after != Line(PROBE, key):
+            self.owner[page] = key
+            self.lines[page] = [change(line, page) for line in self.page(page)]
+
+
+def _within(pages: Mapping[int, object], pfn: int, n: int) -> list[int]:
+    """Those of the pages that lie in [pfn, pfn + n)."""
+    where: Mapping[int, object] | range = pages if n > len(pages) else range(pfn, pfn + n)
+    return [page for page in where if pfn <= page < pfn + n and page in pages]
 
 
 def _bytes(content: Hashable) -> bytes:

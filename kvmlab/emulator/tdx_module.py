@@ -27,7 +27,7 @@ U64 = NDArray[np.uint64]
 CODE = {state: code for code, state in enumerate(tdx_sept.STATES)}
 FREE = CODE[State.FREE]
 TRACKED_BIT, FREE_BIT = 8, 16
-TABLE_LEVELS = (Level.PML4, Level.PDPT, Level.PD)  # of the entries that tables hang from; the root is always there
+TABLE_LEVELS = (Level.PML4, Level.PDPT, Level.PD)  # of entries that tables hang from; the root is there
 AGES = tuple(Age)
 
 
@@ -133,9 +133,7 @@ class TdModule:
             view, added = self.has_table(level, gfn, gfn + n), list[int]()
             for at in np.flatnonzero(view == 0).tolist():
                 pfn = self._table_page()
-                answer = tdx_sept.seamcall(
-                    Leaf.SEPT_ADD, State.FREE, page_free=self._free(pfn), level=level
-                )
+                answer = tdx_sept.seamcall(Leaf.SEPT_ADD, State.FREE, page_free=self._free(pfn), level=level)
                 if not answer.ok:
                     return count, answer.rax
                 view[at], count = 1, count + 1

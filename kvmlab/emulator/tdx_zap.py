@@ -74,9 +74,8 @@ class Zap:
     def _alike(self, gfn: int, end: int) -> int:
         """How many leaves from `gfn` on are in the same situation; 0 where each has to be run by itself."""
         vm, module = self.vm, self.td.module
-        if vm.on_row or vm.on_point or vm.failures or self.td.memory.suspect or any(
-            row.call not in PLAIN for row in self.rows
-        ):
+        watched = vm.on_row or vm.on_point or vm.failures or self.td.memory.suspect
+        if watched or any(row.call not in PLAIN for row in self.rows):
             return 0
         mirror, states = self.td.mirror_of(gfn, end), module.states(gfn, end)
         n = prefix(mirror == np.arange(mirror[0], int(mirror[0]) + len(mirror), dtype=np.uint32))
