@@ -13,7 +13,6 @@ from .errors import DesignError, quoted
 from .source import Source
 from .tree import Body, Call, Condition, If, Leave, Node
 
-
 ABSENT_OPS = ("kvm_x86_update_mem_attr", "rmp_prepare", "rmp_match")  # on tdx: not implemented there
 
 
