@@ -109,6 +109,7 @@ def test_while_somebody_looks_on_every_request_is_run_by_itself():
 
 def test_requests_that_each_end_in_a_warning_are_run_one_by_one():
     vm = Vm("snp", 1024, "v8-post-hook")
+    vm.gmem.allocate(0, 1024 * P)
     for gfn in range(1024):
         vm.rmp.put(vm.pfn(gfn * P, True), RmpEntry(True, 1, gfn, immutable=True))
     vm.guest().page_state_change(0, 1024 * P, True, page_size=P, batch=64)

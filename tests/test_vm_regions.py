@@ -4,7 +4,8 @@ import errno
 
 import pytest
 
-from kvmlab.emulator import InternalError, MmioExit, Vm, VmErrno, VmSwitches
+from kvmlab.emulator import GuestSpins, InternalError, MmioExit, Vm, VmErrno, VmSwitches
+from kvmlab.emulator.regions import SYNCHRONIZE
 from kvmlab.emulator.slots import GUEST_MEMFD, KVM_USER_MEM_SLOTS, LOG_DIRTY_PAGES, READONLY
 
 P, M2, GPA = 4096, 1 << 21, 0xC0000000
@@ -124,3 +125,58 @@ def test_a_read_without_a_memslot_is_mmio(vm):
     vm.set_user_memory_region2(0, 0, P)
     with pytest.raises(MmioExit):
         vm.guest().read(GPA, 8)
+
+
+# A memslot that is being deleted: the row memslot_invalid()
+
+
+def deleting(act, platform="snp", design="upstream"):
+    """Delete memslot 0; `act(vm)` runs while the deleter waits for kvm->srcu."""
+    vm, seen = Vm(platform, 8, design, vmm="kill"), []
+
+    def at_point(name):
+        if name == SYNCHRONIZE:
+            seen.append(act(vm))
+
+    vm.on_point = at_point
+    vm.set_user_memory_region2(0, 0, 0)
+    assert len(seen) == 1
+    return vm
+
+
+def spins(vm):
+    with pytest.raises(GuestSpins) as caught:
+        vm.guest().touch(0, P)
+    return caught.value.why
+
+
+def test_a_fault_on_a_memslot_that_is_being_deleted_retries():
+    vm = deleting(lambda vm: "being deleted" in spins(vm) or pytest.fail("why?"))
+    assert vm.counters["retry"] == 8 and "KVM_MEMSLOT_INVALID" in str(vm.events)
+
+
+def test_once_the_memslot_is_gone_there_is_no_retry():
+    vm = deleting(lambda vm: None)
+    with pytest.raises(InternalError):
+        vm.guest().touch(0, P)
+
+
+def test_where_the_text_does_not_ask_the_fault_maps_the_page_and_the_deletion_zaps_it():
+    vm = deleting(lambda vm: vm.guest().touch(0, P), design="v8-post-hook")
+    assert vm.counters["zap"] == 1 and not vm.mmu.leaves(0, 1).any()
+
+
+def private_fault(design):
+    vm = deleting(lambda vm: (vm.guest().set_private(0, True), vm.attributes.store(0, 1, True), spins(vm)),
+                  "tdx", design)  # fmt: skip
+    return vm.counters
+
+
+def test_on_tdx_such_a_private_fault_leaves_kvm_before_it_is_tried_again():
+    counters = private_fault("upstream")
+    assert counters["ept-violation"] == 8 and "fault-again" not in counters
+
+
+def test_on_tdx_before_may_2025_it_looped_inside_kvm_while_the_deleter_waited():
+    counters = private_fault("tdx-loops-on-deleted-slot")
+    assert counters["ept-violation"] == 1 and counters["fault-again"] == 7

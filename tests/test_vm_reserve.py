@@ -4,15 +4,17 @@ import errno
 
 import pytest
 
-from kvmlab.emulator import Vm, VmErrno, VmSwitches
+from kvmlab.design import Design
+from kvmlab.emulator import Vm, VmErrno
 
 P, M2 = 4096, 1 << 21
 BUG = [True, False]
+DESIGN = {True: "reserved-read-as-attributes", False: "upstream"}
 
 
 def residue(bug, at=5, pages=512, **more):
     """A VM after an ioctl to private whose reservation failed at index `at`."""
-    vm = Vm("sw", pages, switches=VmSwitches(reserved_reads_as_set=bug), **more)
+    vm = Vm("sw", pages, DESIGN[bug], **more)
     vm.fail("xa_reserve", at=at)
     with pytest.raises(VmErrno) as caught:
         vm.set_memory_attributes(0, 512 * P, True)
@@ -43,7 +45,8 @@ def test_a_single_gfn_was_always_looked_up_right(bug):
 @pytest.mark.parametrize("bug", BUG)
 def test_residue_never_reads_as_private(bug):
     vm = residue(bug)
-    assert not vm.attributes.uniform(0, 5, True) and not vm.attributes.uniform_by(0, 512, 512, True).any()
+    assert not vm.attributes.uniform(0, 5, True, bug)
+    assert not vm.attributes.uniform_by(0, 512, 512, True, bug).any()
 
 
 @pytest.mark.parametrize("bug", BUG)
@@ -86,3 +89,43 @@ def test_entries_that_held_attributes_before_the_failure_keep_them():
     with pytest.raises(VmErrno):
         vm.set_memory_attributes(0, 512 * P, True)
     assert vm.attributes.reserved.tolist() == [1, 1, 0, 1, 1] and vm.attributes.is_private(2)
+
+
+# The text
+
+
+@pytest.mark.parametrize("design", ["v8-post-hook", "gmem-in-place", "narrow-hull"])
+def test_where_the_text_reserves_nothing_no_reservation_fails(design):
+    vm = Vm("snp", 8, design)
+    vm.fail("xa_reserve", at=0)
+    vm.set_memory_attributes(0, 8 * P, True)
+    assert vm.attributes.uniform(0, 8, True) and vm.failures == {"xa_reserve": 0}
+
+
+@pytest.mark.parametrize("design", ["gmem-in-place", "narrow-hull"])
+def test_a_store_that_nothing_was_reserved_for_stops_at_the_first_failure(design):
+    vm = Vm("snp", 8, design)
+    vm.fail("xa_store", at=3)
+    assert vm.set_memory_attributes(0, 8 * P, True) == (3 * P, 5 * P)
+    assert vm.attributes.get(0, 8).tolist() == [1] * 3 + [0] * 5
+
+
+def test_the_vmm_asks_again_for_what_was_not_stored():
+    vm = Vm("snp", 8, "narrow-hull")
+    vm.fail("xa_store", at=3)
+    vm.guest().set_memory_encrypted(0, 8 * P)
+    assert vm.attributes.uniform(0, 8, True) and vm.counters["set-attributes"] == 2
+
+
+@pytest.mark.parametrize("design", ["gmem-in-place", "narrow-hull"])
+def test_where_the_text_does_not_ask_a_uniform_range_is_invalidated_all_the_same(design):
+    vm = Vm("snp", 8, design)
+    vm.set_memory_attributes(0, 8 * P, False)
+    assert vm.mmu.seq == 1
+
+
+def test_reserving_under_mmu_lock_is_scheduling_while_atomic():
+    text = "base: upstream\nioctl:\n    KVM_MMU_LOCK(kvm)\n    xa_reserve()\n    xa_store()\n    KVM_MMU_UNLOCK(kvm)"
+    vm = Vm("sw", 8, Design.parse(text))
+    vm.set_memory_attributes(0, P, True)
+    assert [name for name, _ in vm.violations] == ["sleep-in-atomic"]

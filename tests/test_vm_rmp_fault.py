@@ -1,16 +1,25 @@
-"""The handler of RMP faults against a punch hole, and against another PSMASH, that gets in between."""
+"""The rows of `rmp_fault:`; against a punch hole, and against another PSMASH, that gets in between."""
 
 import pytest
 
-from kvmlab.emulator import Vm, VmSwitches
+from kvmlab.design import Design
+from kvmlab.emulator import GuestSpins, Vm
 from kvmlab.emulator.rmpfault import LOOKUP, PSMASH
 
 P, M2 = 4096, 1 << 21
 
 
-def interposed(point, act, benign=False):
+OLD = "psmash-against-punch"
+
+
+def handler(*rows):
+    """upstream with another `rmp_fault:`."""
+    return Design.parse("\n    ".join(["base: upstream\nrmp_fault:", *rows]))
+
+
+def interposed(point, act, design="upstream"):
     """4K PVALIDATE of a 2M entry: a SIZEM fault; at `point` of its handler `act(vm)` runs, once."""
-    vm = Vm("snp", 512, private=True, private_2m=True, switches=VmSwitches(unassigned_is_benign=benign))
+    vm = Vm("snp", 512, design, private=True, private_2m=True)
 
     def at_point(name):
         if name == point and not hasattr(vm, "seen"):
@@ -34,19 +43,19 @@ def warnings(vm):
     ("point", "words"), [(LOOKUP, "unassigned entry"), (PSMASH, "unable to split the RMP entry")]
 )
 def test_a_page_punched_under_the_handler_was_worth_a_warning(point, words):
-    (warning,) = warnings(interposed(point, punch))
+    (warning,) = warnings(interposed(point, punch, OLD))
     assert words in warning
 
 
 @pytest.mark.parametrize("point", [LOOKUP, PSMASH])
 def test_a_page_punched_under_the_handler_is_a_benign_race_since_2026(point):
-    assert warnings(interposed(point, punch, benign=True)) == []
+    assert warnings(interposed(point, punch)) == []
 
 
-@pytest.mark.parametrize("benign", [True, False])
+@pytest.mark.parametrize("design", ["upstream", OLD])
 @pytest.mark.parametrize("point", [LOOKUP, PSMASH])
-def test_after_the_punch_the_guest_gets_a_new_page_and_its_pvalidate_succeeds(point, benign):
-    vm = interposed(point, punch, benign)
+def test_after_the_punch_the_guest_gets_a_new_page_and_its_pvalidate_succeeds(point, design):
+    vm = interposed(point, punch, design)
     assert vm.rmp_entry(vm.pfn(3 * P, True)).validated and vm.counters["gmem-alloc"] == 2 * 512
     assert vm.counters["npf-rmp"] == 2  # the one that lost, and that of the new 2M entry
 
@@ -57,7 +66,7 @@ def test_psmash_of_a_punched_page_fails_and_changes_nothing():
 
 
 def test_since_2026_an_unassigned_entry_that_nobody_invalidated_is_still_worth_a_warning():
-    vm = interposed(LOOKUP, lambda vm: vm.sev.make_shared(vm.pfn(0, True), 512, 0), benign=True)
+    vm = interposed(LOOKUP, lambda vm: vm.sev.make_shared(vm.pfn(0, True), 512, 0))
     assert warnings(vm) == ["RMP fault on an unassigned entry"]
 
 
@@ -70,3 +79,63 @@ def test_a_page_that_somebody_else_splits_meanwhile_needs_no_zap_and_no_warning(
 def test_while_the_script_acts_the_handler_does_not_call_it_again():
     vm = interposed(LOOKUP, lambda vm: vm.guest().pvalidate(5 * P, True))
     assert vm.rmp_entry(vm.pfn(5 * P, True)).validated and vm.counters["psmash"] == 1
+
+
+# The text
+
+
+def one_4k_pvalidate(design):
+    vm = Vm("snp", 512, design, private=True, private_2m=True)
+    vm.guest().pvalidate(3 * P, True)
+    return vm
+
+
+@pytest.mark.parametrize(
+    "rows", [("return",), ("kvm_zap_gfn_range()",), ("npf_sizem()", "kvm_zap_gfn_range()")]
+)
+def test_a_handler_that_splits_no_entry_lets_the_guest_fault_for_ever(rows):
+    with pytest.raises(GuestSpins, match="RMP fault"):
+        one_4k_pvalidate(handler(*rows))
+
+
+def test_a_handler_that_does_not_zap_leaves_it_to_the_next_fault_to_split_the_mapping():
+    vm = one_4k_pvalidate(handler("snp_lookup_rmpentry()", "psmash()"))
+    assert vm.counters["npt-split"] == 1 and vm.counters["npf-rmp"] == 2
+
+
+def test_zap_and_flush_may_be_spelled_out_in_a_handler():
+    spelled = handler(
+        "psmash()", "write_lock(mmu_lock)", "kvm_unmap_gfn_range()", "if (flush)", "    kvm_flush_remote_tlbs()",
+        "write_unlock(mmu_lock)",
+    )  # fmt: skip
+    vm = one_4k_pvalidate(spelled)
+    assert vm.counters["psmash"] == vm.counters["zap"] == 1 and not vm.violations
+
+
+def test_a_handler_that_zaps_without_mmu_lock_breaks_lock_misuse():
+    vm = one_4k_pvalidate(handler("psmash()", "kvm_unmap_gfn_range()", "kvm_flush_remote_tlbs()"))
+    assert [name for name, _ in vm.violations] == ["lock-misuse"]
+
+
+def test_without_sizem_v8s_handler_leaves_at_its_first_row():
+    vm, rows = Vm("snp", 4, "v8-post-hook", private=True), []
+    vm.on_row = lambda row: rows.append(row.call)
+    with pytest.raises(GuestSpins):
+        vm.guest().pvalidate(0, True)  # nobody has assigned the page
+    assert "npf_sizem" in rows and "psmash" not in rows
+
+
+@pytest.mark.parametrize(("word", "expected"), [("", 1), ("recheck", 0), ("recheck_unassigned", 0)])
+def test_a_race_lost_to_another_psmash_is_a_warning_unless_the_text_looks_again(word, expected):
+    def split(vm):
+        vm.sev.psmash(vm.pfn(0, True))
+
+    vm = interposed(PSMASH, split, handler("snp_lookup_rmpentry()", f"psmash({word})", "kvm_zap_gfn_range()"))
+    assert len(warnings(vm)) == expected
+
+
+def test_a_psmash_that_nobody_asked_for_warns_where_there_is_no_2m_entry():
+    vm = Vm("snp", 4, "psmash-unasked", private=True)
+    with pytest.raises(GuestSpins):
+        vm.guest().pvalidate(0, True)  # nobody has assigned the page
+    assert set(warnings(vm)) == {"PSMASH failed: unable to split the RMP entry"}

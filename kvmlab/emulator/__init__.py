@@ -4,9 +4,11 @@ switches                   what sources leave open, and what later kernels fixed
 events locks costs         errors, log and counters; who holds what; published figures
 memory                     bytes in DRAM and the stand-in cipher
 caches rmp                 dirty lines by C-bit; RMP arrays under the rules of hw/
-sev rmpfault               RMPUPDATE in ranges, the direct map; the handler of RMP faults
+sev                        RMPUPDATE in ranges, the direct map
 gmem slots regions lpage   guest_memfd; memslots, their ioctl, their large pages
-mmu faults ioctl           attributes, NPT, TLBs; the `fault:` and `ioctl:` rows of a design
+mmu                        attributes, NPT, TLBs
+ioctl faults rmpfault      the rows of `ioctl:`, `fault:` and `rmp_fault:`
+punch                      the rows of `punch:`
 access guest psc alike     a vCPU; page state changes; runs of requests that are alike
 linux                      what a Linux guest does
 host vmm                   the host kernel and userspace

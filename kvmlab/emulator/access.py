@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..hw import snp_pages
 from ..hw.snp import VC_NOT_VALIDATED_CODE
 from .events import GuestSpins, MemoryFaultExit, VcFault, VmplFault
-from .faults import RETRY, run_fault
+from .faults import LEAVE, RETRY, run_fault
 from .memory import PAGE, U8, U32, prefix
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ class Walker:
             answer, _ = run_fault(vm, self.vcpu, gfn, n, private, write, code)
             if answer == RETRY:
                 self.why = "RET_PF_RETRY: the gfn is being invalidated"
+            elif answer == LEAVE:
+                self.why = f"{LEAVE}: the memslot is being deleted"
         except MemoryFaultExit as exit_:
             self.why = f"userspace re-enters after {exit_.strerror}"
             vm.vmm.memory_fault(exit_)

@@ -6,23 +6,24 @@ them, and every count says how many faults that were.
 
 from __future__ import annotations
 
-import errno
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
 from ..design import Row
-from ..hw.snp import PG_2M, PG_4K, Npf, Rmpupdate
-from . import rmpfault
-from .events import MEMORY_EXIT_FLAG_PRIVATE, InternalError, MemoryFaultExit, MmioExit, VmErrno
+from ..hw.snp import PG_2M, PG_4K, Npf
+from .events import MEMORY_EXIT_FLAG_PRIVATE, InternalError, MemoryFaultExit, MmioExit
 from .locks import Thread
 from .memory import PAGE, prefix
+from .rmpfault import Handler, rmp_work
 from .slots import MemSlot
 from .tdx_aug import Aug
 
 if TYPE_CHECKING:
     from .vm import Vm
 
-RETRY, DONE, FAULTS_2M = "retry", "done", 512
+DONE, RETRY = "done", "RET_PF_RETRY"
+LEAVE = "RET_PF_RETRY_INVALID_SLOT"  # retry as well, but leave KVM first
+FAULTS_2M = 512
 DIRECTMAP = ("kvm_unmap_directmap", "kvm_map_directmap")  # generic code, on tdx too
 PREPARES = ("rmp_prepare", "rmp_match")
 
@@ -40,6 +41,7 @@ class Fault:
     seq: int = 0
     slot: MemSlot | None = None
     pfn: int = 0
+    taken: int = 1  # how many faults it was
     root: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,6 +87,11 @@ class Fault:
         self.pfn = self.vm.backing_pfn(slot, self.gfn, self.private)
         self.vm.touch_backing(slot, self.gfn, self.n, self.private)
 
+    def slot_invalid(self) -> bool:
+        """Whether the memslot is being deleted; one that is gone is met by `find_slot`."""
+        slot = self.vm.slots.find(self.gfn)
+        return slot is not None and slot.invalid
+
     def stale(self) -> bool:
         """is_page_fault_stale(), under mmu_lock."""
         self.thread.assert_mmu_lock("is_page_fault_stale()")
@@ -127,41 +134,50 @@ class Fault:
 def run_fault(
     vm: Vm, vcpu: int, gfn: int, n: int, private: bool, write: bool, code: int, kind: str = ""
 ) -> tuple[str, int]:
-    """One nested fault (or `n` alike): RETRY or DONE, and how many pages it dealt with.
+    """One nested fault (or `n` alike): DONE, RETRY or LEAVE, and how many pages it dealt with.
 
     Raises MemoryFaultExit or MmioExit for what goes to userspace, VmErrno if KVM_RUN fails.
     """
-    fault = Fault(vm, vm.new_thread(f"vCPU {vcpu}"), gfn, n, private, write)
-    taken, answer = 1, DONE
+    fault, answer = Fault(vm, vm.new_thread(f"vCPU {vcpu}"), gfn, n, private, write), DONE
     rmp = vm.has_rmp and bool(code & Npf.RMP)
     kind = kind or ("npf-rmp" if rmp else "npf")
     event = vm.log.add(kind, "private" if private else "shared", gfn, 1, int(code))
     try:
         for row in vm.rows("fault", private):
             vm.reached(row)
-            if row.call == "is_page_fault_stale" and fault.stale():
-                vm.log.add("retry", page=gfn)
-                answer = RETRY
+            if (answer := _row(fault, row)) != DONE:
                 fault.thread.unwind()
                 break
-            if row.call == "kvm_tdp_mmu_map":
-                if not (taken := fault.install()):
-                    taken, answer = 1, RETRY
-                    fault.thread.unwind()
-                    break
-            else:
-                _row(fault, row)
         fault.thread.leave("enters the guest")
     finally:
-        vm.log.amend(event, taken)
+        vm.log.amend(event, fault.taken)
     if rmp:
-        rmpfault.handle(vm, fault.thread, gfn, Npf(code))
+        Handler(fault, Npf(code)).run()
     return answer, fault.n
 
 
-def _row(fault: Fault, row: Row) -> None:
-    """One row of the fault path, apart from those that decide how it goes on."""
-    vm, thread = fault.vm, fault.thread
+def _row(fault: Fault, row: Row) -> str:
+    """One row of the fault path: DONE to go on, else how it ends here."""
+    if row.call == "memslot_invalid":
+        if fault.slot_invalid():
+            fault.vm.log.add("retry", "KVM_MEMSLOT_INVALID", fault.gfn)
+            return LEAVE if row.target == "leave" else RETRY
+    elif row.call == "is_page_fault_stale":
+        if fault.stale():
+            fault.vm.log.add("retry", page=fault.gfn)
+            return RETRY
+    elif row.call == "kvm_tdp_mmu_map":
+        taken = fault.install()
+        fault.taken = taken or 1
+        return DONE if taken else RETRY
+    else:
+        _plain_row(fault, row)
+    return DONE
+
+
+def _plain_row(fault: Fault, row: Row) -> None:
+    """A row after which the fault path goes on, or exits."""
+    vm = fault.vm
     if row.call == "mmu_seq_snapshot":
         fault.seq = vm.mmu.seq
     elif row.call in ("kvm_mem_is_private", "kvm_gmem_is_private"):
@@ -171,15 +187,11 @@ def _row(fault: Fault, row: Row) -> None:
     elif row.call in PREPARES:
         _prepare(fault, row)
     elif row.lock:
-        if row.call in ("mutex_unlock", "write_unlock", "read_unlock") or "_unlock" in row.call:
-            thread.drop(row.lock)
-        else:
-            thread.take(row.lock, shared=row.call == "read_lock" or row.call.endswith("_shared"))
+        fault.thread.row(row)
     elif vm.has_rmp or (vm.tdx and row.call in DIRECTMAP):
         slot = fault.slot or fault.find_slot()
         if slot.gmem is not None:
-            pfn = slot.private_pfn(fault.gfn)
-            _rmp_work(fault, row, pfn, fault.n, PG_4K)
+            rmp_work(fault, row, slot.private_pfn(fault.gfn), fault.n, PG_4K)
 
 
 def _prepare(fault: Fault, row: Row) -> None:
@@ -207,25 +219,5 @@ def _prepare(fault: Fault, row: Row) -> None:
             size, pfn, n = PG_2M, base, FAULTS_2M
     for inner in row.body or ():
         if inner.call != "adjust_direct_map" or size == PG_4K:
-            _rmp_work(fault, inner, pfn, n, size)
+            rmp_work(fault, inner, pfn, n, size)
     fault.thread.drop("folio_lock")
-
-
-def _rmp_work(fault: Fault, row: Row, pfn: int, n: int, size: str) -> None:
-    """Directmap calls and RMPUPDATE on the private PFNs of the fault; EINVAL if RMPUPDATE fails."""
-    sev, thread = fault.vm.sev, fault.thread
-    if row.call == "rmpupdate":
-        gfn = fault.gfn - fault.gfn % FAULTS_2M if size == PG_2M else fault.gfn
-        private = (row.target or "private") == "private"
-        done, code = sev.make_private(pfn, n, gfn, size) if private else sev.make_shared(pfn, n, gfn)
-        if code != Rmpupdate.OK:
-            if not done:
-                thread.unwind()
-                raise VmErrno(errno.EINVAL, f"KVM_RUN: RMPUPDATE of PFN {pfn:#x} = {code.name}")
-            fault.n = done  # the page that fails is the next one to fault
-    elif row.call == "adjust_direct_map":
-        sev.adjust_direct_map(thread, pfn, n)
-    elif row.call == "kvm_unmap_directmap":
-        sev.unmap_directmap(thread, pfn, n)
-    elif row.call == "kvm_map_directmap":
-        sev.map_directmap(thread, pfn, n)

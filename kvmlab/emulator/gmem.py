@@ -1,6 +1,7 @@
 """guest_memfd: allocation, punch hole, binding, mmap, and their errno (virt/kvm/guest_memfd.c).
 
-A file keeps the PFN of each offset for life: freeing and allocating again gives the same PFN, zeroed.
+A file keeps the PFN of each offset for life: freeing and allocating again gives the same PFN, zeroed then.  What
+frees is the design's `punch:`, in punch.py.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from itertools import count
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .events import SigBus, VmErrno
-from .memory import PAGE, U8
+from .locks import Deadlock
+from .memory import PAGE, U8, runs
+from .punch import Punch
 
 if TYPE_CHECKING:
     from .slots import MemSlot
@@ -43,6 +45,8 @@ class GuestMemfd:
         self.present: U8 = np.zeros(self.pages, np.uint8)
         self.pinned: set[int] = set()  # offsets in pages that somebody else holds a reference to
         self.broken: set[int] = set()  # 2M of the file whose folio was split by a partial punch
+        self.dying: list[tuple[int, int]] = []  # ranges that a punch took out and has not given back
+        self.closed = False
         self.bindings: list[tuple[int, int, MemSlot]] = []
 
     @property
@@ -68,72 +72,59 @@ class GuestMemfd:
 
     def fallocate(self, mode: int, offset: int, size: int) -> None:
         """fallocate() with its checks in order: EOPNOTSUPP for the mode, EINVAL for the range."""
+        if self.closed:
+            raise VmErrno(errno.EBADF, "the guest_memfd is closed")
         if not mode & KEEP_SIZE or mode & ~(KEEP_SIZE | PUNCH_HOLE):
             raise VmErrno(errno.EOPNOTSUPP, f"fallocate mode {mode:#x}")
         if offset < 0 or size <= 0 or offset % PAGE or size % PAGE:
             raise VmErrno(errno.EINVAL, f"fallocate({offset}, {size})")
         start, end = offset // PAGE, (offset + size) // PAGE
         if mode & PUNCH_HOLE:
-            self._punch(start, min(end, self.pages))
+            Punch(self, start, min(end, self.pages)).run()
         elif end > self.pages:
             raise VmErrno(errno.EINVAL, "fallocate beyond the end of the guest_memfd")
         else:
             self.get_pages(start, end - start)
 
-    def _punch(self, start: int, end: int) -> None:
-        if start >= end:
-            return
-        vm, held = self.vm, self.vm.new_thread("punch hole")
-        held.take("invalidate_lock")
-        bound = [(lo - at + slot.base, hi - at + slot.base) for lo, hi, at, slot in self.slots(start, end)]
-        held.take("mmu_lock")
-        for lo, hi in bound:
-            vm.mmu.begin((lo, hi))
-            if vm.zap(held, lo, hi, shared=vm.in_place, private=True):
-                vm.mmu.flush()
-        held.drop("mmu_lock")
-        self.free(start, end)
-        held.take("mmu_lock")
-        for _ in bound:
-            vm.mmu.end()
-        held.drop("mmu_lock")
-        held.drop("invalidate_lock")
+    def close(self) -> None:
+        """close(), the last one (kvm_gmem_release()): all is freed as by a punch; memslots lose their file."""
+        if not self.closed:
+            Punch(self, 0, self.pages).run()
+        for _, _, slot in self.bindings:
+            slot.gmem = None
+        self.bindings, self.closed = [], True
 
-    def free(self, start: int, end: int) -> None:
-        """Truncate: each folio present goes back to the hypervisor in the RMP, and to the page allocator."""
-        for lo, hi in runs(self.present, start, end):
-            kept = self.vm.sev.invalidate(self.base + lo, hi - lo)
+    def take_out(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Truncate: which ranges leave the file; a 2M folio that goes only in part is split for good."""
+        gone = runs(self.present, start, end)
+        for lo, hi in gone:
             self.present[lo:hi] = 0
             for head in {lo - lo % 512, hi - hi % 512}:
                 empty = not self.present[head : head + 512].any()
                 (self.broken.discard if empty else self.broken.add)(head)
-            if not self.vm.tdx:  # there a page is cleared when it is taken again
-                self.vm.memory.zero(self.base + lo, hi - lo)
-            self.vm.log.add("gmem-free", page=self.base + lo, times=hi - lo)
-            self.vm.leaked |= kept
+        self.dying += gone
+        return gone
 
     def get_pages(self, start: int, n: int) -> None:
         """kvm_gmem_get_folio() of `n` pages: allocate and zero those that are missing.
 
-        A new page is zero because whatever freed it last cleared it; the clearing is counted here.
+        Deadlock if one was taken out by a punch that has not given it back: here it would be the same page again.
         """
         if self.vm.private_2m:
             start, n = self._whole_folios(start, n)
         new = n - int(np.count_nonzero(self.present[start : start + n]))
-        if new:
-            self.vm.fail_allocation()
-            if self.vm.tdx:
-                self._clear_highpage(start, n)
-            self.present[start : start + n] = 1
-            self.vm.log.add("gmem-alloc", page=self.base + start, times=new)
-
-    def _clear_highpage(self, start: int, n: int) -> None:
-        """Zero the new ones of `n` pages, through the direct map, with the host's KeyID."""
-        assert self.vm.tdx is not None
-        for lo, hi in runs(self.present[start : start + n] == 0, 0, n):
-            pfn = self.base + start + lo
-            self.vm.tdx.oops_if_absent(np.arange(pfn, pfn + hi - lo, dtype=np.uint32), "clear_highpage()")
-            self.vm.memory.zero(pfn, hi - lo)
+        if not new:
+            return
+        for lo, hi in self.dying:
+            if max(lo, start) < min(hi, start + n):
+                raise Deadlock(
+                    f"kvm_gmem_get_pfn() waits for PFN {self.base + max(lo, start):#x} to be freed"
+                )
+        self.vm.fail_allocation()
+        for lo, hi in [(0, n)] if new == n else runs(self.present[start : start + n] == 0, 0, n):
+            self.vm.sev.clear_highpage(self.base + start + lo, hi - lo)
+        self.present[start : start + n] = 1
+        self.vm.log.add("gmem-alloc", page=self.base + start, times=new)
 
     def _whole_folios(self, start: int, n: int) -> tuple[int, int]:
         """With 2M folios, an allocation in an empty 2M of the file takes all of it."""
@@ -209,10 +200,3 @@ def pagewise(start: int, n: int) -> Iterator[tuple[int, int]]:
         step = min(end - start, PAGE - start % PAGE)
         yield start, step
         start += step
-
-
-def runs(flags: U8 | NDArray[np.bool_], start: int, end: int) -> list[tuple[int, int]]:
-    """The maximal ranges of set flags within [start, end)."""
-    on = np.concatenate(([0], (flags[start:end] != 0).astype(np.int8), [0]))
-    edges = np.flatnonzero(np.diff(on)) + start
-    return [(int(lo), int(hi)) for lo, hi in zip(edges[::2], edges[1::2], strict=True)]

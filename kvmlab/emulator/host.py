@@ -10,8 +10,8 @@ from ..hw import snp
 from ..hw.snp import PG_2M, PG_4K
 from .caches import CachedMemory
 from .events import KernelBug, RmpFault, SigBus, VmError
-from .gmem import pagewise, runs
-from .memory import PAGE
+from .gmem import pagewise
+from .memory import PAGE, runs
 from .slots import MemSlot
 from .tdx_memory import TdMemory
 
@@ -83,6 +83,11 @@ class Host:
 
     def directmap_write(self, pfn: int, data: bytes = b"host") -> None:
         """A kernel store through the direct map; RmpFault or KernelBug (an oops) end the host."""
+        self.may_write(pfn)
+        self.vm.memory.write(pfn, 0, data)
+
+    def may_write(self, pfn: int) -> None:
+        """The check of a kernel store; RmpFault or KernelBug."""
         directmap = self.vm.directmap
         if directmap.absent[pfn]:
             raise KernelBug(f"oops: PFN {pfn:#x} is not present in the direct map")
@@ -91,7 +96,6 @@ class Host:
             self.vm.log.add("host-rmp-fault", "kernel", pfn)
             where = "its 2M entry covers an assigned page" if large else "the page is assigned"
             raise RmpFault(pfn, f"{where}; snp_dump_hva_rmpentry(), then the oops")
-        self.vm.memory.write(pfn, 0, data)
 
     def partial_write(self, pfn: int, data: bytes, offset: int = 0) -> None:
         """Less than a line at the memory controller (MOVNTI, an uncached mapping, a device): tdx's erratum.
@@ -100,7 +104,7 @@ class Host:
         """
         if self.vm.tdx is None:
             raise VmError("partial writes matter on tdx only")
-        self.vm.tdx.oops_if_absent(np.array([pfn], np.uint32), "a write")
+        self.vm.directmap.oops_if_absent(np.array([pfn], np.uint32), "a write")
         self.vm.tdx.memory.partial_write(pfn, offset, data)
 
     def directmap_read(self, pfn: int, n: int = PAGE) -> bytes:

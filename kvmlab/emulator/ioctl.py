@@ -1,9 +1,9 @@
 """KVM_SET_MEMORY_ATTRIBUTES: input checks, then the rows of the design's `ioctl:` section on a whole range.
 
-What the text of a design does not say follows from its form.  With `range_add` it is the merged walk: uniform
-ranges return early, slots in the xarray are reserved first, and mmu_lock is taken only if a memslot overlaps.
-Without, it is the v8 era: the window covers the request, the store may stop early (then the rest is
-handed back), and a platform op that fails only logs.  With invalidate_lock it is the ioctl of a guest_memfd.
+A store that no xa_reserve() came before may stop early; then the rest is handed back.  What else the text of a design
+does not say follows from its form.  With `range_add` it is the merged walk: mmu_lock is taken only if a memslot
+overlaps.  Without, it is the v8 era: the window covers the request, and a platform op that fails only logs.  With
+invalidate_lock it is the ioctl of a guest_memfd.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from ..design import Row
 from ..hw.snp import Rmpupdate
 from .events import PlatformError, VmErrno
 from .faults import DIRECTMAP
-from .gmem import runs
 from .lpage import hull, update_mixed
-from .memory import PAGE
+from .memory import PAGE, runs
 from .slots import MemSlot
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ RMP_ROWS = frozenset({"rmpupdate", "adjust_direct_map", "kvm_unmap_directmap", "
 
 
 class Remainder(NamedTuple):
-    """What the ioctl left undone: all of it done is size 0.  (v8; merged is all or nothing.)"""
+    """What the ioctl left undone: all of it done is size 0.  (With xa_reserve() it is all or nothing.)"""
 
     gpa: int
     size: int
@@ -61,41 +60,32 @@ class SetAttributes:
         self.thread = vm.new_thread("ioctl")
         self.pieces = vm.pieces(start, end)
         self.stored = end  # the store went up to here
-        self.did_store = self.flush = self.prologue = False
+        self.did_store = self.did_reserve = self.flush = self.asked = False
         self.failed: dict[MemSlot, int] = {}  # the first gfn at which the platform op failed
 
     def run(self) -> Remainder:
         """Execute the rows; the return value is userspace's."""
         vm, rows = self.vm, self.vm.rows("ioctl", self.private)
         vm.log.add("set-attributes", "private" if self.private else "shared", self.start)
-        if not any(row.lock in ("slots_lock", "invalidate_lock") for row in rows[:1]) and self._begin():
-            return Remainder(self.end * PAGE, 0)
+        if not any(row.call == "xa_reserve" for row in rows):
+            vm.attributes.reserve(self.end, self.end)  # nothing; but the host has so much memory only
         try:
             for row in rows:
                 vm.reached(row)
                 if self._row(row) == "return":
-                    break
+                    self.thread.unwind()
+                    return Remainder(self.end * PAGE, 0)
         except BaseException:
             self.thread.unwind()
             raise
         self.thread.leave("returns to user")
         return Remainder(self.stored * PAGE, (self.end - self.stored) * PAGE)
 
-    def _begin(self) -> bool:
-        """What comes before the first row but the lock: uniform already, reservation; whether to return."""
-        vm, self.prologue = self.vm, True
-        if not vm.merged:
-            vm.attributes.reserve(self.end, self.end)  # nothing; but the host has so much memory only
-            return False
-        if vm.attributes.uniform(self.start, self.end, self.private):
-            return True
-        vm.attributes.reserve(self.start, self.end, vm.take_failure("xa_reserve"))
-        if vm.in_place and self.private:
-            self._nobody_holds()
-        return False
-
     def _nobody_holds(self) -> None:
-        """In-place, to private: EAGAIN if somebody else holds a reference to a page."""
+        """In-place, to private, before anything is done: EAGAIN if somebody else holds a page."""
+        if self.asked or not (self.vm.merged and self.vm.in_place and self.private):
+            return
+        self.asked = True
         for slot, lo, hi in self.pieces:
             held = slot.gmem.pinned if slot.gmem else set()
             for page in sorted(held):
@@ -105,38 +95,49 @@ class SetAttributes:
                     )
 
     def _row(self, row: Row) -> str | None:
+        nowhere = self.vm.merged and not self.pieces  # no memslot, no mmu_lock, no invalidation
         if row.lock:
-            return self._lock(row)
+            if row.lock != "mmu_lock" or not nowhere:
+                self.thread.row(row)
+            return None
         if any(c.var == "flush" for c in row.when) and not self.flush:
             return None
+        if row.call == "kvm_range_has_memory_attributes":
+            done = self.vm.attributes.uniform(self.start, self.end, self.private, row.target == "reserved")
+            return "return" if done else None
+        if row.call == "xa_reserve":
+            self._reserve()
+            return None
+        self._nobody_holds()
         if row.call == "kvm_vm_set_region_attr":
             self._store()
-        elif self.vm.merged and not self.pieces:
-            return None  # no memslot, no mmu_lock, no invalidation
-        elif row.call in MMU_ROWS:
+        elif not nowhere:
+            self._on_memslots(row)
+        return None
+
+    def _on_memslots(self, row: Row) -> None:
+        if row.call in MMU_ROWS:
             self._mmu(row)
+        elif row.call == "kvm_gmem_get_pfn":
+            self.thread.might_sleep("kvm_gmem_get_pfn() may allocate")
+            for slot, lo, hi in self._done():
+                if slot.gmem is not None:
+                    self.vm.touch_backing(slot, lo, hi - lo, True)
         elif row.call in RMP_ROWS and (self.vm.has_rmp or (self.vm.tdx and row.call in DIRECTMAP)):
             for slot, lo, hi in self._done():
                 self._platform(row, slot, lo, hi)
-        return None
 
-    def _lock(self, row: Row) -> str | None:
-        if row.lock == "mmu_lock" and self.vm.merged and not self.pieces:
-            return None
-        if "unlock" in row.call:
-            self.thread.drop(row.lock or "")
-            return None
-        self.thread.take(row.lock or "", shared=row.call == "read_lock" or row.call.endswith("_shared"))
-        if not self.prologue and self._begin():
-            self.thread.unwind()
-            return "return"
-        return None
+    def _reserve(self) -> None:
+        """xa_reserve() of each gfn: ENOMEM at the first that fails; what was reserved stays so, and empty."""
+        self.thread.might_sleep("xa_reserve() may allocate")
+        self.vm.attributes.reserve(self.start, self.end, self.vm.take_failure("xa_reserve"))
+        self.did_reserve = True
 
     def _store(self) -> None:
-        """xa_store() of each gfn; v8 stops at the first that fails, merged has reserved them all."""
+        """xa_store() of each gfn, up to the first that fails; none does once they are reserved."""
         at = self.vm.take_failure("xa_store")
         if at is not None and self.start <= self.start + at < self.end:
-            if self.vm.merged:
+            if self.did_reserve:
                 raise PlatformError("KVM_BUG_ON: xa_store() failed after its reservation")
             self.stored = self.start + at
         if self.stored > self.start:
@@ -144,7 +145,7 @@ class SetAttributes:
         self.did_store = True
 
     def _done(self) -> list[tuple[MemSlot, int, int]]:
-        """The clipped ranges, cut to what was stored: v8 does nothing for the rest."""
+        """The clipped ranges, cut to what was stored: nothing is done for the rest."""
         if not self.did_store:
             return self.pieces
         return [(slot, lo, min(hi, self.stored)) for slot, lo, hi in self.pieces if lo < self.stored]
@@ -168,7 +169,7 @@ class SetAttributes:
             self.flush = False
         else:
             for slot, lo, hi in self._done():
-                update_mixed(slot, lo, hi, self.private, vm.attributes)
+                update_mixed(slot, lo, hi, self.private, vm.attributes, row.target == "reserved")
 
     def _platform(self, row: Row, slot: MemSlot, lo: int, hi: int) -> None:
         """Directmap and RMP calls on the private PFNs of one clipped range; a failure ends it there."""

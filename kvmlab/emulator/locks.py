@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..design import Row
 from .events import VmError
 
 if TYPE_CHECKING:
@@ -19,6 +20,13 @@ class Thread:
 
     def __init__(self, vm: Vm, name: str) -> None:
         self.vm, self.name, self.held = vm, name, list[str]()
+
+    def row(self, row: Row) -> None:
+        """Take or drop what a lock row of a design names."""
+        if "unlock" in row.call:
+            self.drop(row.lock or "")
+        else:
+            self.take(row.lock or "", shared=row.call == "read_lock" or row.call.endswith("_shared"))
 
     def take(self, lock: str, *, shared: bool = False) -> None:
         """Take a lock; Deadlock if somebody else holds it and is waiting for this thread to finish."""

@@ -6,6 +6,7 @@ is there so that a wrong key, or the same key at another address, gives bytes th
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TypeVar
 
 import numpy as np
@@ -78,3 +79,17 @@ def prefix(flags: NDArray[np.bool_]) -> int:
     """How many of the first flags are set."""
     n = int(flags.argmin()) if len(flags) else 0
     return len(flags) if n == 0 and len(flags) and bool(flags[0]) else n
+
+
+def runs(flags: U8 | NDArray[np.bool_], start: int, end: int) -> list[tuple[int, int]]:
+    """The maximal ranges of set flags within [start, end)."""
+    on = np.concatenate(([0], (flags[start:end] != 0).astype(np.int8), [0]))
+    edges = np.flatnonzero(np.diff(on)) + start
+    return [(int(lo), int(hi)) for lo, hi in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def without(start: int, end: int, holes: Collection[int]) -> list[tuple[int, int]]:
+    """The ranges that are left of [start, end) when some pages are not to be touched."""
+    out = sorted(page for page in holes if start <= page < end)
+    pieces = zip([start, *(page + 1 for page in out)], [*out, end], strict=True)
+    return [(lo, hi) for lo, hi in pieces if lo < hi]

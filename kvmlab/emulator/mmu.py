@@ -25,10 +25,9 @@ LIMIT = 1 << 30  # gfns (4 TiB) whose attributes the emulated host has memory fo
 class Attributes:
     """The xarray of memory attributes: one byte a gfn, 1 for private; no entry reads as shared."""
 
-    def __init__(self, reserved_reads_as_set: bool = False) -> None:
+    def __init__(self) -> None:
         self.private: U8 = np.zeros(0, np.uint8)
         self.reserved: U8 = np.zeros(0, np.uint8)  # what a failed reservation left: XA_ZERO_ENTRY
-        self.reserved_reads_as_set = reserved_reads_as_set
 
     def get(self, lo: int, hi: int) -> U8:
         """The attributes of gfns [lo, hi)."""
@@ -40,20 +39,25 @@ class Attributes:
         """kvm_mem_is_private()."""
         return gfn < len(self.private) and bool(self.private[gfn])
 
-    def uniform(self, lo: int, hi: int, private: bool) -> bool:
-        """kvm_range_has_memory_attributes(): whether all of [lo, hi) are so."""
+    def uniform(self, lo: int, hi: int, private: bool, reserved: bool = False) -> bool:
+        """kvm_range_has_memory_attributes(): whether all of [lo, hi) are so.
+
+        `reserved`: an entry that is reserved and empty is taken for one with attributes (fixed by 277d3623d99a).
+        """
         stored = self.private[lo : min(hi, len(self.private))]
         if private:
             return hi <= len(self.private) and bool(stored.all())
         # A single gfn is looked up by xa_load(), which never returned a reserved entry.
-        misread = self.reserved_reads_as_set and hi - lo > 1 and bool(self.reserved[lo:hi].any())
+        misread = reserved and hi - lo > 1 and bool(self.reserved[lo:hi].any())
         return not misread and not stored.any()
 
-    def uniform_by(self, lo: int, hi: int, size: int, private: bool) -> NDArray[np.bool_]:
+    def uniform_by(
+        self, lo: int, hi: int, size: int, private: bool, reserved: bool = False
+    ) -> NDArray[np.bool_]:
         """`uniform` of each `size` gfns of [lo, hi)."""
         stored = self.get(lo, hi).reshape(-1, size)
         misread = np.zeros_like(stored)
-        if self.reserved_reads_as_set and not private and size > 1:
+        if reserved and not private and size > 1:
             self.reserved = grown(self.reserved, hi)
             misread = self.reserved[lo:hi].reshape(-1, size)
         found: NDArray[np.bool_] = np.all((stored == private) & (misread == 0), axis=1)

@@ -22,6 +22,8 @@ from .slots import (
 if TYPE_CHECKING:
     from .vm import Vm
 
+SYNCHRONIZE = "synchronize_srcu"  # the name under which `vm.on_point` is told of a deletion
+
 
 def set_region(
     vm: Vm,
@@ -59,8 +61,11 @@ def set_region(
     if old is not None:
         delete(vm, as_id, number)
     space.add(new)
-    if not any(vm.attributes.uniform(new.base, new.end, private) for private in (False, True)):
-        init_mixed(new, vm.attributes)
+    # The same hugepage_has_attrs() as in the ioctl, so what its text says of reserved entries holds here.
+    update = [row for row in vm.rows("ioctl", True) if row.call == "kvm_update_lpage_mixed_flag"]
+    reserved = any(row.target == "reserved" for row in update)
+    if not any(vm.attributes.uniform(new.base, new.end, private, reserved) for private in (False, True)):
+        init_mixed(new, vm.attributes, reserved)
 
 
 def _user_memory(vm: Vm, pages: int, file: GuestMemfd | None, offset: int) -> UserMemory:
@@ -72,9 +77,14 @@ def _user_memory(vm: Vm, pages: int, file: GuestMemfd | None, offset: int) -> Us
 def delete(vm: Vm, as_id: int, number: int) -> None:
     """Take a memslot away: its mappings are zapped, its guest_memfd range is free to be bound again.
 
-    The guest runs in address space 0, so the leaves that are modelled are those of that one.
+    Between KVM_MEMSLOT_INVALID and the zap the deleter waits for readers: `vm.on_point` runs there.  The guest runs
+    in address space 0, so the leaves that are modelled are those of that one.
     """
-    slot = vm.address_spaces[as_id].remove(number)
+    space = vm.address_spaces[as_id]
+    if number in space.by_id:
+        space.by_id[number].invalid = True
+        vm.at_point(SYNCHRONIZE)
+    slot = space.remove(number)
     vm.mmu.root += 1
     if as_id == 0:
         _zap(vm, slot)

@@ -1,4 +1,4 @@
-"""KVM's and the host kernel's SNP side: RMPUPDATE in ranges, the directmap, the RMP fault handler.
+"""KVM's and the host kernel's SNP side: RMPUPDATE in ranges, the directmap, PSMASH, zeroing new pages.
 
 From arch/x86/kvm/svm/sev.c and arch/x86/virt/svm/sev.c.
 """
@@ -9,12 +9,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..hw.snp import PG_2M, PG_4K, Rmpupdate
 from ..hw.snp_pages import PAGES_2M
-from .events import PlatformError
-from .gmem import runs
-from .memory import U8, grown
+from .events import KernelBug, PlatformError
+from .memory import U8, U32, grown, runs, without
 
 if TYPE_CHECKING:
     from .locks import Thread
@@ -39,6 +39,13 @@ class DirectMap:
         count = len(view) - int(np.count_nonzero(view))
         view[:] = 1
         return count
+
+    def oops_if_absent(self, pfns: U32, what: str) -> None:
+        """The kernel works on pages through its direct map; KernelBug where one is not there."""
+        absent = self.absent[pfns]
+        if absent.any():
+            pfn = int(pfns[int(absent.argmax())])
+            raise KernelBug(f"oops: {what} of PFN {pfn:#x}, which is not in the direct map")
 
 
 class Sev:
@@ -75,13 +82,17 @@ class Sev:
         """rmp_make_private(): how many pages were done, and the last code."""
         return self._update(pfn, n, gfn, gfn, size)
 
-    def make_shared(self, pfn: int, n: int, gfn: int | None) -> tuple[int, Rmpupdate]:
-        """rmp_make_shared(), with PSMASH first where a 2M entry is not covered whole; `gfn` None: unmapped."""
+    def make_shared(self, pfn: int, n: int, gfn: int | None, *, splits: bool = True) -> tuple[int, Rmpupdate]:
+        """rmp_make_shared(): how many pages were done, and the last code; `gfn` None: unmapped.
+
+        A 2M entry that is not covered whole is PSMASHed first, if it `splits`; else a 4K RMPUPDATE meets it.
+        """
         done = 0
-        for lo, hi in self._by_size(pfn, n):
+        for lo, hi in self.by_size(pfn, n):
             size = PG_2M if bool(self.rmp.big(lo)[0]) else PG_4K
             if size == PG_2M and (lo % PAGES_2M or hi - lo < PAGES_2M):
-                self.psmash(lo)
+                if splits:
+                    self.psmash(lo)
                 size = PG_4K
             count, code = self._update(lo, hi - lo, None, None if gfn is None else gfn + lo - pfn, size)
             done += count
@@ -89,7 +100,7 @@ class Sev:
                 return done, code
         return done, Rmpupdate.OK
 
-    def _by_size(self, pfn: int, n: int) -> list[tuple[int, int]]:
+    def by_size(self, pfn: int, n: int) -> list[tuple[int, int]]:
         """Cut a range where 2M entries begin and end, each 2M entry apart."""
         big = self.rmp.big(pfn, n)
         if not big.any():
@@ -125,27 +136,25 @@ class Sev:
         self.log.add("psmash", code.name, head, 1, int(code))
         return code
 
-    def invalidate(self, pfn: int, n: int) -> set[int]:
-        """sev_gmem_invalidate(), when guest_memfd frees pages: RMP back to shared, then CLFLUSH.
+    def clear_highpage(self, pfn: int, n: int) -> None:
+        """Zero new pages through the direct map: KernelBug where it has none, RmpFault where the RMP forbids it.
 
-        Returns the PFNs that could not be made shared (snp_leak_pages()).  Runs outside mmu_lock, may sleep.
+        Pages that were leaked are let be: the kernel would take others.
         """
-        leaked: set[int] = set()
-        if not self.vm.has_rmp:
-            return leaked
-        thread = self.vm.new_thread("free folio")
-        for lo, hi in runs(self.rmp.assigned(pfn, n), 0, n):
-            at, end = pfn + lo, pfn + hi
-            if at % PAGES_2M or end % PAGES_2M or not self.rmp.big(at, end - at).all():
-                self.adjust_direct_map(thread, at, end - at)
-            while at < end:
-                done, code = self.make_shared(at, end - at, None)
-                at += done
-                if code != Rmpupdate.OK:
-                    self.log.add("warn", f"rmp_make_shared() = {code.name}: page leaked", at)
-                    leaked.add(at)
-                    at += 1
-            if self.vm.switches.free_flushes_caches:
-                self.log.add("clflush", page=pfn + lo, times=hi - lo)
-                self.vm.memory.flush(pfn + lo, hi - lo)
-        return leaked
+        for lo, hi in without(pfn, pfn + n, self.vm.leaked):
+            if self.directmap.absent[lo:hi].any():
+                self.directmap.oops_if_absent(np.arange(lo, hi, dtype=np.uint32), "clear_highpage()")
+            if self.vm.has_rmp and (wrong := self._not_writable(lo, hi - lo)) is not None:
+                self.vm.host.may_write(wrong)
+            self.vm.memory.zero(lo, hi - lo)
+
+    def _not_writable(self, pfn: int, n: int) -> int | None:
+        """The first PFN of `n` at which the RMP may stop a kernel store: assigned, or mapped with such a page."""
+        head = pfn - pfn % PAGES_2M
+        assigned = self.rmp.assigned(head, pfn + n + -(pfn + n) % PAGES_2M - head)
+        if not assigned.any():
+            return None
+        regions: NDArray[np.bool_] = np.any(assigned.reshape(-1, PAGES_2M), axis=1)
+        whole = self.directmap.split[head // PAGES_2M :][: len(regions)] == 0
+        suspect = (assigned | np.repeat(regions & whole, PAGES_2M))[pfn - head :][:n]
+        return pfn + int(suspect.argmax()) if suspect.any() else None

@@ -47,6 +47,7 @@ class MemSlot:
     offset: int = 0
     flags: int = 0
     as_id: int = 0
+    invalid: bool = field(init=False, default=False)  # KVM_MEMSLOT_INVALID: it is being deleted
     lpage_info: dict[str, U32] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -17,9 +17,6 @@ class VmSwitches(Switches):
 
     `head_4k_over_2m`: a 4K RMPUPDATE may resize the 2M entry whose first page it names (sources silent).
     `bound_range_is_eexist`: binding a bound guest_memfd range gives EEXIST (2026), not EINVAL.
-    `reserved_reads_as_set`: the bug that 277d3623d99a fixed, an xarray entry that was reserved and never stored
-    reads as one that has attributes.  `unassigned_is_benign`: the RMP fault handler takes an unassigned entry for
-    a punch that got in between (acafcf32c83e, 211606532680: 2026), else it warns.
     `guest_flushes_caches`, `free_flushes_caches`: the guest's flush at a conversion, and sev_gmem_invalidate()'s;
     both matter only with `Vm(caches=True)`.
     tdx: `sept_ve_disable`: the TD attribute; without it an unaccepted page is a #VE in the guest.
@@ -30,8 +27,6 @@ class VmSwitches(Switches):
 
     head_4k_over_2m: bool = False
     bound_range_is_eexist: bool = False
-    reserved_reads_as_set: bool = False
-    unassigned_is_benign: bool = False
     guest_flushes_caches: bool = True
     free_flushes_caches: bool = True
     sept_ve_disable: bool = True

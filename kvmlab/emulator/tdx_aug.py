@@ -125,7 +125,7 @@ class Aug:
         """tdx_clflush_page(): the KeyID-0 lines go to memory before the page becomes the TD's."""
         fault = self.fault
         pfns = np.arange(fault.pfn, fault.pfn + fault.n, dtype=np.uint32)
-        self.td.oops_if_absent(pfns, "tdx_clflush_page()")
+        self.vm.directmap.oops_if_absent(pfns, "tdx_clflush_page()")
         self.vm.log.add("clflush", page=fault.pfn, times=fault.n)
         self.td.memory.flush(fault.pfn, fault.n)
 

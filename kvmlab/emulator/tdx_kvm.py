@@ -15,7 +15,7 @@ import numpy as np
 
 from ..hw import tdx, tdx_lines, tdx_tlb
 from ..hw.tdx import Leaf, Level, Operand, Status
-from .events import GuestSpins, KernelBug, MachineCheck, PlatformError, ShutdownExit, TdxError, VmDead
+from .events import GuestSpins, MachineCheck, PlatformError, ShutdownExit, TdxError, VmDead
 from .memory import U8, U32, grown
 from .mmu import Tlb
 from .tdx_memory import TdMemory
@@ -234,10 +234,3 @@ class TdxKvm:
         elif who == "module":
             self.module.off = True
         raise MachineCheck(who, pfn, end)
-
-    def oops_if_absent(self, pfns: U32, what: str) -> None:
-        """The kernel works on pages through its direct map; KernelBug where one is not there."""
-        absent = self.vm.directmap.absent[pfns]
-        if absent.any():
-            pfn = int(pfns[int(absent.argmax())])
-            raise KernelBug(f"oops: {what} of PFN {pfn:#x}, which is not in the direct map")

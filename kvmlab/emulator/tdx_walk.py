@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..hw import tdx, tdx_sept
 from . import access
 from .events import GuestSpins, MemoryFaultExit, VeFault
-from .faults import RETRY, run_fault
+from .faults import LEAVE, RETRY, run_fault
 from .memory import PAGE, U8, U32, prefix
 from .tdx_kvm import TdxKvm
 
@@ -90,9 +90,11 @@ class TdWalker:
         kind = "ept-violation"
         try:
             # tdx_handle_ept_violation() repeats a private fault by itself: the vCPU does not enter in between.
-            while self._once(gfn, n, qualification, kind) == RETRY and self.private:
+            while (answer := self._once(gfn, n, qualification, kind)) == RETRY and self.private:
                 self.why, kind = "RET_PF_RETRY", "fault-again"
                 self._count(gfn)
+            if answer == LEAVE:
+                self.why = f"{LEAVE}: the memslot is being deleted"
         except MemoryFaultExit as exit_:
             self.why = f"userspace re-enters after {exit_.strerror}"
             vm.vmm.memory_fault(exit_)

@@ -15,9 +15,8 @@ import numpy as np
 from ..design import Row
 from ..hw import tdx, tdx_tlb
 from ..hw.tdx import Leaf, Status
-from .gmem import runs
 from .locks import Deadlock, Thread
-from .memory import U32, prefix
+from .memory import U32, prefix, runs
 from .tdx_kvm import TdxKvm
 from .tdx_module import U64, spans
 
@@ -115,7 +114,7 @@ class Zap:
 
     def _clear(self, pfns: U32) -> None:
         """MOVDIR64B of zeros through the direct map."""
-        self.td.oops_if_absent(pfns, "tdx_clear_page()")
+        self.vm.directmap.oops_if_absent(pfns, "tdx_clear_page()")
         self.vm.log.add("tdx-clear-page", page=int(pfns[0]), times=len(pfns))
         for lo, hi in spans(pfns):
             self.td.memory.clear(lo, hi - lo)

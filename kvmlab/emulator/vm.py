@@ -71,7 +71,7 @@ class Vm:
         self.log, self.memory = Log(keep_events), CachedMemory() if caches else PhysicalMemory()
         self.rmp = Rmp(self.switches.identical_keeps_validated, self.switches.head_4k_over_2m)
         self.directmap = DirectMap()
-        self.attributes = Attributes(self.switches.reserved_reads_as_set)
+        self.attributes = Attributes()
         self.mmu = Mmu(self.log, vcpus, tlb_entries)
         self.sev, self.host, self.vmm = Sev(self), Host(self), Vmm(self, vmm, discard)
         self._spaces = (MemSlots(), MemSlots())
