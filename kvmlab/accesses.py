@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from .hw import snp, snp_pages
 from .hw.memory import GUEST_KEY, PLAIN, Content, readable_by_host, seen_by_guest
+from .kvm.memslots import in_smm, srcu_read_lock, srcu_read_unlock
 from .kvm.mmu import drop_translation, fill_translation, leaf, mapped_size
 from .kvm.sev import ASID, store_entry
 from .state import View
@@ -40,13 +41,15 @@ def guest_runs(s: View, me: str) -> str:
     One call is one of the three.  An #NPF drops the faulting vCPU's own TLB entry.
     """
     acc: Access = s.acc[me]
+    if s.conf.deletes:
+        srcu_read_unlock(s, me)
     if s.conf.correct_guest and acc.era != s.era and acc.gfn in s.conf.converted:
         s.acc[me] = None
         s.say("drops the access: the page is being converted")
         return _rest(s, me)
     pfn = s.tlb[me, acc.gfn]
     if pfn is None:
-        pfn = leaf(s, acc.gfn)
+        pfn = leaf(s, acc.gfn, in_smm(s, me))
         if pfn is None:
             return _npf(s, me, acc, present=False, rmp=False)
         if s.conf.rmp_checked_at == "fill" and (answer := _fill_check(s, me, acc, pfn)) != snp.OK:
@@ -98,6 +101,8 @@ def _npf(s: View, me: str, acc: Access, *, present: bool, rmp: bool, sizem: bool
     enc = acc.kind == "private" and s.conf.encrypts
     code = snp_pages.npf_code(present=present, write=acc.op == "write", enc=enc, rmp=rmp, sizem=sizem)
     drop_translation(s, me, acc.gfn)
+    if s.conf.deletes:
+        srcu_read_lock(s, me)
     if s.conf.remembers_rmp_bit:
         s.rmp_bit[me] = "SIZEM" if sizem else "RMP" if rmp else None
     s.count("npf")
@@ -209,6 +214,12 @@ def _rescinded(s: View, me: str, acc: Access) -> str:
         return f"rescinded{s.era}"
     s.acc[me] = acc._replace(gfn=rest[0])
     return "again"
+
+
+def completed_by_userspace(s: View, me: str) -> str:
+    """Userspace answers for memory that is not there; the guest goes on behind the access."""
+    s.acc[me] = None
+    return _rest(s, me)
 
 
 def _rest(s: View, me: str) -> str:

@@ -29,6 +29,8 @@ def may_begin(s: View, gfn: int) -> list[Access]:
     kind = s.conf.eras[era]
     if s.running and not s.conf.accesses_from_asked:
         return []
+    if s.conf.adds and kind == "shared" and s.slot == "gone":
+        return [Access(kind, "read", gfn, era)]  # the guest probes for memory
     if s.conf.tdx and kind == "private":
         return _tdx_private(s, gfn)
     ops: tuple[str, ...] = ("read", "write")
@@ -68,10 +70,23 @@ def _validate(s: View, gfn: int) -> tuple[str, ...]:
     return ("pvalidate1",) if s.guest[head] in ("accepted", "ready") else ()
 
 
-def guest_idle(s: View, me: str) -> None:
-    """Between two accesses: begin one, if the guest may."""
-    access = s.choose([a for gfn in s.conf.gfns for a in may_begin(s, gfn)])
+def guest_idle(s: View, me: str) -> str | None:
+    """Between two accesses: begin one, if the guest may; where there is SMM, enter or leave it."""
+    options: list[Access | str] = [a for gfn in s.conf.backed for a in may_begin(s, gfn)]
+    access = s.choose([*options, *(["RSM" if s.smm[me] else "SMI"] if s.conf.smm else [])])
+    if isinstance(access, str):
+        _switches(s, me, access)
+        return "idle"
     _begin(s, me, access)
+    return None
+
+
+def _switches(s: View, me: str, how: str) -> None:
+    """Into SMM or out of it: another root of the page tables, so nothing in the TLB is used on."""
+    s.smm[me] = how == "SMI"
+    for gfn in s.conf.gfns:
+        s.tlb[me, gfn] = None
+    s.say(how)
 
 
 def _begin(s: View, me: str, access: Access) -> None:
@@ -83,8 +98,8 @@ def _begin(s: View, me: str, access: Access) -> None:
 
 def guest_between(s: View, me: str) -> str | None:
     """The asking vCPU between two conversions: go on using the page, or ask for the next one."""
-    options: list[Access | None] = [a for gfn in s.conf.gfns for a in may_begin(s, gfn)]
-    if all(s.guest[gfn] == "ready" for gfn in s.conf.gfns):
+    options: list[Access | None] = [a for gfn in s.conf.backed for a in may_begin(s, gfn)]
+    if all(s.guest[gfn] == "ready" for gfn in s.conf.backed):
         options.append(None)
     access = s.choose(options)
     if access is None:

@@ -3,12 +3,15 @@
 global      era, running, guest[gfn]                     what the guest has asked for, and knows
 per gfn     attr, npt                                    the xarray; the NPT leaf
             npt_2m, mixed, reserved                      huge pages: the leaf, the lpage flag; empty xarray entries
+            npt_smm                                      the leaf in the page table of address space 1
 per gfn     gmem                                         the private page: cached, dying or free
 per PFN     rmp, memory, directmap (+ directmap_2m)      RMP entry, contents, direct map of one 2M region
 KVM         in_progress, invalidate_range, flush         the invalidation window
 locks       slots_lock, folio_lock, mmu_lock_*, invalidate_lock_*
 per vCPU    acc, tlb[vcpu, gfn], tlb_2m, snapshot, rmp_bit   the pending access, its translations, its fault
             folio_ref, srcu, grace                       whether its thread holds a guest_memfd page, or kvm->srcu
+            smm, fault_slot                              whether it runs in SMM; the memslot that its fault found
+one         slot                                         the memslot, where it comes or goes
 per actor   pc
 """
 
@@ -26,6 +29,7 @@ from .hw.snp import HYPERVISOR, PG_2M, RmpEntry, assigned_to
 from .kernel import locks
 from .kernel.directmap import ABSENT, PRESENT
 from .kvm.attributes import kvm_mmu_invalidate_begin, xa_reserve
+from .kvm.memslots import SMM, MemSlot, Piece, pieces
 from .kvm.mmu import flush_if_zapped, had_rmp_bit, mmu_seq_snapshot
 from .kvm.sev import ASID
 from .state import Field, Layout
@@ -86,6 +90,8 @@ class Conf:
     unlucky: str = ""  # whose reservation fails for certain, at its last gfn
     yields: bool = False  # a zap may yield mmu_lock between two gfns
     deletes: bool = False  # the VMM deletes the memslot, at any time
+    adds: bool = False  # the memslot is not there at first; the VMM creates it, at any time
+    memslots: tuple[MemSlot, ...] = ()  # if not one over all gfns
     busy: bool = False  # tdx: one SEAMCALL may answer OPERAND_BUSY without a reason that the model knows
     switches: Switches = Switches()
     owners: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -109,6 +115,25 @@ class Conf:
     def converted(self) -> tuple[int, ...]:
         """The gfns that the request covers; the others keep the kind of the first era."""
         return self.request or self.gfns
+
+    @property
+    def backed(self) -> tuple[int, ...]:
+        """The gfns that lie in a memslot, so that a guest has business there."""
+        return tuple(g for piece in self.pieces(self.gfns) if piece.as_id == 0 for g in piece.gfns)
+
+    @property
+    def smm(self) -> bool:
+        """Whether there is a second address space, and vCPUs that enter it."""
+        return any(slot.as_id == SMM for slot in self.memslots)
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether it matters which memslot a fault finds."""
+        return self.deletes or self.adds or self.smm
+
+    def pieces(self, gfns: Sequence[int]) -> list[Piece]:
+        """The memslots that a request for `gfns` overlaps, each with its part."""
+        return pieces(self.memslots or (MemSlot(self.gfns[0], len(self.gfns)),), gfns)
 
     @property
     def gmem(self) -> bool:
@@ -274,8 +299,13 @@ def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
     if conf.gmem:
         layout.append(Field("gmem", ("cached", "dying", "free"), gfns))
         layout.append(Field("folio_ref", (False, True), tuple(a for a in programs if a != "host")))
+    if conf.looks_up:
+        states = ("gone", "bound", "valid") if conf.adds else ("valid", "invalid", "gone")[: 3 if conf.deletes else 1]
+        found = tuple(state for state in states if state != "bound")
+        layout += [Field("slot", states), Field("fault_slot", (None, *found), conf.vcpus)]
+    if conf.smm:
+        layout.append(Field("smm", (False, True), conf.vcpus))
     if conf.deletes:
-        layout.append(Field("slot", ("valid", "invalid", "gone")))
         layout += [Field("srcu", (False, True), conf.vcpus), Field("grace", (False, True), conf.vcpus)]
     if conf.residue:
         layout.append(Field("reserved", (False, True), gfns))
@@ -287,6 +317,7 @@ def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
         pages = pages[:2] if conf.tdx else pages  # the ordinary EPT maps the shared backing only
         fields.append(Field("npt", pages, (gfn,)))
         fields.append(Field("tlb", pages, tuple((v, gfn) for v in conf.vcpus)))
+        fields += [Field("npt_smm", pages, (gfn,))] if conf.smm else []
         if conf.rmp_checked_at == "fill":
             rights = [
                 (kind, op)

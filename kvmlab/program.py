@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,8 @@ def _leave(section: Section, done: str) -> list[Draft]:
     leaves = f"auto-{section.kind}" if section.conf.auto_convert else "guest"
     # tdx_handle_ept_violation() retries a private fault without entering the TD in between.
     again = section.prefix if section.conf.tdx and section.kind == "private" else done
-    return _unwound(section, drafts, {"retry": again, "leave": done, "exit": leaves, "killed": "killed"})
+    ways = {"retry": again, "leave": done, "exit": leaves, "killed": "killed", "userspace": "userspace"}
+    return _unwound(section, drafts, ways)
 
 
 def _unwound(section: Section, drafts: list[Draft], targets: Mapping[str, str]) -> list[Draft]:
@@ -193,18 +194,45 @@ def vmm_punch_program(design: Design, conf: Conf) -> tuple[tuple[Instr, ...], se
 
 
 def vmm_delete_program(design: Design, conf: Conf) -> tuple[tuple[Instr, ...], set[tuple[str, str]]]:
-    """A VMM thread that deletes the memslot whenever it likes (kvm_set_memslot())."""
+    """A VMM thread that deletes the memslot whenever it likes (kvm_set_memslot()): all that is mapped goes."""
     section = Section(conf, "ioctl", "shared", "delete", conf.gfns, design)
-    lock, zap = Row("write_lock", lock="mmu_lock"), Row("kvm_unmap_gfn_range")
     flush, unlock = Row("kvm_flush_remote_tlbs"), Row("write_unlock", lock="mmu_lock")
-    for row in (lock, zap, flush, unlock):
-        section.row(row)
-    head = [
-        Draft(memslots.delete_memslot, (), "", 0, "ioctl", label="any", idle=True),
-        Draft(memslots.synchronize_srcu, (), "synchronize_srcu()", 0, "ioctl"),
-    ]
-    gone = Draft(memslots.slot_is_gone, (), "kvm_free_memslot()", 0, "ioctl")
-    return _vmm_thread([*head, *section.drafts, gone]), section.nests
+
+    def drops_it() -> None:
+        section.emit(memslots.delete_memslot, (), Row("kvm_set_memslot"))
+        section.emit(memslots.synchronize_srcu, (), Row("synchronize_srcu"))
+        section.row(Row("write_lock", lock="mmu_lock"))
+        for section.kind in reversed(KINDS) if conf.tdx else ("shared",):  # tdx has a root for each kind
+            section.row(Row("kvm_unmap_gfn_range"))
+        section.row(flush)
+        section.row(unlock)
+        section.emit(memslots.slot_is_gone, (), Row("kvm_free_memslot"))
+
+    return _region_thread(section, "deletes the memslot", drops_it)
+
+
+def vmm_create_program(design: Design, conf: Conf) -> tuple[tuple[Instr, ...], set[tuple[str, str]]]:
+    """A VMM thread that creates the memslot whenever it likes: binds the guest_memfd, then publishes the slot."""
+    section = Section(conf, "ioctl", "shared", "create", conf.gfns, design)
+
+    def makes_it() -> None:
+        section.row(Row("filemap_invalidate_lock", lock="invalidate_lock"))
+        section.emit(memslots.kvm_gmem_bind, (), Row("kvm_gmem_bind"))
+        section.row(Row("filemap_invalidate_unlock", lock="invalidate_lock"))
+        section.emit(memslots.create_memslot, (), Row("kvm_set_memslot"))
+
+    return _region_thread(section, "creates the memslot", makes_it)
+
+
+def _region_thread(
+    section: Section, what: str, work: Callable[[], None]
+) -> tuple[tuple[Instr, ...], set[tuple[str, str]]]:
+    """KVM_SET_USER_MEMORY_REGION2: like the attribute ioctl it holds slots_lock throughout."""
+    section.row(Row("mutex_lock", lock="slots_lock"))
+    work()
+    section.row(Row("mutex_unlock", lock="slots_lock"))
+    begins = Draft(memslots.set_memory_region, (what,), "", 0, "ioctl", label="any", idle=True)
+    return _vmm_thread([begins, *section.drafts]), section.nests
 
 
 def _vmm_thread(drafts: list[Draft]) -> tuple[Instr, ...]:
@@ -236,7 +264,9 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
         )
         ways["between"] = "between"
     body = [
-        Draft(actors.guest_idle, (), "", 0, "guest", label="idle", after="guest", idle=True),
+        Draft(
+            actors.guest_idle, (), "", 0, "guest", label="idle", after="guest", jumps={"idle": "idle"}, idle=True
+        ),
         Draft(
             accesses_tdx.guest_runs if conf.tdx else accesses.guest_runs,
             (),
@@ -253,6 +283,9 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
         body.append(Draft(actors.auto_convert, (kind,), "", 0, "ioctl", label=f"auto-{kind}"))
         body += ioctl.returns("guest")
         nests |= ioctl.nests
+    if conf.looks_up:
+        emulated = accesses.completed_by_userspace
+        body.append(Draft(emulated, (), "re-enters behind it", 0, "guest", label="userspace", jumps=ways))
     if conf.injects:
         body.append(Draft(actors.kvm_run_fails, (), "", 0, "fault", label="killed", after="idle"))
     if not conf.kind_from_c_bit:

@@ -107,6 +107,7 @@ MEASURES = {
     "kicks": "waits for every vCPU to leave the TD (tdx)",
     "retry": "the stale test sent the fault back",
     "exits": "KVM_EXIT_MEMORY_FAULT",
+    "mmio": "KVM_EXIT_MMIO: a shared access to a gfn without a memslot",
     "silent-read": "a C=0 read of a page that KVM calls shared and the RMP still the guest's",
     "enomem": "allocations of the xarray that failed",
     "psmash": "2M RMP entries that were split",

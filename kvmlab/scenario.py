@@ -11,8 +11,17 @@ from .design.calls import BACKINGS
 from .hw.memory import GUEST_KEY, PLAIN, Content
 from .hw.tdx_lines import HOST, Line
 from .kernel.keyids import HKID
+from .kvm.memslots import SMM, MemSlot
 from .machine import NEIGHBOUR, PLATFORMS, Conf, Switches, build_layout, with_usage
-from .program import host_program, inverted, vcpu_program, vmm_delete_program, vmm_program, vmm_punch_program
+from .program import (
+    host_program,
+    inverted,
+    vcpu_program,
+    vmm_create_program,
+    vmm_delete_program,
+    vmm_program,
+    vmm_punch_program,
+)
 from .properties import FATAL
 from .step import Actor, Model, run_step
 from .sync import out_of_sync
@@ -54,6 +63,8 @@ class Scenario:
     yields: bool = False  # a zap may yield mmu_lock
     busy: bool = False  # one SEAMCALL may find a lock taken
     deletes: bool = False  # a VMM thread deletes the memslot
+    adds: bool = False  # there is no memslot until a VMM thread creates one
+    memslots: tuple[MemSlot, ...] = ()  # if not one over all gfns
 
 
 _ALL = (
@@ -87,7 +98,27 @@ _ALL = (
         host="private",
     ),
     Scenario(
-        "range", "to private, two gfns in two memslots; one racing vCPU", ("shared", "private"), gfns=(0, 1)
+        "range", "to private, two gfns in two memslots; one racing vCPU", ("shared", "private"), gfns=(0, 1),
+        memslots=(MemSlot(0), MemSlot(1)),
+    ),
+    Scenario(
+        "hole",
+        "to private, three gfns, the middle one in no memslot; one racing vCPU",
+        ("shared", "private"),
+        gfns=(0, 1, 2),
+        memslots=(MemSlot(0), MemSlot(2)),
+    ),
+    Scenario(
+        "slot-added",
+        "to private; there is no memslot until a VMM thread creates it, at any time",
+        ("shared", "private"),
+        adds=True,
+    ),
+    Scenario(
+        "smm",
+        "to private; vCPUs enter SMM, which has an address space and memslots of its own",
+        ("shared", "private"),
+        memslots=(MemSlot(0), MemSlot(0, as_id=SMM, gmem=False)),
     ),
     Scenario(
         "two-vmms",
@@ -257,11 +288,11 @@ def build(
     calls = {row.call for row in design.rows("ioctl", to="private", platform=platform)}
     if scenario.unlucky and "xa_reserve" not in calls:
         raise NotApplicable(f"{design.name} reserves nothing")
-    looks = any(
-        row.call == "memslot_invalid" for row in design.rows("fault", to="private", platform=platform)
-    )
-    if scenario.deletes and not looks:
+    faults = {row.call for row in design.rows("fault", to="private", platform=platform)}
+    if scenario.deletes and not faults & {"memslot_invalid", "kvm_vcpu_gfn_to_memslot"}:
         raise NotApplicable(f"the fault path of {design.name} does not look at the memslot")
+    if SMM in {slot.as_id for slot in scenario.memslots} and "kvm_mmu_invalidate_range_add" in calls:
+        raise NotApplicable("as merged, a VM with private memory has one address space")
     model = _bare(design, scenario, platform, backing, switches or Switches())
     if scenario.eras[0] == "private":
         model = replace(model, initial=model.layout.pack(_private_start(design, scenario, model)))
@@ -276,8 +307,8 @@ def _absent(scenario: Scenario, platform: str, backing: str) -> str | None:
         return "KVM maps private memory of a TD in 4K pages only"
     if platform == "tdx" and scenario.fails:
         return "there is no RMPUPDATE to fail on tdx"
-    if scenario.deletes and platform != "tdx":
-        return f"on {platform} a retried fault goes through the guest, which lets go of kvm->srcu"
+    if platform in ("snp", "tdx") and SMM in {slot.as_id for slot in scenario.memslots}:
+        return f"a guest on {platform} has no SMM"
     if scenario.busy and platform != "tdx":
         return f"there are no SEAMCALLs on {platform}"
     if scenario.punch and backing == "in-place":
@@ -319,6 +350,8 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
         yields=scenario.yields,
         busy=scenario.busy,
         deletes=scenario.deletes,
+        adds=scenario.adds,
+        memslots=scenario.memslots,
         switches=switches,
     )
     nests: set[tuple[str, str]] = set()
@@ -335,6 +368,9 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
     if scenario.deletes:
         programs["VMM1"], more = vmm_delete_program(design, conf)
         nests |= more
+    if scenario.adds:
+        programs["VMM1"], more = vmm_create_program(design, conf)
+        nests |= more
     if targets := _host_targets(conf, scenario.host):
         programs["host"] = host_program(targets)
     conf = replace(with_usage(conf, programs), inverted=inverted(nests))
@@ -347,6 +383,8 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
             if conf.in_place:
                 start = {("uptodate", gfn): True for gfn in conf.gfns}
         start |= {("memory", conf.backing["shared", gfn]): written for gfn in conf.gfns}
+    if scenario.adds:  # nobody has used what is not there
+        start = {("guest", gfn): "accepted" for gfn in conf.gfns}
     asks = "asks for the conversion" if len(conf.eras) > 1 else "vCPU"
     roles = {conf.asker: asks, "host": "kernel thread", "VMM1": "VMM thread"}
     actors = tuple(Actor(key, roles.get(key, "vCPU"), program) for key, program in programs.items())

@@ -49,6 +49,7 @@ FAULT_CALLS: dict[str, Step] = {
     "is_page_fault_stale": mmu.is_page_fault_stale,
     "kvm_tdp_mmu_map": mmu.kvm_tdp_mmu_map,
     "memslot_invalid": memslots.memslot_invalid,
+    "kvm_vcpu_gfn_to_memslot": memslots.kvm_vcpu_gfn_to_memslot,
     "npf_sizem": mmu.npf_sizem,
     "snp_lookup_rmpentry": sev.snp_lookup_rmpentry,
     "psmash": sev.psmash,
@@ -78,6 +79,10 @@ RMP_ONLY = frozenset(
 )
 DIRECTMAP = frozenset({"kvm_unmap_directmap", "kvm_map_directmap"})  # generic code
 WORKS_ON_PAGES = RMP_ONLY - {"rmp_prepare", "rmp_match", "npf_sizem", "snp_lookup_rmpentry"}
+# What the ioctl does memslot by memslot: together, in one walk (kvm_handle_gfn_range()), or each by itself.
+WALKS = frozenset({"kvm_mmu_invalidate_range_add", "kvm_unmap_gfn_range"})
+IN_MEMSLOTS = WALKS | (WORKS_ON_PAGES - {"psmash"}) | {"kvm_gmem_get_pfn", "kvm_update_lpage_mixed_flag"}
+UNDER_MMU_LOCK = frozenset({"kvm_mmu_invalidate_begin", "kvm_mmu_invalidate_end", "kvm_flush_remote_tlbs"})
 GMEM_CALLS: dict[str, Step] = {
     "truncate_inode_pages_range": gmem.truncate_inode_pages_range,
     "folio_put": gmem.folio_put,
@@ -138,6 +143,7 @@ class Section:
         self.unwinds: dict[str, tuple[tuple[tuple[Step, str], ...], str]] = {}
         self.partly: dict[int, Partly] = {}
         self.covered: tuple[int, int] | None = None
+        self.as_id = 0  # the address space whose memslot the rows work on
         self.rows: Sequence[Row] = ()
         self._labels = 0
 
@@ -148,6 +154,42 @@ class Section:
         if self.section == "ioctl" and self.conf.gmem and any(r.call in WORKS_ON_PAGES for r in rows):
             self.hold_pages(rows[0])
         self.rows = rows
+        looks_up = self.section == "fault" and self.conf.looks_up
+        if looks_up and not any(row.call == "kvm_vcpu_gfn_to_memslot" for row in rows):
+            self.row(Row("kvm_vcpu_gfn_to_memslot"))
+        for without, group in groupby(rows, self.needs_memslot):
+            if not without:
+                self.groups(list(group))
+                continue
+            inside, skip = list(group), self.new_label()
+            look = "kvm_for_each_memslot_in_gfn_range()"
+            self.emit(memslots.overlaps, (self.of_gmem,), inside[0], text=look, jumps={"skip": skip})
+            self.groups(inside)
+            self.mark(skip)
+
+    @property
+    def of_gmem(self) -> bool:
+        """Whether this is the ioctl of a guest_memfd, in-place."""
+        return any(row.call == "filemap_invalidate_lock" for row in self.rows)
+
+    def needs_memslot(self, row: Row) -> bool:
+        """Whether the row is skipped where no memslot overlaps, in scenarios in which one comes later.
+
+        As merged that is all that stands under mmu_lock; in the v8 era the window covers the request all the same.
+        The ioctl of a guest_memfd works on its pages, whoever maps them.
+        """
+        if not (self.conf.adds and self.section == "ioctl"):
+            return False
+        calls = {r.call for r in self.rows}
+        if row.call in ("kvm_unmap_gfn_range", "kvm_update_lpage_mixed_flag"):
+            return True
+        if row.call in IN_MEMSLOTS - WALKS:
+            return not self.of_gmem
+        merged = "kvm_mmu_invalidate_range_add" in calls
+        return merged and (row.lock == "mmu_lock" or row.call in UNDER_MMU_LOCK | WALKS)
+
+    def groups(self, rows: Sequence[Row]) -> None:
+        """Add the drafts of `rows`, keeping `if (flush)` groups together."""
         for guarded, group in groupby(rows, _under_flush):
             if not guarded:
                 self.straight(list(group))
@@ -161,13 +203,28 @@ class Section:
         """Add the drafts of rows that all run or are all skipped."""
         i = 0
         while i < len(rows):
-            helper = _helper(rows, i)
-            if self.gfns and len(helper) > 1:
-                self.page_by_page(helper)
-                i += len(helper)
+            together = _helper(rows, i) or _walk(rows, i) or rows[i : i + 1]
+            if self.section == "ioctl" and self.gfns and rows[i].call in IN_MEMSLOTS:
+                self.memslot_by_memslot(together)
+            elif self.gfns and len(together) > 1 and rows[i].call in HELPER:
+                self.page_by_page(together)
             else:
-                self.row(rows[i])
-                i += 1
+                for row in together:
+                    self.row(row)
+            i += len(together)
+
+    def memslot_by_memslot(self, rows: Sequence[Row]) -> None:
+        """All these rows on what one memslot has of the request, then on the next."""
+        gfns, as_id = self.gfns or (), self.as_id
+        for piece in self.conf.pieces(gfns):
+            self.as_id, self.gfns = piece
+            seen = [row for row in rows if memslots.visits(row.walk, self.as_id, self.gfns[0], gfns[0])]
+            if len(seen) > 1 and seen[0].call in HELPER:
+                self.page_by_page(seen)
+            else:
+                for row in seen:
+                    self.row(row)
+        self.gfns, self.as_id = gfns, as_id
 
     def page_by_page(self, rows: Sequence[Row]) -> None:
         """The op of the series: all its work on one page, then the next; it gives up where RMPUPDATE fails."""
@@ -184,14 +241,14 @@ class Section:
         call = row.call
         if call in RMP_ONLY and not self.conf.has_rmp and not (self.conf.tdx and call in DIRECTMAP):
             return
-        if call == "memslot_invalid" and not self.conf.deletes:
+        if call in ("memslot_invalid", "kvm_vcpu_gfn_to_memslot") and not self.conf.looks_up:
             return
         if call in LOCK_CALLS:
             self.lock(row)
         elif call == "kvm_unmap_gfn_range" and self.conf.tdx and _zapped(self.kind) == "private":
             self.zap_private(row)
         elif call in PER_GFN:
-            self.per_gfn(PER_GFN[call], row)
+            self.per_gfn(PER_GFN[call], row, *([self.as_id] if self.as_id else []))
         elif call in ZAP_CALLS:
             self.zap_call(row)
         elif call == "kvm_tdp_mmu_map" and self.conf.tdx and self.kind == "private":
@@ -247,7 +304,7 @@ class Section:
 
     def per_gfn(self, step: Step, row: Row, *args: Any) -> None:
         """Add one draft a gfn of the request, or one for the gfn of the fault."""
-        shown = ", ".join(str(a) for a in args)
+        shown = "SMM" if self.as_id else ", ".join(str(a) for a in args)
         if self.gfns is None:
             self.emit(at_fault(step), args, row, f"{row.call}({shown})")
             return
@@ -331,7 +388,9 @@ class Section:
 
     def fault_call(self, row: Row) -> None:
         """Add a step of the fault path; retry and exit drop what is held and leave."""
-        ways = () if self.section == "ioctl" else ("retry", "exit", "leave")
+        ways: tuple[str, ...] = () if self.section == "ioctl" else ("retry", "exit", "leave")
+        if ways and self.conf.looks_up:
+            ways = (*ways, "userspace")
         jumps = {why: self.unwind(why) for why in ways}
         words: tuple[Any, ...] = WORD_ARGS[row.call](row.target) if row.call in WORD_ARGS else ()
         self.emit(FAULT_CALLS[row.call], (self.kind, *words), row, jumps=jumps)
@@ -473,6 +532,14 @@ def _helper(rows: Sequence[Row], i: int) -> Sequence[Row]:
     same = (rows[i].line, rows[i].origin, rows[i].text)
     n = i
     while n < len(rows) and rows[n].call in HELPER and (rows[n].line, rows[n].origin, rows[n].text) == same:
+        n += 1
+    return rows[i:n]
+
+
+def _walk(rows: Sequence[Row], i: int) -> Sequence[Row]:
+    """The rows from `i` on that one walk over the memslots does."""
+    n = i
+    while n < len(rows) and rows[n].call in WALKS:
         n += 1
     return rows[i:n]
 

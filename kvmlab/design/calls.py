@@ -15,6 +15,7 @@ DEFAULTS_FROM = "upstream"
 ONE_WAY = {"punch": "shared", "aug": "private"}  # sections that run for one attribute only
 PLATFORMS = ("snp", "tdx", "sev", "sw")
 ATTRIBUTES = ("private", "shared")
+MEMSLOTS = ("gfn_to_memslot", "kvm_memslots")  # what a hook visits if not every memslot: kvm/memslots.py
 CONDITIONS = ("attr == private", "attr == shared", *(f"platform == {p}" for p in PLATFORMS), "flush")
 STATEMENTS = ("one call a line", "if (...)", "else", "return", *(f"{s}:" for s in SECTIONS), "// comment")
 EXPECTATIONS = ("SCENARIO: property Verdict, property Verdict", "SCENARIO: all Never")
@@ -88,6 +89,9 @@ CALLS = (
         "kvm_x86_update_mem_attr", (*PATHS, *PUNCH),
         "the series' helper: private: unmap the directmap, RMPUPDATE; shared: RMPUPDATE, map",
         ("kvm_x86_set_mem_attr",), parts=("kvm_unmap_directmap", "rmpupdate", "kvm_map_directmap"),
+    ),
+    KnownCall(
+        "kvm_vcpu_gfn_to_memslot", FAULT, "look up the memslot; where no row says so, it comes before the first"
     ),
     KnownCall("mmu_seq_snapshot", FAULT, "note mmu_invalidate_seq"),
     KnownCall("kvm_mem_is_private", FAULT, "compare with the attribute; a mismatch exits to userspace"),
@@ -177,8 +181,10 @@ UNDER_FOLIO_LOCK = (
 )  # fmt: skip
 ZAP_SEAMCALLS = ("tdh_mem_range_block", "tdh_mem_track", "tdh_mem_page_remove")
 WORDS = {  # the arguments that carry meaning, at most one a call
-    "rmpupdate": ("private", "shared"),
-    "kvm_x86_update_mem_attr": ("private", "shared"),
+    "rmpupdate": ATTRIBUTES,
+    "kvm_x86_update_mem_attr": (*ATTRIBUTES, *MEMSLOTS),
+    "kvm_unmap_gfn_range": MEMSLOTS,
+    "kvm_mem_attrs_changed": MEMSLOTS,
     "kvm_mmu_invalidate_range_add": ("hugepage",),  # the huge pages that the request only touches
     "kvm_range_has_memory_attributes": ("reserved",),  # takes reserved, empty entries for attributes
     "kvm_update_lpage_mixed_flag": ("reserved",),

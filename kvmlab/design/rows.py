@@ -24,6 +24,7 @@ class Row:
     `calls.WORDS` that the text names, and in `Design.rows` of each `rmpupdate` the direction that it takes;
     `body` is there for `rmp_prepare` and `rmp_match` only.  `text`, `line` and `origin` (a design's name)
     tell where the row was written (line 0: nowhere, it is implied); rows that differ only there are equal.
+    `walk`, in `Design.rows`, is the word of `calls.MEMSLOTS` that it was given.
     """
 
     call: str
@@ -34,6 +35,7 @@ class Row:
     body: tuple[Row, ...] | None = None
     lock: str | None = None
     origin: str = field(default="", compare=False)
+    walk: str | None = None
 
 
 def build(nodes: Iterable[Node], section: str, source: Source) -> tuple[Row, ...]:
@@ -136,7 +138,8 @@ class _Builder:
         """What is wrong with the words that a call was given; "" if nothing is."""
         words = calls.WORDS.get(name, ())
         if len(named) > 1:
-            return "goes one way only" if words == calls.ATTRIBUTES else "takes only one of its words"
+            one_way = set(named) == set(calls.ATTRIBUTES)
+            return "goes one way only" if one_way else "takes only one of its words"
         if named:
             fits = self.section in calls.WORD_ONLY_IN.get(name, calls.SECTIONS)
             return "" if fits else f"takes no word in {self.section}:, only in {calls.WORD_ONLY_IN[name][0]}:"
@@ -177,11 +180,13 @@ def _holds(test: Condition, to: str, platform: str) -> bool:
 
 
 def _expand(row: Row, to: str, platform: str) -> list[Row]:
+    if row.target in calls.MEMSLOTS:
+        row = replace(row, target=None, walk=row.target)
     towards = row.target or to
     if row.call == "rmpupdate":
         return [replace(row, target=towards)]
     if row.call == "kvm_mem_attrs_changed":
-        return [replace(row, call=part) for part in ("kvm_unmap_gfn_range", "kvm_flush_remote_tlbs")]
+        return [replace(row, call="kvm_unmap_gfn_range"), replace(row, call="kvm_flush_remote_tlbs", walk=None)]
     if row.call in ABSENT_OPS and platform == "tdx":
         return []  # the op is not implemented there, so nothing of it runs
     if row.call == "kvm_x86_update_mem_attr":

@@ -42,6 +42,8 @@ class Fault:
     slot: MemSlot | None = None
     pfn: int = 0
     taken: int = 1  # how many faults it was
+    looked: bool = False  # for its memslot
+    invalid: bool = False  # KVM_MEMSLOT_INVALID, as it was then
     root: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,9 +63,16 @@ class Fault:
         self.vm.log.add("exit-memory-fault", page=self.gfn, code=flags)
         raise MemoryFaultExit(self.gfn * PAGE, flags)
 
+    def look_up(self) -> None:
+        """kvm_vcpu_gfn_to_memslot(): what the fault believes of its memslot from here on."""
+        self.slot, self.looked = self.vm.slots.find(self.gfn), True
+        self.invalid = self.slot is not None and self.slot.invalid
+
     def find_slot(self) -> MemSlot:
         """The memslot; a private fault without one exits as a memory fault, a shared one is MMIO."""
-        slot = self.vm.slots.find(self.gfn)
+        if not self.looked:
+            self.look_up()
+        slot = self.slot
         if slot is None:
             if not self.vm.slots.by_id:
                 self.thread.unwind()
@@ -79,18 +88,13 @@ class Fault:
     def get_pfn(self) -> None:
         """kvm_gmem_get_pfn(), or GUP for a shared fault: allocates and zeroes, may sleep."""
         self.thread.might_sleep("kvm_gmem_get_pfn() may allocate")
-        slot = self.slot = self.find_slot()
+        slot = self.find_slot()
         if self.private and slot.gmem is None:
             self.exit()
         if self.vm.huge(self.private):
             self.n = min(self.n, FAULTS_2M - self.gfn % FAULTS_2M)
         self.pfn = self.vm.backing_pfn(slot, self.gfn, self.private)
         self.vm.touch_backing(slot, self.gfn, self.n, self.private)
-
-    def slot_invalid(self) -> bool:
-        """Whether the memslot is being deleted; one that is gone is met by `find_slot`."""
-        slot = self.vm.slots.find(self.gfn)
-        return slot is not None and slot.invalid
 
     def stale(self) -> bool:
         """is_page_fault_stale(), under mmu_lock."""
@@ -142,8 +146,11 @@ def run_fault(
     rmp = vm.has_rmp and bool(code & Npf.RMP)
     kind = kind or ("npf-rmp" if rmp else "npf")
     event = vm.log.add(kind, "private" if private else "shared", gfn, 1, int(code))
+    rows = vm.rows("fault", private)
+    if not any(row.call == "kvm_vcpu_gfn_to_memslot" for row in rows):
+        fault.look_up()
     try:
-        for row in vm.rows("fault", private):
+        for row in rows:
             vm.reached(row)
             if (answer := _row(fault, row)) != DONE:
                 fault.thread.unwind()
@@ -159,7 +166,8 @@ def run_fault(
 def _row(fault: Fault, row: Row) -> str:
     """One row of the fault path: DONE to go on, else how it ends here."""
     if row.call == "memslot_invalid":
-        if fault.slot_invalid():
+        fault.find_slot()
+        if fault.invalid:
             fault.vm.log.add("retry", "KVM_MEMSLOT_INVALID", fault.gfn)
             return LEAVE if row.target == "leave" else RETRY
     elif row.call == "is_page_fault_stale":
@@ -178,7 +186,9 @@ def _row(fault: Fault, row: Row) -> str:
 def _plain_row(fault: Fault, row: Row) -> None:
     """A row after which the fault path goes on, or exits."""
     vm = fault.vm
-    if row.call == "mmu_seq_snapshot":
+    if row.call == "kvm_vcpu_gfn_to_memslot":
+        fault.look_up()
+    elif row.call == "mmu_seq_snapshot":
         fault.seq = vm.mmu.seq
     elif row.call in ("kvm_mem_is_private", "kvm_gmem_is_private"):
         fault.attributes_match()
@@ -189,7 +199,7 @@ def _plain_row(fault: Fault, row: Row) -> None:
     elif row.lock:
         fault.thread.row(row)
     elif vm.has_rmp or (vm.tdx and row.call in DIRECTMAP):
-        slot = fault.slot or fault.find_slot()
+        slot = fault.find_slot()
         if slot.gmem is not None:
             rmp_work(fault, row, slot.private_pfn(fault.gfn), fault.n, PG_4K)
 

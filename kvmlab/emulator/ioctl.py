@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..design import Row
 from ..hw.snp import Rmpupdate
+from ..kvm.memslots import visits
 from .events import PlatformError, VmErrno
 from .faults import DIRECTMAP
 from .lpage import hull, update_mixed
@@ -120,11 +121,11 @@ class SetAttributes:
             self._mmu(row)
         elif row.call == "kvm_gmem_get_pfn":
             self.thread.might_sleep("kvm_gmem_get_pfn() may allocate")
-            for slot, lo, hi in self._done():
+            for slot, lo, hi in self._visited(row):
                 if slot.gmem is not None:
                     self.vm.touch_backing(slot, lo, hi - lo, True)
         elif row.call in RMP_ROWS and (self.vm.has_rmp or (self.vm.tdx and row.call in DIRECTMAP)):
-            for slot, lo, hi in self._done():
+            for slot, lo, hi in self._visited(row):
                 self._platform(row, slot, lo, hi)
 
     def _reserve(self) -> None:
@@ -144,11 +145,14 @@ class SetAttributes:
             self.vm.attributes.store(self.start, self.stored, self.private)
         self.did_store = True
 
-    def _done(self) -> list[tuple[MemSlot, int, int]]:
-        """The clipped ranges, cut to what was stored: nothing is done for the rest."""
-        if not self.did_store:
-            return self.pieces
-        return [(slot, lo, min(hi, self.stored)) for slot, lo, hi in self.pieces if lo < self.stored]
+    def _visited(self, row: Row) -> list[tuple[MemSlot, int, int]]:
+        """The clipped ranges that the row works on, cut to what was stored: nothing is done for the rest."""
+        end = self.stored if self.did_store else self.end
+        return [
+            (slot, lo, min(hi, end))
+            for slot, lo, hi in self.pieces
+            if lo < end and visits(row.walk, slot.as_id, lo, self.start)
+        ]
 
     def _mmu(self, row: Row) -> None:
         vm, mmu = self.vm, self.vm.mmu
@@ -162,13 +166,13 @@ class SetAttributes:
         elif row.call == "kvm_mmu_invalidate_end":
             mmu.end()
         elif row.call == "kvm_unmap_gfn_range":
-            for _, lo, hi in self._done():
+            for _, lo, hi in self._visited(row):
                 self.flush |= vm.zap(self.thread, lo, hi, shared=self.private, private=not self.private)
         elif row.call == "kvm_flush_remote_tlbs":
             mmu.flush()
             self.flush = False
         else:
-            for slot, lo, hi in self._done():
+            for slot, lo, hi in self._visited(row):
                 update_mixed(slot, lo, hi, self.private, vm.attributes, row.target == "reserved")
 
     def _platform(self, row: Row, slot: MemSlot, lo: int, hi: int) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kvm.attributes import hull, must_retry
 from .events import KernelBug, VmErrno
 from .memory import U8, U32, grown
 
@@ -149,7 +150,7 @@ class Mmu:
 
     def range_add(self, lo: int, hi: int) -> None:
         """kvm_mmu_invalidate_range_add(): one hull for all invalidations in progress."""
-        self.window = (lo, hi) if self.window is None else (min(self.window[0], lo), max(self.window[1], hi))
+        self.window = hull(self.window, (lo, hi))
 
     def end(self) -> None:
         """kvm_mmu_invalidate_end(): the sequence count moves first."""
@@ -160,8 +161,7 @@ class Mmu:
 
     def retry(self, gfn: int, snapshot: int) -> bool:
         """mmu_invalidate_retry_gfn()."""
-        inside = self.window is not None and self.window[0] <= gfn < self.window[1]
-        return bool(self.in_progress and inside) or self.seq != snapshot
+        return must_retry(self.window if self.in_progress else None, gfn, self.seq != snapshot)
 
     def zap(self, lo: int, hi: int) -> bool:
         """Remove the leaves that overlap [lo, hi), large ones whole; whether there was any."""

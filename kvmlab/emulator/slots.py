@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kvm.memslots import clip
 from .events import VmErrno
 from .gmem import GuestMemfd
 from .memory import U8, U32
@@ -125,8 +126,8 @@ class MemSlots:
             if base >= end:
                 break
             slot = self.by_id[slot_id]
-            if (lo := max(start, base)) < (hi := min(end, slot.end)):
-                found.append((slot, lo, hi))
+            if part := clip(base, slot.end, start, end):
+                found.append((slot, *part))
         return found
 
     def add(self, slot: MemSlot) -> None:

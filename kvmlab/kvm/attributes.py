@@ -18,17 +18,18 @@ def kvm_mmu_invalidate_begin(s: View, me: str, covered: tuple[int, int] | None) 
     if s.in_progress == 0:
         s.invalidate_range = covered
     elif covered is not None:
-        s.invalidate_range = _hull(s.invalidate_range, covered)
+        s.invalidate_range = hull(s.invalidate_range, covered)
     s.in_progress += 1
 
 
 def kvm_mmu_invalidate_range_add(s: View, me: str, lo: int, hi: int) -> None:
     """Widen the one shared range to the hull with gfns [lo, hi)."""
     assert_held(s, me, "kvm_mmu_invalidate_range_add()")
-    s.invalidate_range = _hull(s.invalidate_range, (lo, hi))
+    s.invalidate_range = hull(s.invalidate_range, (lo, hi))
 
 
-def _hull(old: tuple[int, int] | None, new: tuple[int, int]) -> tuple[int, int]:
+def hull(old: tuple[int, int] | None, new: tuple[int, int]) -> tuple[int, int]:
+    """The one range that all invalidations in progress share; gfns between them look invalidated, too."""
     return new if old is NO_RANGE else (min(old[0], new[0]), max(old[1], new[1]))
 
 
@@ -48,8 +49,12 @@ def kvm_mmu_invalidate_end(s: View, me: str) -> None:
 
 def mmu_invalidate_retry_gfn(s: View, me: str, gfn: int) -> bool:
     """Whether the fault must be retried: the gfn is being invalidated, or the sequence count moved."""
-    lo_hi = s.invalidate_range if s.in_progress else NO_RANGE
-    return bool((lo_hi is not NO_RANGE and lo_hi[0] <= gfn < lo_hi[1]) or s.snapshot[me] == "moved")
+    return must_retry(s.invalidate_range if s.in_progress else NO_RANGE, gfn, s.snapshot[me] == "moved")
+
+
+def must_retry(window: tuple[int, int] | None, gfn: int, moved: bool) -> bool:
+    """Inside the open window, or after the end of any, whatever its gfns were."""
+    return moved or (window is not None and window[0] <= gfn < window[1])
 
 
 def kvm_vm_set_region_attr(s: View, me: str, gfn: int, to: str) -> str | None:

@@ -13,16 +13,20 @@ from ..kernel import keyids
 from ..kernel.directmap import ABSENT, host_write
 from ..kernel.locks import might_sleep
 from ..state import View
+from . import memslots
 
 
-def kvm_gmem_get_pfn(s: View, me: str, kind: str) -> None:
+def kvm_gmem_get_pfn(s: View, me: str, kind: str) -> str | None:
     """Look up the backing page and hold it; may allocate, and so sleep.  A new page is zeroed first."""
     might_sleep(s, me, "kvm_gmem_get_pfn() may allocate")
+    if s.conf.looks_up and (ends := memslots.faultin(s, me, kind)):
+        return ends
     if kind == "private":
         if s.conf.gmem:
             hold_page(s, me, s.acc[me].gfn)
         if s.conf.tdx:
             _make_uptodate(s, s.acc[me].gfn)
+    return None
 
 
 def hold_page(s: View, me: str, gfn: int) -> None:

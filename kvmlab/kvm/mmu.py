@@ -11,21 +11,31 @@ from ..state import View
 from . import tdx
 from .attributes import mmu_invalidate_retry_gfn
 from .gmem import put_page
+from .memslots import SMM, in_smm
 
 
-def leaf(s: View, gfn: int) -> str | None:
-    """The PFN that the nested page table gives for `gfn`: its own leaf, or its part of the 2M one."""
+def leaf(s: View, gfn: int, smm: bool = False) -> str | None:
+    """The PFN that the nested page table gives for `gfn`: its own leaf, or its part of the 2M one.
+
+    A vCPU in SMM runs on a page table of its own (kvm_mmu_page_role.smm).
+    """
     if s.conf.huge and s.npt_2m:
         return str(s.conf.backing[s.npt_2m, gfn])
-    found: str | None = s.npt[gfn]
+    found: str | None = s.npt_smm[gfn] if smm else s.npt[gfn]
     return found
 
 
-def kvm_unmap_gfn_range(s: View, me: str, gfn: int) -> None:
-    """Zap the leaf of one gfn; `s.flush` remembers whether there was one, when the design asks (if (flush))."""
+def kvm_unmap_gfn_range(s: View, me: str, gfn: int, as_id: int = 0) -> None:
+    """Zap the leaf of one gfn; `s.flush` remembers whether there was one, when the design asks (if (flush)).
+
+    Only in the page tables of the memslot's address space (for_each_valid_tdp_mmu_root()).
+    """
     assert_held(s, me, "kvm_unmap_gfn_range()")
-    if s.conf.asks_flush and leaf(s, gfn) is not None:
+    if s.conf.asks_flush and leaf(s, gfn, as_id == SMM) is not None:
         s.flush = True
+    if as_id == SMM:
+        s.npt_smm[gfn] = None
+        return
     s.npt[gfn] = None
     if s.conf.huge and s.npt_2m:
         s.npt_2m = None  # a huge leaf that overlaps is removed whole
@@ -121,6 +131,8 @@ def kvm_mem_is_private(s: View, me: str, kind: str) -> str | None:
         s.violate("guest-killed", f"{kind} access exits though the conversion to {kind} has returned")
     if s.snapshot[me] != "none":
         s.snapshot[me] = "none"
+    if s.conf.looks_up:
+        s.fault_slot[me] = None
     put_page(s, me)
     return "exit"
 
@@ -151,14 +163,15 @@ def kvm_tdp_mmu_map(s: View, me: str, kind: str) -> None:
         return
     if s.conf.huge and s.npt_2m:
         _split_2m(s)
-    pfn, present = s.conf.backing[kind, gfn], s.npt[gfn]
+    npt = s.npt_smm if in_smm(s, me) else s.npt
+    pfn, present = s.conf.backing[kind, gfn], npt[gfn]
     if present == pfn:
         s.count("spurious-npf")
         s.say(f"[{pfn} already mapped]")
     elif present is not None:
         s.violate("kernel-bug", f"BUG(): TDP MMU replaces present leaf {present} by {pfn}")
     else:
-        s.npt[gfn] = pfn
+        npt[gfn] = pfn
         s.say(f"[gfn {gfn} -> {pfn}]")
 
 
