@@ -72,7 +72,7 @@ def _validate(s: View, gfn: int) -> tuple[str, ...]:
 
 def guest_idle(s: View, me: str) -> str | None:
     """Between two accesses: begin one, if the guest may; where there is SMM, enter or leave it."""
-    options: list[Access | str] = [a for gfn in s.conf.backed for a in may_begin(s, gfn)]
+    options: list[Access | str] = [a for gfn in s.conf.used for a in may_begin(s, gfn)]
     access = s.choose([*options, *(["RSM" if s.smm[me] else "SMI"] if s.conf.smm else [])])
     if isinstance(access, str):
         _switches(s, me, access)
@@ -98,8 +98,8 @@ def _begin(s: View, me: str, access: Access) -> None:
 
 def guest_between(s: View, me: str) -> str | None:
     """The asking vCPU between two conversions: go on using the page, or ask for the next one."""
-    options: list[Access | None] = [a for gfn in s.conf.backed for a in may_begin(s, gfn)]
-    if all(s.guest[gfn] == "ready" for gfn in s.conf.backed):
+    options: list[Access | None] = [a for gfn in s.conf.used for a in may_begin(s, gfn)]
+    if all(s.guest[gfn] == "ready" for gfn in s.conf.used):
         options.append(None)
     access = s.choose(options)
     if access is None:

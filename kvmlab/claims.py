@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .design import Design
+from .design.calls import BACKINGS
 from .machine import Switches
 from .report import ALWAYS, NEVER, SOMETIMES, Report, check
 from .scenario import InputError
@@ -145,8 +146,13 @@ def _c02(b: Bench) -> tuple[str, str]:
     vm.set_memory_attributes(2 * PAGE, 6 * PAGE, True)
     owned = [g for g in (0, 1, 2, 3, 6, 7, 8, 9) if vm.rmp.assigned(vm.pfn(g * PAGE, True))[0]]
     b.note(f"memslots 0-3 and 6-9, request 2-7: the RMP assigns gfns {owned}")
+    whole = owned == [2, 3, 6, 7] and b.clean("v8-post-hook", "range", "hole")
+    one_slot = b.verdict("livelock", "first-memslot-only", "hole")
+    one_space = b.verdict("stale-mapping", "zaps-one-address-space", "smm", platform="sev")
     return _if(
-        owned == [2, 3, 6, 7], "a request over a hole reaches the overlap of each memslot, and no more"
+        whole and NEVER not in (one_slot, one_space) and b.clean("v8-post-hook", "smm", platform="sev"),
+        "so it reaches the overlap of each memslot, and no more; stopping after the first, a guest in the second "
+        "faults for ever; leaving out the second address space, SMM writes on into the shared page",
     )
 
 
@@ -159,15 +165,60 @@ def _c03(b: Bench) -> tuple[str, str]:
         vm.set_memory_attributes(0, 8 * PAGE, True)
         ops.append(vm.counters.get("rmpupdate", 0))
         b.note(f"8 pages, the store of page {at} fails: {ops[-1]} RMPUPDATEs")
-    return _if(ops == [3, 0], "one RMPUPDATE for each page stored before the failure")
+    return _if(
+        ops == [3, 0] and b.clean("v8-post-hook", "xarray-full"),
+        "one RMPUPDATE for each page stored before the failure; the VMM asks again for the rest, and nothing breaks",
+    )
 
 
 @_claim("C04", "MR", "a failing hook only warns and the ioctl succeeds: what state is left?")
 def _c04(b: Bench) -> tuple[str, str]:
     stuck = b.verdict("livelock", "v8-post-hook", "hook-fails")
     killed = b.verdict("guest-killed", "upstream", "hook-fails")
-    why = "the attribute says private, the RMP does not: private accesses fault for ever; as merged, KVM_RUN fails"
-    return _if(stuck == SOMETIMES and killed == SOMETIMES, why)
+    there = {what: _after_a_failed_hook(b, True, "split", what) for what in WAYS_IN}
+    back = {kind: _after_a_failed_hook(b, False, kind, "a C=0 write") for kind in BACKINGS}
+    silent = _after_a_failed_hook(b, False, "in-place", "a C=0 read")
+    told = ", ".join(f"{what} {outcome}" for what, outcome in there.items())
+    why = (
+        f"going private the attribute says so and the RMP does not: {told}; going shared, a C=0 write "
+        f"{back['split']}, in-place it {back['in-place']} and a read {silent}; as merged, KVM_RUN fails"
+    )
+    return _if(stuck == killed == SOMETIMES and back["in-place"] == there["a C=1 access"] == SPINS, why)
+
+
+SPINS = "faults for ever"
+WAYS_IN = ("a C=1 access", "a C=0 access", "a write of the host")
+
+
+def _after_a_failed_hook(b: Bench, private: bool, backing: str, what: str) -> str:
+    """How an access ends to the page at which a v8 hook has failed; the VMM does not answer exits."""
+    from .emulator import GuestSpins, KernelBug, MemoryFaultExit, RmpFault
+
+    vm = b.vm("v8-post-hook", pages=2, backing=backing, vmm="kill")
+    guest, pfn, ended = vm.guest(), vm.pfn(PAGE, True), "is done"
+    if not private:
+        guest.set_memory_encrypted(0, 2 * PAGE)
+        guest.write(PAGE, b"secret")
+    vm.fail("rmpupdate", at=pfn)
+    vm.set_memory_attributes(0, 2 * PAGE, private)
+    guest.set_private(PAGE, "C=1" in what)
+    try:
+        if "host" in what:
+            vm.host.directmap_write(pfn)
+        elif "C=1" in what:
+            guest.pvalidate(PAGE, True)
+        elif "read" not in what:
+            guest.write(PAGE, b"x")
+        elif guest.read(PAGE, 6) != b"secret":
+            ended = "returns ciphertext without a fault"
+    except GuestSpins:
+        ended = SPINS
+    except MemoryFaultExit:
+        ended = "exits to the VMM"
+    except (KernelBug, RmpFault) as fatal:
+        ended = "oopses" if isinstance(fatal, KernelBug) else "takes an RMP fault"
+    b.note(f"v8-post-hook, {backing}, RMPUPDATE to {'private' if private else 'shared'} fails: {what} {ended}")
+    return ended
 
 
 @_claim("C05", "IY", "the hook could be called in kvm_arch_set_memory_attributes()")
@@ -418,10 +469,12 @@ def _c28(b: Bench) -> tuple[str, str]:
 @_claim("C29", "patch", "a 2M range with mixed attributes must not be mapped huge")
 def _c29(b: Bench) -> tuple[str, str]:
     kept = b.clean("upstream", "huge") and b.clean("v8-post-hook", "huge")
+    kept = kept and b.clean("upstream", "huge-1g") and b.clean("v8-post-hook", "huge-1g")
     slipped = b.verdict("kernel-bug", "narrow-hull", "huge")
+    slipped_1g = b.verdict("kernel-bug", "hull-of-2m-only", "huge-1g")
     return _if(
-        kept and slipped != NEVER,
-        "mapped huge while its attributes change (before May 2025), it ends in BUG()",
+        kept and NEVER not in (slipped, slipped_1g),
+        "mapped huge while its attributes change (before May 2025), it ends in BUG(), and a 1G page as well",
     )
 
 

@@ -2,7 +2,8 @@
 
 global      era, running, guest[gfn]                     what the guest has asked for, and knows
 per gfn     attr, npt                                    the xarray; the NPT leaf
-            npt_2m, mixed, reserved                      huge pages: the leaf, the lpage flag; empty xarray entries
+            reserved                                     empty entries of the xarray
+per 2M, 1G  npt_large, mixed                             a leaf of that size; the lpage flag
             npt_smm                                      the leaf in the page table of address space 1
 per gfn     gmem                                         the private page: cached, dying or free
 per PFN     rmp, memory, directmap (+ directmap_2m)      RMP entry, contents, direct map of one 2M region
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import permutations
+from itertools import permutations, product
 
 from . import machine_tdx
 from .accesses import Access
@@ -29,6 +30,7 @@ from .hw.snp import HYPERVISOR, PG_2M, RmpEntry, assigned_to
 from .kernel import locks
 from .kernel.directmap import ABSENT, PRESENT
 from .kvm.attributes import kvm_mmu_invalidate_begin, xa_reserve
+from .kvm.lpage import LargePage, large_pages
 from .kvm.memslots import SMM, MemSlot, Piece, pieces
 from .kvm.mmu import flush_if_zapped, had_rmp_bit, mmu_seq_snapshot
 from .kvm.sev import ASID
@@ -78,7 +80,7 @@ class Conf:
     ioctls: int = 1  # how many ioctls serve one request
     injects: bool = False
     huge: bool = (
-        False  # the gfns are one 2M page (two children stand for 512); shared memory may be mapped 2M
+        False  # the gfns are one 2M page (two children stand for 512) or one 1G page (of three 2M pages)
     )
     request: tuple[int, ...] = ()  # the gfns that are converted, if not all
     stray: bool = False  # vCPUs may also write with the C-bit of the kind that the page no longer has
@@ -86,12 +88,14 @@ class Conf:
     hostile: bool = False  # a careless guest that also rescinds at any time
     folio_2m: bool = False  # guest_memfd gives one 2M page for all gfns
     punch: str = ""  # the VMM discards the private page "after" or "before" the ioctl; "free": at any time
+    punched: tuple[int, ...] = ()  # the gfns whose private pages are discarded "free", if not all
     xa_fails: bool = False  # one allocation of the xarray may fail
     unlucky: str = ""  # whose reservation fails for certain, at its last gfn
     yields: bool = False  # a zap may yield mmu_lock between two gfns
     deletes: bool = False  # the VMM deletes the memslot, at any time
     adds: bool = False  # the memslot is not there at first; the VMM creates it, at any time
     memslots: tuple[MemSlot, ...] = ()  # if not one over all gfns
+    unused: tuple[int, ...] = ()  # gfns that the guest leaves alone
     busy: bool = False  # tdx: one SEAMCALL may answer OPERAND_BUSY without a reason that the model knows
     switches: Switches = Switches()
     owners: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -117,9 +121,15 @@ class Conf:
         return self.request or self.gfns
 
     @property
-    def backed(self) -> tuple[int, ...]:
-        """The gfns that lie in a memslot, so that a guest has business there."""
-        return tuple(g for piece in self.pieces(self.gfns) if piece.as_id == 0 for g in piece.gfns)
+    def used(self) -> tuple[int, ...]:
+        """The gfns that the guest uses: all that lie in a memslot, but those left alone."""
+        inside = (g for piece in self.pieces(self.gfns) if piece.as_id == 0 for g in piece.gfns)
+        return tuple(g for g in inside if g not in self.unused)
+
+    @property
+    def large(self) -> tuple[LargePage, ...]:
+        """The large pages, 2M before 1G, where memory may be mapped so."""
+        return large_pages(self.gfns) if self.huge else ()
 
     @property
     def smm(self) -> bool:
@@ -290,15 +300,16 @@ def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
         Field("memory", machine_tdx.lines(_contents(conf)) if conf.tdx else _contents(conf), pfns),
         Field("snapshot", ("none", "same", "moved"), faulting or conf.vcpus),
         Field("acc", _accesses(conf), conf.vcpus),
-        Field("npt_2m", (None, "shared", "private") if conf.huge else (None,)),
-        Field("mixed", (False, True) if conf.huge else (False,)),
         Field("rmp_bit", (None, "RMP", "SIZEM") if conf.remembers_rmp_bit else (None,), conf.vcpus),
     ]
+    if conf.huge:
+        keys = tuple(page.key for page in conf.large)
+        layout += [Field("npt_large", (None, "shared", "private"), keys), Field("mixed", (False, True), keys)]
     if conf.folio_2m:
         layout.append(Field("tlb_2m", (False, True), conf.vcpus))
     if conf.gmem:
         layout.append(Field("gmem", ("cached", "dying", "free"), gfns))
-        layout.append(Field("folio_ref", (False, True), tuple(a for a in programs if a != "host")))
+        layout.append(Field("folio_ref", (False, True), tuple(product((a for a in programs if a != "host"), gfns))))
     if conf.looks_up:
         states = ("gone", "bound", "valid") if conf.adds else ("valid", "invalid", "gone")[: 3 if conf.deletes else 1]
         found = tuple(state for state in states if state != "bound")

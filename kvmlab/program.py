@@ -187,7 +187,7 @@ def vmm_program(
 
 def vmm_punch_program(design: Design, conf: Conf) -> tuple[tuple[Instr, ...], set[tuple[str, str]]]:
     """A VMM thread that discards the private pages whenever it likes, once."""
-    drafts, nests = punch_drafts(design, conf, "punch", conf.gfns)
+    drafts, nests = punch_drafts(design, conf, "punch", conf.punched or conf.gfns)
     return _vmm_thread(
         [Draft(actors.vmm_punches, (), "", 0, "punch", label="any", idle=True), *drafts]
     ), nests

@@ -95,7 +95,7 @@ class Report:
     def _used(self) -> int | None:
         """The nearest quiet state in which the guest has used the page in its last kind."""
         model = self.case.model
-        guest = [model.layout.cell("guest", gfn) for gfn in model.conf.backed]
+        guest = [model.layout.cell("guest", gfn) for gfn in model.conf.used]
         for i, quiet in enumerate(self.graph.quiet):
             if quiet and all(cell.get(self.graph.packed(i)) == "ready" for cell in guest):
                 return i

@@ -58,6 +58,7 @@ class Scenario:
     hostile: bool = False  # a careless guest that rescinds at any time, too
     folio_2m: bool = False  # guest_memfd has one 2M page for all gfns
     punch: str = ""  # the VMM discards the private page "after" or "before" the ioctl, or "free": at any time
+    punched: tuple[int, ...] = ()  # the gfns that it discards "free", if not all
     xa_fails: bool = False  # one allocation of the xarray may fail
     unlucky: bool = False  # the other VMM thread's reservation fails for certain
     yields: bool = False  # a zap may yield mmu_lock
@@ -65,6 +66,7 @@ class Scenario:
     deletes: bool = False  # a VMM thread deletes the memslot
     adds: bool = False  # there is no memslot until a VMM thread creates one
     memslots: tuple[MemSlot, ...] = ()  # if not one over all gfns
+    unused: tuple[int, ...] = ()  # gfns that the guest leaves alone
 
 
 _ALL = (
@@ -128,6 +130,16 @@ _ALL = (
         second_vmm=(1,),
     ),
     Scenario(
+        "two-ranges",
+        "to private, the first of three gfns; a VMM thread discards the private page of the last at any time",
+        ("shared", "private"),
+        gfns=(0, 1, 2),
+        request=(0,),
+        punch="free",
+        punched=(2,),
+        unused=(2,),
+    ),
+    Scenario(
         "auto-convert",
         "to private; the VMM answers an exit by converting to what was touched",
         ("shared", "private"),
@@ -141,6 +153,15 @@ _ALL = (
         gfns=(0, 1),
         request=(0,),
         huge=True,
+    ),
+    Scenario(
+        "huge-1g",
+        "to private, two gfns of a shared 1G page: the tail of one 2M page and the head of the next",
+        ("shared", "private"),
+        gfns=(0, 1, 2, 3, 4, 5),
+        request=(1, 2),
+        huge=True,
+        unused=(2, 3, 4),
     ),
     Scenario("hook-fails", "to private; one RMPUPDATE may fail", ("shared", "private"), fails=True),
     Scenario(
@@ -345,6 +366,7 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
         hostile=scenario.hostile,
         folio_2m=scenario.folio_2m,
         punch=scenario.punch,
+        punched=scenario.punched,
         xa_fails=scenario.xa_fails,
         unlucky="VMM1" if scenario.unlucky else "",
         yields=scenario.yields,
@@ -352,6 +374,7 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
         deletes=scenario.deletes,
         adds=scenario.adds,
         memslots=scenario.memslots,
+        unused=scenario.unused,
         switches=switches,
     )
     nests: set[tuple[str, str]] = set()

@@ -11,7 +11,7 @@ from .assembly import Draft, nothing
 from .design import Design, Row
 from .hw.tdx import Leaf
 from .kernel import directmap, locks
-from .kvm import attributes, gmem, memslots, mmu, sev, tdx
+from .kvm import attributes, gmem, lpage, memslots, mmu, sev, tdx
 from .machine import Conf
 from .state import View
 from .step import Step
@@ -266,7 +266,8 @@ class Section:
                 jumps=ways,
             )  # fmt: skip
         elif call == "kvm_update_lpage_mixed_flag":
-            self.emit(attributes.kvm_update_lpage_mixed_flag, (row.target is not None,), row)
+            args = (self.gfns, self.kind, row.target is not None)
+            self.emit(lpage.kvm_update_lpage_mixed_flag, args, row)
         elif call in GMEM_CALLS:
             if self.conf.gmem:
                 self.per_gfn(GMEM_CALLS[call], row)
@@ -288,9 +289,12 @@ class Section:
             self.emit(attributes.kvm_mmu_invalidate_begin, (self.covered,), row)
         elif call == "kvm_mmu_invalidate_range_add":
             assert self.gfns is not None
-            whole = self.conf.gfns if row.target == "hugepage" else self.gfns
-            if whole and (row.target != "hugepage" or self.conf.huge):
-                self.emit(attributes.kvm_mmu_invalidate_range_add, (min(whole), max(whole) + 1), row)
+            if row.target is None:
+                whole = (min(self.gfns), max(self.gfns) + 1)
+                self.emit(attributes.kvm_mmu_invalidate_range_add, whole, row)
+            elif self.conf.huge:
+                levels = lpage.LEVELS[row.target]
+                self.emit(lpage.widen_hull, (self.gfns, levels), row, f"{row.call}({row.target})")
         else:
             self.emit(_PLAIN[call], (), row)
 

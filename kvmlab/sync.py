@@ -12,8 +12,10 @@ from .state import View
 def out_of_sync(s: View) -> None:
     """out-of-sync, asked when nobody is inside an operation: do the four places agree?"""
     conf = s.conf
-    if conf.huge and s.mixed != (len({s.attr[gfn] for gfn in conf.gfns}) > 1):
-        s.violate("out-of-sync", f"the 2M page is marked {'mixed' if s.mixed else 'uniform'}, and is not")
+    for page in conf.large:
+        mixed = s.mixed[page.key]
+        if mixed != (len({s.attr[gfn] for gfn in page.gfns}) > 1):
+            s.violate("out-of-sync", f"the {page.level} page is marked {'mixed' if mixed else 'uniform'}, and is not")
     for gfn in conf.gfns:
         attr = s.attr[gfn]
         named = conf.backing[attr, gfn]

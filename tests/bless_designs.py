@@ -14,7 +14,8 @@ from kvmlab.design.calls import BACKINGS
 from kvmlab.report import check
 from kvmlab.scenario import SCENARIOS, NotApplicable
 
-LONG_ON_TDX = ("two-vmms", "hostile")  # millions of states a design: left to `kvmlab matrix`
+LONG_ON_TDX = ("two-vmms", "two-ranges", "hostile")  # millions of states a design: left to `kvmlab matrix`
+ON_SEV = ("smm",)  # what neither snp nor tdx has
 FOLDER = Path(__file__).parent.parent / "kvmlab" / "designs"
 
 
@@ -29,16 +30,19 @@ def verdicts(name: str, platform: str, scenario: str, backing: str) -> dict[str,
 
 
 def cases(name: str) -> list[tuple[str, str, str]]:
-    """The cases that the block of a design covers: those it names if planted, else every one on snp and tdx."""
+    """The cases that the block of a design covers: those it names if planted, else every one on snp and tdx.
+
+    On sev those that neither of them has.
+    """
     if name in shipped("planted"):
         named = Design.load(name).expect
         return [(p, *_split(where)) for p, lines in named.items() for where in lines]
     return [
         (platform, scenario, backing)
-        for platform in ("snp", "tdx")
+        for platform in ("snp", "tdx", "sev")
         for backing in BACKINGS
         for scenario in SCENARIOS
-        if platform == "snp" or scenario not in LONG_ON_TDX
+        if platform == "snp" or scenario in ON_SEV or (platform == "tdx" and scenario not in LONG_ON_TDX)
     ]
 
 

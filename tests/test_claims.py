@@ -40,6 +40,9 @@ def test_a_claim_has_this_answer_and_shows_what_it_looked_at(claim):
     ("claim", "design", "instead"),
     [
         ("C01", "v8-post-hook", "no-zap"),
+        ("C02", "v8-post-hook", "first-memslot-only"),
+        ("C02", "zaps-one-address-space", "v8-post-hook"),
+        ("C03", "v8-post-hook", "no-zap"),
         ("C04", "upstream", "v8-post-hook"),
         ("C05", "set-mem-attr-op", "v8-post-hook"),
         ("C06", "v7-under-lock", "v8-post-hook"),
@@ -60,6 +63,7 @@ def test_a_claim_has_this_answer_and_shows_what_it_looked_at(claim):
         ("C26", "pre-post-directmap", "pre-post-as-typed"),
         ("C27", "rmp-under-lock-directmap-post", "pre-post-snp-only"),
         ("C29", "upstream", "narrow-hull"),
+        ("C29", "hull-of-2m-only", "upstream"),
         ("C28", "set-mem-attr-op", "v8-post-hook"),
     ],
 )

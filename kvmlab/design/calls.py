@@ -185,7 +185,7 @@ WORDS = {  # the arguments that carry meaning, at most one a call
     "kvm_x86_update_mem_attr": (*ATTRIBUTES, *MEMSLOTS),
     "kvm_unmap_gfn_range": MEMSLOTS,
     "kvm_mem_attrs_changed": MEMSLOTS,
-    "kvm_mmu_invalidate_range_add": ("hugepage",),  # the huge pages that the request only touches
+    "kvm_mmu_invalidate_range_add": ("hugepage", "PG_LEVEL_2M"),  # the 2M and 1G pages that it only touches; 2M alone
     "kvm_range_has_memory_attributes": ("reserved",),  # takes reserved, empty entries for attributes
     "kvm_update_lpage_mixed_flag": ("reserved",),
     "memslot_invalid": ("leave",),

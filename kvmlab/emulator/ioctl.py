@@ -162,7 +162,7 @@ class SetAttributes:
             mmu.begin(None if vm.merged else (self.start, self.end))
         elif row.call == "kvm_mmu_invalidate_range_add":
             for slot, lo, hi in self.pieces:
-                mmu.range_add(*(hull(slot, lo, hi) if row.target == "hugepage" else (lo, hi)))
+                mmu.range_add(*hull(slot, lo, hi, row.target))
         elif row.call == "kvm_mmu_invalidate_end":
             mmu.end()
         elif row.call == "kvm_unmap_gfn_range":

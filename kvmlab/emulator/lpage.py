@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kvm.lpage import LEVELS as WIDENED
 from .mmu import Attributes
 from .slots import LEVELS, LPAGE_MIXED, MemSlot
 
@@ -64,10 +65,11 @@ def init_mixed(slot: MemSlot, attributes: Attributes, reserved: bool = False) ->
             slot.set_mixed(lo, hi, level, ~(shared | private))
 
 
-def hull(slot: MemSlot, lo: int, hi: int) -> tuple[int, int]:
-    """range_add(hugepage), the pre hook: the huge pages at both ends too (9129633d568e, May 2025)."""
+def hull(slot: MemSlot, lo: int, hi: int, word: str | None) -> tuple[int, int]:
+    """range_add() of a clipped range; with a word the huge pages at both ends too (9129633d568e, May 2025)."""
     first, last = lo, hi
-    for level, shift in LEVELS.items():
+    for level in WIDENED.get(word or "", ()):
+        shift = LEVELS[level]
         for gfn in {lo >> shift << shift, (hi - 1) >> shift << shift}:
             end = gfn + (1 << shift)
             covered = lo <= gfn and end <= hi

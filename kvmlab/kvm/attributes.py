@@ -80,13 +80,14 @@ def kvm_range_has_memory_attributes(
 
     `counts_reserved`: an entry that is reserved and empty is taken for one with attributes (277d3623d99a).
     """
-    if all(s.attr[gfn] == to for gfn in gfns) and not (counts_reserved and to == "shared" and _left(s)):
+    if all(s.attr[gfn] == to for gfn in gfns) and not (counts_reserved and to == "shared" and left_reserved(s)):
         s.say("[uniform already]")
         return "done"
     return None
 
 
-def _left(s: View) -> bool:
+def left_reserved(s: View) -> bool:
+    """Whether a failed reservation has left entries behind."""
     return bool(s.conf.residue and any(s.reserved[gfn] for gfn in s.conf.gfns))
 
 
@@ -104,10 +105,3 @@ def xa_reserve(s: View, me: str, gfn: int, last: bool) -> str | None:
             return "failed"
         s.reserved[gfn] = s.attr[gfn] == "shared"  # a private gfn has an entry that is more than reserved
     return None
-
-
-def kvm_update_lpage_mixed_flag(s: View, me: str, counts_reserved: bool) -> None:
-    """Large-page bookkeeping, under mmu_lock: a 2M page with mixed attributes must not be mapped huge."""
-    assert_held(s, me, "kvm_update_lpage_mixed_flag()")
-    if s.conf.huge:
-        s.mixed = len({s.attr[gfn] for gfn in s.conf.gfns}) > 1 or (counts_reserved and _left(s))

@@ -33,7 +33,7 @@ def hold_page(s: View, me: str, gfn: int) -> None:
     """The page of one gfn with a reference, allocated if need be (kvm_gmem_get_folio())."""
     might_sleep(s, me, "kvm_gmem_get_pfn() may allocate")
     s.wait(s.gmem[gfn] != "dying")
-    s.folio_ref[me] = True
+    s.folio_ref[me, gfn] = True
     if s.gmem[gfn] == "free":
         for g in _folio(s, gfn):
             s.gmem[g] = "cached"
@@ -66,9 +66,10 @@ def _clear_page(s: View, pfn: str) -> None:
 
 
 def put_page(s: View, me: str) -> None:
-    """The fault, or the ioctl, is done with its page."""
-    if s.conf.gmem and s.folio_ref[me]:
-        s.folio_ref[me] = False
+    """The fault, or the ioctl, is done with its pages."""
+    for gfn in s.conf.gfns if s.conf.gmem else ():
+        if s.folio_ref[me, gfn]:
+            s.folio_ref[me, gfn] = False
 
 
 def truncate_inode_pages_range(s: View, me: str, gfn: int) -> None:
@@ -80,8 +81,9 @@ def truncate_inode_pages_range(s: View, me: str, gfn: int) -> None:
     might_sleep(s, me, "truncate_inode_pages_range()")
     if s.gmem[gfn] != "cached":
         return
-    s.wait(not any(s.folio_ref[who] for who in s.folio_ref if who != me))
-    for g in _folio(s, gfn) if set(s.conf.converted) == set(s.conf.gfns) else (gfn,):
+    pages = _folio(s, gfn)
+    s.wait(not any(s.folio_ref[who, g] for who, g in s.folio_ref if who != me and g in pages))
+    for g in pages if set(s.conf.converted) == set(s.conf.gfns) else (gfn,):
         s.gmem[g] = "dying"
 
 

@@ -11,16 +11,22 @@ from ..state import View
 from . import tdx
 from .attributes import mmu_invalidate_retry_gfn
 from .gmem import put_page
+from .lpage import LargePage
 from .memslots import SMM, in_smm
 
 
+def large_leaf(s: View, gfn: int) -> LargePage | None:
+    """The large page that is mapped as such over `gfn`."""
+    return next((p for p in reversed(s.conf.large) if gfn in p.gfns and s.npt_large[p.key]), None)
+
+
 def leaf(s: View, gfn: int, smm: bool = False) -> str | None:
-    """The PFN that the nested page table gives for `gfn`: its own leaf, or its part of the 2M one.
+    """The PFN that the nested page table gives for `gfn`: its own leaf, or its part of a large one.
 
     A vCPU in SMM runs on a page table of its own (kvm_mmu_page_role.smm).
     """
-    if s.conf.huge and s.npt_2m:
-        return str(s.conf.backing[s.npt_2m, gfn])
+    if page := large_leaf(s, gfn):
+        return str(s.conf.backing[s.npt_large[page.key], gfn])
     found: str | None = s.npt_smm[gfn] if smm else s.npt[gfn]
     return found
 
@@ -37,15 +43,15 @@ def kvm_unmap_gfn_range(s: View, me: str, gfn: int, as_id: int = 0) -> None:
         s.npt_smm[gfn] = None
         return
     s.npt[gfn] = None
-    if s.conf.huge and s.npt_2m:
-        s.npt_2m = None  # a huge leaf that overlaps is removed whole
+    if page := large_leaf(s, gfn):
+        s.npt_large[page.key] = None  # a large leaf that overlaps is removed whole
 
 
 def fill_translation(s: View, me: str, gfn: int, pfn: str) -> None:
-    """Fill a vCPU's TLB from the leaf; one 2M entry serves every gfn of the page."""
+    """Fill a vCPU's TLB from the leaf; a large entry serves every gfn of the page."""
     s.tlb[me, gfn] = pfn
-    if s.conf.huge and s.npt_2m:
-        for other in s.conf.gfns:
+    if page := large_leaf(s, gfn):
+        for other in page.gfns:
             s.tlb[me, other] = leaf(s, other)
         if s.conf.folio_2m:
             s.tlb_2m[me] = True
@@ -158,11 +164,12 @@ def kvm_tdp_mmu_map(s: View, me: str, kind: str) -> None:
     if s.snapshot[me] != "none":
         s.snapshot[me] = "none"
     put_page(s, me)
-    if s.conf.huge and not s.mixed and _may_be_2m(s, kind, gfn):
-        _map_2m(s, kind)
+    wanted = _large_target(s, kind, gfn)
+    while (page := large_leaf(s, gfn)) and (wanted is None or len(page.gfns) > len(wanted.gfns)):
+        _split(s, page)
+    if wanted:
+        _map_large(s, wanted, kind)
         return
-    if s.conf.huge and s.npt_2m:
-        _split_2m(s)
     npt = s.npt_smm if in_smm(s, me) else s.npt
     pfn, present = s.conf.backing[kind, gfn], npt[gfn]
     if present == pfn:
@@ -175,34 +182,48 @@ def kvm_tdp_mmu_map(s: View, me: str, kind: str) -> None:
         s.say(f"[gfn {gfn} -> {pfn}]")
 
 
-def _may_be_2m(s: View, kind: str, gfn: int) -> bool:
-    """Shared memory is backed by 2M here; private by what the RMP entry says (sev_private_max_mapping_level())."""
+def _large_target(s: View, kind: str, gfn: int) -> LargePage | None:
+    """The largest page around `gfn` that may be mapped as one: not mixed, and its backing is as large."""
+    pages = (p for p in reversed(s.conf.large) if gfn in p.gfns)
+    return next((p for p in pages if not s.mixed[p.key] and _is_backed(s, kind, gfn)), None)
+
+
+def _is_backed(s: View, kind: str, gfn: int) -> bool:
+    """Whether memory is large: shared always is here, private if its RMP entry is (sev_private_max_mapping_level)."""
     if kind == "shared":
         return not s.conf.folio_2m
     entry = s.rmp[s.conf.backing["private", gfn]] if s.conf.folio_2m and s.conf.has_rmp else None
     return bool(entry and entry.assigned and entry.size == "2M")
 
 
-def _map_2m(s: View, kind: str) -> None:
-    """Map the whole 2M page; a table of 4K leaves that was there goes, with a flush (tdp_mmu.c)."""
-    if s.npt_2m not in (None, kind):
-        s.violate("kernel-bug", f"BUG(): TDP MMU replaces a present 2M leaf ({s.npt_2m}) by a {kind} one")
+def _map_large(s: View, page: LargePage, kind: str) -> None:
+    """Map a page large; a table of smaller leaves that was there goes, with a flush (tdp_mmu.c)."""
+    present, level = s.npt_large[page.key], page.level
+    if present not in (None, kind):
+        s.violate("kernel-bug", f"BUG(): TDP MMU replaces a present {level} leaf ({present}) by a {kind} one")
         return
-    if s.npt_2m:
+    if present:
         s.count("spurious-npf")
-        s.say("[2M already mapped]")
+        s.say(f"[{level} already mapped]")
         return
-    if any(s.npt[gfn] is not None for gfn in s.conf.gfns):
-        for gfn in s.conf.gfns:
+    if any(leaf(s, gfn) is not None for gfn in page.gfns):
+        for gfn in page.gfns:
             s.npt[gfn] = None
+            if smaller := large_leaf(s, gfn):
+                s.npt_large[smaller.key] = None
         kvm_flush_remote_tlbs(s, "")
-    s.npt_2m = kind
-    s.say(f"[gfns {s.conf.gfns[0]}-{s.conf.gfns[-1]} -> 2M leaf]")
+    s.npt_large[page.key] = kind
+    s.say(f"[gfns {page.gfns[0]}-{page.gfns[-1]} -> {level} leaf]")
 
 
-def _split_2m(s: View) -> None:
-    """tdp_mmu_split_huge_page(): the leaf becomes a table of 4K leaves to the same pages."""
-    was, s.npt_2m = s.npt_2m, None
-    for gfn in s.conf.gfns:
-        s.npt[gfn] = s.conf.backing[was, gfn]
-    s.say("[2M leaf splits]")
+def _split(s: View, page: LargePage) -> None:
+    """tdp_mmu_split_huge_page(): the leaf becomes a table of leaves of the next level, to the same pages."""
+    was, s.npt_large[page.key] = s.npt_large[page.key], None
+    if page.level == "1G":
+        for child in s.conf.large:
+            if child.level == "2M":
+                s.npt_large[child.key] = was
+    else:
+        for gfn in page.gfns:
+            s.npt[gfn] = s.conf.backing[was, gfn]
+    s.say(f"[{page.level} leaf splits]")

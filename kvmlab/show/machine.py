@@ -35,9 +35,14 @@ def machine(model: Model, x: int) -> list[Part]:
             (("to", conf.eras[values["era"]]), ("", moment)),
         ),
         Part("xarray", "the memory attribute that KVM keeps", _xarray(values, family("attr"))),
+        Part("memslot", "the memslot, and as what each fault has found it", _memslot(values, family("fault_slot"))),
         Part("EPT", "the leaf of the ordinary EPT (SHARED bit set)", _pairs(family("npt"), "gfn "))
         if conf.tdx
-        else Part("NPT", "the leaf that the nested page table holds", _npt(values, family("npt"))),
+        else Part(
+            "NPT",
+            "the leaf that the nested page table holds",
+            (*_npt(values, family("npt"), family("npt_large")), *_pairs(family("npt_smm"), "SMM gfn ")),
+        ),
         *(_secure_ept(values, family) if conf.tdx else ()),
         Part("TLB", "the translation each vCPU could still use", _tlb(values, family("tlb"))),
         Part("RMP", "who owns the page, in hardware", _pairs(family("rmp"))),
@@ -143,17 +148,33 @@ def _tlb(values: dict[object, object], family: dict[Any, str]) -> tuple[tuple[st
     return tuple((cpu, value + large[cpu]) for (cpu, _), value in family.items())
 
 
+def _memslot(values: dict[object, object], found: dict[object, str]) -> tuple[tuple[str, str], ...]:
+    """Where one comes or goes: what it is; who is in SMM has other memslots."""
+    if "slot" not in values:
+        return ()
+    faults = tuple((f"{cpu} found", slot) for cpu, slot in found.items() if slot != "-")
+    smm = tuple((str(cpu), "in SMM") for cpu in found if values.get(("smm", cpu)))
+    return (("", str(values["slot"])), *faults, *smm)
+
+
 def _gmem(
-    values: dict[object, object], family: dict[object, str], refs: dict[object, str]
+    values: dict[object, object], family: dict[object, str], refs: dict[Any, str]
 ) -> tuple[tuple[str, str], ...]:
-    holders = tuple(("held by", str(who)) for who in refs if values["folio_ref", who])
+    holders = tuple((f"gfn {gfn}", f"held by {who}") for (who, gfn), held in refs.items() if held == "True")
     return (*_pairs(family, "gfn "), *holders)
 
 
-def _npt(values: dict[object, object], family: dict[object, str]) -> tuple[tuple[str, str], ...]:
-    if values["npt_2m"]:
-        return (("2M", str(values["npt_2m"])),)
-    return (*_pairs(family, "gfn "), *((("2M", "mixed"),) if values["mixed"] else ()))
+def _npt(
+    values: dict[object, object], family: dict[object, str], large: dict[Any, str]
+) -> tuple[tuple[str, str], ...]:
+    """Each leaf, and which large pages are marked mixed; what a large leaf covers has none of its own."""
+    one = len(large) == 1
+    label = {key: key[0] if one else f"{key[0]} gfn {key[1]}" for key in large}
+    leaves = tuple((label[key], kind) for key, kind in large.items() if kind != "-")
+    mixed = tuple((label[key], "mixed") for key in large if values["mixed", key])
+    if one and leaves:
+        return leaves
+    return (*_pairs(family, "gfn "), *leaves, *mixed)
 
 
 def _directmap(values: dict[object, object], family: dict[object, str]) -> tuple[tuple[str, str], ...]:
