@@ -179,6 +179,15 @@ _ALL = (
         punch="before",
     ),
     Scenario(
+        "discard-races",
+        "to private, while a VMM thread discards the private page, at any time; a careless guest",
+        ("shared", "private"),
+        racers=0,
+        host="freed",
+        correct_guest=False,
+        punch="free",
+    ),
+    Scenario(
         "huge-accept",
         "to private, both pages of one 2M guest_memfd page; the guest validates 2M",
         ("shared", "private"),

@@ -138,6 +138,7 @@ class Section:
         self.design = design
         self.drafts: list[Draft] = []
         self.failed: str | None = None
+        self.unassigned: str | None = None
         self.holding: list[tuple[Step, str]] = []
         self.nests: set[tuple[str, str]] = set()
         self.unwinds: dict[str, tuple[tuple[tuple[Step, str], ...], str]] = {}
@@ -151,7 +152,8 @@ class Section:
         """Add the drafts of `rows`, keeping `if (flush)` groups together."""
         if self.gfns and not any(row.call == "kvm_mmu_invalidate_range_add" for row in rows):
             self.covered = (min(self.gfns), max(self.gfns) + 1)
-        if self.section == "ioctl" and self.conf.gmem and any(r.call in WORKS_ON_PAGES for r in rows):
+        on_pages = any(row.call in WORKS_ON_PAGES and not self.is_absent(row) for row in rows)
+        if self.section == "ioctl" and self.conf.gmem and on_pages:
             self.hold_pages(rows[0])
         self.rows = rows
         looks_up = self.section == "fault" and self.conf.looks_up
@@ -171,6 +173,11 @@ class Section:
     def of_gmem(self) -> bool:
         """Whether this is the ioctl of a guest_memfd, in-place."""
         return any(row.call == "filemap_invalidate_lock" for row in self.rows)
+
+    def is_absent(self, row: Row) -> bool:
+        """Whether the platform has no such thing: without an RMP nothing is done for its sake."""
+        generic = self.conf.tdx and row.call in DIRECTMAP
+        return row.call in RMP_ONLY and not self.conf.has_rmp and not generic
 
     def needs_memslot(self, row: Row) -> bool:
         """Whether the row is skipped where no memslot overlaps, in scenarios in which one comes later.
@@ -219,27 +226,34 @@ class Section:
         for piece in self.conf.pieces(gfns):
             self.as_id, self.gfns = piece
             seen = [row for row in rows if memslots.visits(row.walk, self.as_id, self.gfns[0], gfns[0])]
-            if len(seen) > 1 and seen[0].call in HELPER:
+            if len(seen) > 1 and seen[0].call in HELPER and not self.takes_folio(seen):
                 self.page_by_page(seen)
             else:
                 for row in seen:
                     self.row(row)
         self.gfns, self.as_id = gfns, as_id
 
+    def takes_folio(self, rows: Sequence[Row]) -> bool:
+        """Whether the op works on a whole 2M folio at once: going private, if the request has all of it."""
+        private = any(row.call == "rmpupdate" and row.target == "private" for row in rows)
+        return private and self.conf.folio_2m and set(self.conf.converted) == set(self.conf.gfns)
+
     def page_by_page(self, rows: Sequence[Row]) -> None:
         """The op of the series: all its work on one page, then the next; it gives up where RMPUPDATE fails."""
         gfns, self.failed = self.gfns or (), self.new_label()
         for self.gfns in ((gfn,) for gfn in gfns):
+            self.unassigned = self.new_label()  # nothing to restore where nothing was taken
             for row in rows:
                 self.row(row)
-        self.gfns = gfns
+            self.mark(self.unassigned)
+        self.gfns, self.unassigned = gfns, None
         self.mark(self.failed)
         self.failed = None
 
     def row(self, row: Row) -> None:
         """Add the drafts of one call."""
         call = row.call
-        if call in RMP_ONLY and not self.conf.has_rmp and not (self.conf.tdx and call in DIRECTMAP):
+        if self.is_absent(row):
             return
         if call in ("memslot_invalid", "kvm_vcpu_gfn_to_memslot") and not self.conf.looks_up:
             return
@@ -308,7 +322,7 @@ class Section:
 
     def per_gfn(self, step: Step, row: Row, *args: Any) -> None:
         """Add one draft a gfn of the request, or one for the gfn of the fault."""
-        shown = "SMM" if self.as_id else ", ".join(str(a) for a in args)
+        shown = "SMM" if self.as_id else str(args[0]) if args else ""
         if self.gfns is None:
             self.emit(at_fault(step), args, row, f"{row.call}({shown})")
             return
@@ -356,8 +370,19 @@ class Section:
 
     def rmpupdate(self, row: Row) -> None:
         """RMPUPDATE: where it fails the op gives up (ioctl), or KVM_RUN does (fault path)."""
-        first = len(self.drafts)
-        self.per_gfn(sev.rmpupdate, row, row.target or self.kind)
+        first, to = len(self.drafts), row.target or self.kind
+        splits = to == "shared" and self.conf.folio_2m and self.section != "punch"
+        gfns = self.gfns
+        for self.gfns in [None] if gfns is None else [(gfn,) for gfn in gfns]:
+            if gfns and self.section == "ioctl" and self.gfns != gfns[:1] and self.takes_folio([row]):
+                continue  # RMPUPDATE of its first page has done it
+            if splits:
+                self.per_gfn(sev.psmash_if_2m, row)
+            self.per_gfn(sev.rmpupdate, row, to, self.section)
+            self.drafts[-1].jumps["unassigned"] = self.unassigned or self.new_label()
+            if not self.unassigned:
+                self.mark(self.drafts[-1].jumps["unassigned"])
+        self.gfns = gfns
         if not self.conf.injects or not self.conf.has_rmp:
             return
         if self.section == "ioctl":
@@ -415,7 +440,10 @@ class Section:
         fits = self.new_label()
         self.emit(sev.rmp_fits, (self.kind,), row, f"{row.call}(): RMP lookup", {"skip": fits})
         for inner in row.body or ():
-            self.row(inner)
+            if inner.call == "kvm_unmap_directmap" and self.conf.folio_2m:
+                self.emit(at_fault(directmap.unmap_folio), (), inner)
+            else:
+                self.row(inner)
         self.mark(fits)
         self.emit(locks.mutex_unlock, ("folio_lock",), row, f"{row.call}(): folio_unlock()")
         self.drop(locks.mutex_unlock, "folio_lock")

@@ -55,10 +55,18 @@ def test_every_ordering_gives_a_punched_page_back_and_gets_it_again_as_zeros(nam
 
 def test_v7_punches_with_the_op_under_mmu_lock_and_schedules_while_atomic():
     vm = Vm("snp", 8, "v7-under-lock")
-    vm.gmem.allocate(0, P)
+    vm.set_memory_attributes(0, P, True)
+    vm.violations.clear()
     vm.gmem.punch_hole(0, P)
     ((name, text),) = vm.violations
     assert name == "sleep-in-atomic" and "scheduling while atomic" in text
+
+
+def test_a_page_that_was_never_assigned_gives_v7_nothing_to_sleep_for():
+    vm = Vm("snp", 8, "v7-under-lock")
+    vm.gmem.allocate(0, P)
+    vm.gmem.punch_hole(0, P)
+    assert not vm.violations
 
 
 def test_v7_and_a_kernel_that_does_not_count_preemption_says_nothing():

@@ -221,7 +221,7 @@ def _prepare(fault: Fault, row: Row) -> None:
         return
     fault.thread.take("folio_lock")
     size, n = PG_4K, fault.n
-    if row.call == "rmp_prepare" and vm.huge(True):
+    if fault.private and vm.huge(True):
         head = fault.gfn - fault.gfn % FAULTS_2M
         base = pfn - (fault.gfn - head)
         fits = base % FAULTS_2M == 0 and slot.contains(head, "2M") and vm.whole_folio(slot, head)

@@ -12,12 +12,14 @@ import errno
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..design import Row
-from ..hw.snp import Rmpupdate
+from ..hw.snp import PG_2M, PG_4K, Rmpupdate
+from ..hw.snp_pages import PAGES_2M
 from ..kvm.memslots import visits
 from .events import PlatformError, VmErrno
 from .faults import DIRECTMAP
 from .lpage import hull, update_mixed
-from .memory import PAGE, runs
+from .memory import PAGE, U8, runs
+from .sev import Shared, of_one_op
 from .slots import MemSlot
 
 if TYPE_CHECKING:
@@ -53,6 +55,14 @@ def check_input(vm: Vm, gpa: int | None, size: int, attributes: int, flags: int)
         raise VmErrno(errno.EINVAL, f"not page aligned: {gpa:#x}, {size:#x}")
 
 
+class _Unmapped(NamedTuple):
+    """What a row took out of the direct map: from which PFN on, and what was absent before."""
+
+    row: Row
+    pfn: int
+    was: U8
+
+
 class SetAttributes:
     """One run of the ioctl over gfns [start, end) towards private or shared."""
 
@@ -63,6 +73,8 @@ class SetAttributes:
         self.stored = end  # the store went up to here
         self.did_store = self.did_reserve = self.flush = self.asked = False
         self.failed: dict[MemSlot, int] = {}  # the first gfn at which the platform op failed
+        self.unmapped: _Unmapped | None = None
+        self.shared: Shared | None = None
 
     def run(self) -> Remainder:
         """Execute the rows; the return value is userspace's."""
@@ -187,30 +199,68 @@ class SetAttributes:
         if row.call == "adjust_direct_map":
             sev.adjust_direct_map(self.thread, pfn, n)
         elif row.call == "kvm_unmap_directmap":
+            self.unmapped = _Unmapped(row, pfn, self.vm.directmap.absent[pfn : pfn + n].copy())
             sev.unmap_directmap(self.thread, pfn, n)
         elif row.call == "kvm_map_directmap":
-            sev.map_directmap(self.thread, pfn, n)
+            for start, end in [(pfn, pfn + n)] if self.shared is None else self.shared.or_all(row, pfn, pfn + n):
+                sev.map_directmap(self.thread, start, end - start)
         else:
             self._rmpupdate(row, slot, lo, hi)
 
     def _rmpupdate(self, row: Row, slot: MemSlot, lo: int, hi: int) -> None:
-        """RMPUPDATE of one clipped range; merged code leaves unassigned entries alone (sev_gmem_invalidate())."""
+        """RMPUPDATE of one clipped range.
+
+        To private by 2M where a folio lies in the range whole; to shared by 4K, v8-era (sev_update_mem_attr(), RFC
+        v8 48/56).  What is not assigned is let be (snp_make_page_shared(), sev_gmem_invalidate()).
+        """
         sev, pfn = self.vm.sev, slot.private_pfn(lo)
         private = (row.target == "private") if row.target else self.private
-        todo = [(pfn, pfn + hi - lo)]
-        if self.vm.merged and not private:
-            todo = [(pfn + a, pfn + b) for a, b in runs(self.vm.rmp.assigned(pfn, hi - lo), 0, hi - lo)]
-        for start, end in todo:
-            gfn = lo + start - pfn
-            call = sev.make_private if private else sev.make_shared
-            done, code = call(start, end - start, gfn)
+        if private:
+            todo = self._by_folio(slot, lo, hi)
+        else:
+            owned = runs(self.vm.rmp.assigned(pfn, hi - lo), 0, hi - lo)
+            todo = [(pfn + start, pfn + end, PG_4K) for start, end in owned]
+            self.shared = Shared(row)
+        for start, end, size in todo:
+            gfn, n = lo + start - pfn, end - start
+            done, code = (
+                sev.make_private(start, n, gfn, size)
+                if private
+                else sev.make_shared(start, n, gfn, large=self.vm.merged)
+            )
+            if not private and self.shared:
+                self.shared.pages.append((start, start + done))
             if code != Rmpupdate.OK:
-                self._op_failed(slot, gfn + done, code)
+                self._op_failed(row, slot, gfn + done, code, PAGES_2M if size == PG_2M else 1)
                 return
 
-    def _op_failed(self, slot: MemSlot, gfn: int, code: Rmpupdate) -> None:
-        """v8: a rate-limited warning, and the ioctl succeeds; in-place has no way back: KVM_BUG_ON."""
+    def _by_folio(self, slot: MemSlot, lo: int, hi: int) -> list[tuple[int, int, str]]:
+        """PFN ranges with the size of their RMPUPDATEs; the series' op takes the order of a folio."""
+        pfn = slot.private_pfn(lo) - lo
+        if self.vm.merged or not self.vm.private_2m:
+            return [(pfn + lo, pfn + hi, PG_4K)]
+        heads = range(lo + -lo % PAGES_2M, hi - PAGES_2M + 1, PAGES_2M)
+        whole = [head for head in heads if (pfn + head) % PAGES_2M == 0 and self.vm.whole_folio(slot, head)]
+        found, at = list[tuple[int, int, str]](), lo
+        for head in whole:
+            if found and found[-1][1] == pfn + head:
+                found[-1] = (found[-1][0], pfn + head + PAGES_2M, PG_2M)
+            else:
+                found += [(pfn + at, pfn + head, PG_4K)] * (at < head)
+                found.append((pfn + head, pfn + head + PAGES_2M, PG_2M))
+            at = head + PAGES_2M
+        return found + [(pfn + at, pfn + hi, PG_4K)] * (at < hi)
+
+    def _op_failed(self, row: Row, slot: MemSlot, gfn: int, code: Rmpupdate, pages: int) -> None:
+        """v8: a rate-limited warning, and the ioctl succeeds; in-place has no way back: KVM_BUG_ON.
+
+        The op does all its work on one folio (of `pages` pages) and then on the next, so it had not begun those
+        behind the one that fails.
+        """
         if self.vm.merged:
             raise PlatformError(f"RMPUPDATE at gfn {gfn:#x} = {code.name}", int(code))
         self.failed[slot] = gfn
+        if (unmapped := self.unmapped) and of_one_op(row, unmapped.row):
+            rest = slot.private_pfn(gfn) + pages
+            self.vm.directmap.absent[rest : unmapped.pfn + len(unmapped.was)] = unmapped.was[rest - unmapped.pfn :]
         self.vm.log.add("warn", f"update_mem_attr failed: {code.name}", gfn, code=int(code))

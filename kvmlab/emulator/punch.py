@@ -12,6 +12,7 @@ from ..design import Row
 from ..hw.snp import Rmpupdate
 from ..hw.snp_pages import PAGES_2M
 from .memory import runs, without
+from .sev import Shared, of_one_op
 
 if TYPE_CHECKING:
     from .gmem import GuestMemfd
@@ -31,6 +32,7 @@ class Punch:
             (slot, lo - at + slot.base, hi - at + slot.base) for lo, hi, at, slot in file.slots(start, end)
         ]
         self.taken: list[tuple[int, int]] = []
+        self.shared: Shared | None = None
         self.flush = False
 
     def run(self) -> None:
@@ -59,7 +61,7 @@ class Punch:
             self._give_back()
         elif row.call in DIRECTMAP:
             if self.vm.has_rmp or self.vm.tdx:
-                self._directmap(row.call)
+                self._directmap(row)
         elif row.call in RMP:
             if self.vm.has_rmp:
                 self._rmp(row)
@@ -100,11 +102,13 @@ class Punch:
             for lo, hi in runs(self.vm.rmp.assigned(pfn, end - pfn), 0, end - pfn)
         ]
 
-    def _directmap(self, call: str) -> None:
+    def _directmap(self, row: Row) -> None:
         """On each page, but for those that could not be made shared: nobody will use them."""
-        sev = self.vm.sev
-        work = sev.unmap_directmap if call == "kvm_unmap_directmap" else sev.map_directmap
-        for lo, hi in self._pages():
+        sev, pages = self.vm.sev, self._pages()
+        work = sev.unmap_directmap if row.call == "kvm_unmap_directmap" else sev.map_directmap
+        if row.call == "kvm_map_directmap" and self.shared and of_one_op(row, self.shared.row):
+            pages = self.shared.pages
+        for lo, hi in pages:
             for at, end in without(lo, hi, self.vm.leaked):
                 work(self.thread, at, end - at)
 
@@ -114,7 +118,10 @@ class Punch:
             for slot, lo, hi in self.bound:
                 sev.make_private(slot.private_pfn(lo), hi - lo, lo)
             return
-        for lo, hi in self._assigned():
+        assigned = self._assigned()
+        if row.call == "rmpupdate":
+            self.shared = Shared(row, assigned)
+        for lo, hi in assigned:
             if row.call == "psmash":
                 for head in sorted({lo - lo % PAGES_2M, hi - 1 - (hi - 1) % PAGES_2M}):
                     if sev.rmp.big(head)[0] and not lo <= head <= hi - PAGES_2M:

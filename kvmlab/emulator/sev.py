@@ -5,12 +5,14 @@ From arch/x86/kvm/svm/sev.c and arch/x86/virt/svm/sev.c.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..design import Row
 from ..hw.snp import PG_2M, PG_4K, Rmpupdate
 from ..hw.snp_pages import PAGES_2M
 from .events import KernelBug, PlatformError
@@ -48,6 +50,23 @@ class DirectMap:
             raise KernelBug(f"oops: {what} of PFN {pfn:#x}, which is not in the direct map")
 
 
+def of_one_op(row: Row, other: Row) -> bool:
+    """Whether two rows are parts of one call of the series' op, which does all its work on a page, then the next."""
+    return (row.line, row.origin, row.text) == (other.line, other.origin, other.text)
+
+
+@dataclass
+class Shared:
+    """The PFN ranges that an RMPUPDATE row has made shared: in the same op no others are mapped again."""
+
+    row: Row
+    pages: list[tuple[int, int]] = field(default_factory=list)
+
+    def or_all(self, row: Row, pfn: int, end: int) -> list[tuple[int, int]]:
+        """What a row that maps works on: these if it is of the same op, else [pfn, end)."""
+        return self.pages if of_one_op(row, self.row) else [(pfn, end)]
+
+
 class Sev:
     """What touches the RMP and the directmap, for one VM."""
 
@@ -67,10 +86,12 @@ class Sev:
         self.log.add("directmap-unmap", page=pfn, times=n)
 
     def map_directmap(self, thread: Thread, pfn: int, n: int) -> None:
-        """set_direct_map_default_noflush() page by page; never merges; may sleep."""
+        """set_direct_map_default_noflush() page by page; never merges; may sleep.
+
+        Nor does it split: what is present in a large entry keeps its attributes (__should_split_large_page()).
+        """
         thread.might_sleep("directmap update takes a mutex")
         if n:
-            self._split(pfn, n)
             self.directmap.absent[pfn : pfn + n] = 0
             self.log.add("directmap-map", page=pfn, times=n)
 
@@ -82,15 +103,18 @@ class Sev:
         """rmp_make_private(): how many pages were done, and the last code."""
         return self._update(pfn, n, gfn, gfn, size)
 
-    def make_shared(self, pfn: int, n: int, gfn: int | None, *, splits: bool = True) -> tuple[int, Rmpupdate]:
+    def make_shared(
+        self, pfn: int, n: int, gfn: int | None, *, splits: bool = True, large: bool = True
+    ) -> tuple[int, Rmpupdate]:
         """rmp_make_shared(): how many pages were done, and the last code; `gfn` None: unmapped.
 
-        A 2M entry that is not covered whole is PSMASHed first, if it `splits`; else a 4K RMPUPDATE meets it.
+        A 2M entry that is not covered whole, or not to go by 2M (`large`), is PSMASHed first, if it `splits`; else a
+        4K RMPUPDATE meets it.
         """
         done = 0
         for lo, hi in self.by_size(pfn, n):
             size = PG_2M if bool(self.rmp.big(lo)[0]) else PG_4K
-            if size == PG_2M and (lo % PAGES_2M or hi - lo < PAGES_2M):
+            if size == PG_2M and (lo % PAGES_2M or hi - lo < PAGES_2M or not large):
                 if splits:
                     self.psmash(lo)
                 size = PG_4K

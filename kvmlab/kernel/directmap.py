@@ -26,6 +26,13 @@ def kvm_unmap_directmap(s: View, me: str, gfn: int) -> None:
     s.directmap[s.conf.backing["private", gfn]] = ABSENT
 
 
+def unmap_folio(s: View, me: str, gfn: int) -> None:
+    """The same ahead of an RMPUPDATE of all that the 2M folio around `gfn` has, if none of it is assigned yet."""
+    whole = not any(s.rmp[pfn].assigned for pfn in s.rmp)
+    for g in s.conf.gfns if whole else (gfn,):
+        kvm_unmap_directmap(s, me, g)
+
+
 def kvm_map_directmap(s: View, me: str, gfn: int) -> None:
     """Restore the private PFN of `gfn` (set_direct_map_default_noflush()); never merges; may sleep."""
     might_sleep(s, me, "directmap update takes a mutex")

@@ -9,20 +9,27 @@ from .mmu import drop_translation
 ASID = 1
 
 
-def rmpupdate(s: View, me: str, gfn: int, to: str) -> str | None:
+def rmpupdate(s: View, me: str, gfn: int, to: str, section: str) -> str | None:
     """RMPUPDATE of the private PFN of one gfn towards `to`; any status but OK is one that KVM treats as a bug.
 
     Whether it flushes the page's TLB entries on all CPUs is the switch `rmpupdate_flushes`: the thread says
     yes, the APM does not.  An injected failure (scenario hook-fails) returns "failed" and changes nothing.
+    Towards shared an entry that is not assigned is let be (snp_make_page_shared(), RFC v8 48/56;
+    sev_gmem_invalidate()).
     """
     pfn = s.conf.backing["private", gfn]
+    if to == "shared" and not s.rmp[pfn].assigned:
+        if s.conf.folio_2m:
+            return None  # it may have gone with the first page of the folio, and then goes on with it
+        s.say(f"[{pfn} is not assigned]")
+        return "unassigned"
     if s.conf.injects and s.failures_left and s.choose((False, True)):
         s.failures_left = 0
         s.say(f"RMPUPDATE({pfn}) fails (injected)")
         return "failed"
     new = snp.assigned_to(ASID, gfn) if to == "private" else snp.HYPERVISOR
     if s.conf.folio_2m:
-        _rmpupdate_sized(s, pfn, gfn, to)
+        _rmpupdate_sized(s, pfn, gfn, to, section)
         return None
     code, entry = snp.rmpupdate(s.rmp[pfn], new, identical_keeps_validated=s.conf.identical_keeps_validated)
     _updated(s, pfn, gfn, code, entry)
@@ -48,21 +55,23 @@ def store_entry(s: View, pfn: str, entry: snp.RmpEntry) -> None:
         s.rmp[s.conf.backing["private", g]] = entry._replace(gpa=g)
 
 
-def _rmpupdate_sized(s: View, pfn: str, gfn: int, to: str) -> None:
-    """RMPUPDATE where guest_memfd has a 2M page: KVM takes 2M if the whole page goes the same way.
+def _rmpupdate_sized(s: View, pfn: str, gfn: int, to: str, section: str) -> None:
+    """RMPUPDATE where guest_memfd has a 2M page.
 
-    To private: nothing of it is assigned (sev_gmem_prepare()).  To shared: the entry is 2M and all of it goes
-    (sev_gmem_invalidate()).  4K against a 2M entry is FAIL_OVERLAP, which rmpupdate() repeats without end.
+    To private in the ioctl: 2M if the request has all of it (sev_update_mem_attr(), RFC v8 48/56); at the fault: if
+    nothing of it is assigned (sev_gmem_prepare()).  To shared in the ioctl: 4K always; on discard: 2M if the entry
+    is and all of it goes.  4K against a 2M entry is FAIL_OVERLAP, which rmpupdate() repeats without end.
     """
     conf, old, head = s.conf, s.rmp[pfn], s.conf.gfns[0]
     pages = [conf.backing["private", g] for g in conf.gfns]
+    all_of_it = set(conf.converted) == set(conf.gfns)
     if to == "private":
-        if old.assigned and old.size == snp.PG_2M:
+        if old.assigned and old.size == snp.PG_2M and section != "ioctl":
             return  # this page went with the head
-        whole = not any(s.rmp[p].assigned for p in pages)
+        whole = all_of_it if section == "ioctl" else not any(s.rmp[p].assigned for p in pages)
         new = snp.assigned_to(ASID, head if whole else gfn, snp.PG_2M if whole else snp.PG_4K)
     else:
-        whole = old.assigned and old.size == snp.PG_2M and set(conf.converted) == set(conf.gfns)
+        whole = section == "punch" and old.size == snp.PG_2M and all_of_it
         new = snp.HYPERVISOR
     part = not whole and gfn != head
     code, entry = snp_pages.rmpupdate_at(
@@ -124,6 +133,13 @@ def smash(s: View, entry: snp.RmpEntry) -> None:
         s.rmp[s.conf.backing["private", g]] = entry._replace(gpa=g)
     s.count("psmash")
     s.say("[2M RMP entry splits]")
+
+
+def psmash_if_2m(s: View, me: str, gfn: int) -> None:
+    """Making 4K of a 2M entry shared splits it first (snp_make_page_shared(), RFC v8 48/56)."""
+    entry = s.rmp[s.conf.backing["private", gfn]]
+    if entry.assigned and entry.size == snp.PG_2M:
+        smash(s, snp.psmash(entry)[1])
 
 
 def psmash_if_partial(s: View, me: str) -> None:

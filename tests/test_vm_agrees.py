@@ -1,0 +1,169 @@
+"""The emulator's one run ends where the explorer says that such a run may end: design by design."""
+
+import pytest
+
+from kvmlab.design import Design, shipped
+from kvmlab.emulator import Deadlock, GuestSpins, KernelBug, PlatformError, RmpFault, VcFault, Vm, VmError
+from kvmlab.explore import liveness, rows
+from kvmlab.kernel.directmap import ABSENT
+from kvmlab.kvm.mmu import large_leaf, leaf
+from kvmlab.scenario import Scenario, build
+
+P = 4096
+THERE, BACK = ("shared", "private"), ("shared", "private", "shared")
+AGAIN = (*BACK, "private")
+
+
+def property_of(wrong):
+    """The property that the explorer charges for what ends a run of the emulator."""
+    if isinstance(wrong, GuestSpins):  # an exit that is answered by running again is a dead guest, not a loop
+        return "guest-killed" if "userspace re-enters" in wrong.why else "livelock"
+    return {
+        KernelBug: "kernel-bug",
+        RmpFault: "host-rmp-fault",
+        PlatformError: "platform-error",
+        VcFault: "guest-killed",
+        Deadlock: "lock-misuse",
+    }[type(wrong)]
+
+
+class Explored:
+    """One vCPU alone: how the machine may look when all is quiet, and what may go wrong."""
+
+    def __init__(self, design, platform, backing, eras, discard=None):
+        scenario = Scenario("alone", "", eras, racers=0, punch=discard or "")
+        self.model = build(Design.load(design), scenario, platform, backing)
+        self.graph = rows.search(self.model)
+        self.violated = {name for name, hits in self.graph.hits.items() if hits}
+        if liveness.livelock(self.graph):
+            self.violated.add("livelock")
+        quiet = (self.model.view(self.graph.packed(i)) for i, q in enumerate(self.graph.quiet) if q)
+        self.ends = {self._end(s) for s in quiet if s.era == len(eras) - 1 and s.guest[0] == "ready"}
+
+    def _end(self, s):
+        pfn = s.conf.backing["private", 0]
+        mapped = {None: None, s.conf.backing["shared", 0]: "S", pfn: "P"}[leaf(s, 0)]
+        mapped = "P" if s.conf.in_place and mapped else mapped
+        entry = s.rmp[pfn] if s.conf.has_rmp else None
+        direct = (s.directmap[pfn] == ABSENT, not s.directmap_2m) if s.conf.has_rmp else (False, False)
+        page = not s.conf.gmem or s.gmem[0] == "cached"
+        return s.attr[0], mapped, bool(entry and entry.assigned), bool(entry and entry.validated), *direct, page
+
+
+def emulated(design, platform, backing, eras, discard="none"):
+    """The same of the emulator's run, None if it never ends; and what went wrong in it."""
+    vm, bad = Vm(platform, 1, design, backing, vmm="rerun", discard=discard), set()
+    guest = vm.guest()
+    vm.host.discard = lambda gpa, size: None  # the explorer's VMM discards the private page only
+    vm.gmem.allocate(0, P)  # as in the explorer's first state
+    try:
+        guest.set_memory_encrypted(0, P)
+        guest.write(0, b"private")
+        if eras != THERE:
+            guest.set_memory_decrypted(0, P)
+            guest.write(0, b"again")
+        if eras == AGAIN:
+            guest.set_memory_encrypted(0, P)
+            guest.write(0, b"and again")
+    except VmError as wrong:
+        bad.add(property_of(wrong))
+        return None, bad
+    bad |= {name for name, _ in vm.violations}
+    pfn = vm.pfn(0, True)
+    npt = int(vm.mmu.leaves(0, 1)[0])
+    mapped = None if not npt else "P" if (npt >> 1) - 1 == pfn else "S"
+    entry = vm.rmp_entry(pfn)
+    direct = bool(vm.directmap.absent[pfn]), bool(vm.directmap.split[pfn // 512])
+    attr = "private" if vm.attributes.is_private(0) else "shared"
+    page = discard == "none" or bool(vm.gmem.present[0])
+    return (attr, mapped, entry.assigned, entry.validated, *direct, page), bad
+
+
+CASES = [
+    (name, platform, backing, eras)
+    for name in shipped("all")
+    if not name.startswith("tdx-")
+    for platform in ("snp", "sev", "sw")
+    for backing in ("split", "in-place")
+    for eras in (THERE, BACK)
+] + [
+    (name, platform, "split", eras, discard)
+    for name in shipped("all")
+    if not name.startswith("tdx-")
+    for platform in ("snp", "sev", "sw")
+    for eras in (BACK, AGAIN)
+    for discard in ("after", "before")
+]
+
+
+def exists(name, platform, backing, *_):
+    return Design.load(name).backing in (None, backing)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if exists(*case)], ids=lambda case: "-".join([*case[:3], *case[3][1:], *case[4:]]))
+def test_what_one_run_leaves_is_what_the_explorer_reaches(case):
+    explored, (end, bad) = Explored(*case), emulated(*case)
+    assert bad <= explored.violated
+    assert end is None or end in explored.ends
+
+
+# A 2M page of guest_memfd: two children here, 512 there; the second one stands for all others.
+
+ACCEPT = Scenario("accept", "", THERE, racers=0, gfns=(0, 1), huge=True, folio_2m=True)
+SPLIT = Scenario("split", "", ("private", "shared"), racers=0, gfns=(0, 1), request=(0,), huge=True, folio_2m=True,
+                 punch="after", host="freed")  # fmt: skip
+M2 = 1 << 21
+
+
+def large_ends(design, scenario):
+    """Each child's attribute, leaf, and RMP entry, in the states in which all is quiet and both are used."""
+    model = build(Design.load(design), scenario)
+    graph = rows.search(model)
+
+    def child(s, gfn):
+        pfn = s.conf.backing["private", gfn]
+        mapped = {None: None, pfn: "P"}.get(leaf(s, gfn), "S")
+        entry = s.rmp[pfn]
+        return s.attr[gfn], mapped, large_leaf(s, gfn) is not None, entry.assigned, entry.size, entry.validated
+
+    quiet = (model.view(graph.packed(i)) for i, q in enumerate(graph.quiet) if q)
+    last = len(scenario.eras) - 1
+    return {(child(s, 0), child(s, 1)) for s in quiet if s.era == last and {s.guest[0], s.guest[1]} == {"ready"}}
+
+
+def large_run(design, splits):
+    """The same of a 2M page in the emulator, for its first and its second 4K."""
+    vm = Vm("snp", 512, design, private_2m=True, discard="after" if splits else "none")
+    guest = vm.guest()
+    vm.host.discard = lambda gpa, size: None
+    vm.gmem.allocate(0, M2)
+    guest.set_memory_encrypted(0, M2)
+    guest.write(0, b"first")
+    guest.write(P, b"second")
+    if splits:
+        guest.set_memory_decrypted(0, P)
+        guest.write(0, b"first")
+        guest.write(P, b"second")
+
+    def child(gfn):
+        pfn, npt = vm.pfn(gfn * P, True), int(vm.mmu.leaves(gfn, gfn + 1)[0])
+        mapped = None if not npt else "P" if (npt >> 1) - 1 == pfn else "S"
+        entry = vm.rmp_entry(pfn)
+        attr = "private" if vm.attributes.is_private(gfn) else "shared"
+        return attr, mapped, bool(npt & 1), entry.assigned, entry.size, entry.validated
+
+    return child(0), child(1)
+
+
+LARGE = [name for name in (*shipped("thread"), *shipped("variant")) if "zap" not in name and name != "gmem-in-place"]
+
+
+@pytest.mark.parametrize("splits", [False, True])
+@pytest.mark.parametrize("design", LARGE)
+def test_a_2m_page_ends_as_the_explorer_s_does(design, splits):
+    assert large_run(design, splits) in large_ends(design, SPLIT if splits else ACCEPT)
+
+
+def test_the_comparison_finds_a_difference_where_there_is_one():
+    explored = Explored("upstream", "snp", "split", THERE)
+    assert emulated("v8-post-hook", "snp", "split", THERE)[0] not in explored.ends
