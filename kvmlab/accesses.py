@@ -53,7 +53,7 @@ def guest_runs(s: View, me: str) -> str:
         if pfn is None:
             return _npf(s, me, acc, present=False, rmp=False)
         if s.conf.rmp_checked_at == "fill" and (answer := _fill_check(s, me, acc, pfn)) != snp.OK:
-            return _refused(s, me, acc, answer)
+            return _refused(s, me, acc, answer, pfn)
         fill_translation(s, me, acc.gfn, pfn)
         s.say(f"[TLB: gfn {acc.gfn} -> {pfn}]")
         return "again"
@@ -62,7 +62,7 @@ def guest_runs(s: View, me: str) -> str:
     by_access = s.conf.rmp_checked_at == "access"
     answer = _rmp_check(s, me, acc, pfn) if by_access else _fill_check(s, me, acc, pfn)
     if answer != snp.OK:
-        return _refused(s, me, acc, answer)
+        return _refused(s, me, acc, answer, pfn)
     return _complete(s, me, acc, pfn)
 
 
@@ -87,14 +87,21 @@ def _rmp_check(s: View, me: str, acc: Access, pfn: str) -> str:
     return snp.guest_access(entry, enc=enc, op=op, asid=ASID, gpa=acc.gfn, size=size)
 
 
-def _refused(s: View, me: str, acc: Access, answer: str) -> str:
+def _refused(s: View, me: str, acc: Access, answer: str, pfn: str) -> str:
     if answer == snp.NPF_RMP:
-        return _npf(s, me, acc, present=True, rmp=True)
+        sizem = s.conf.access_sets_sizem and _too_large(s, me, acc, pfn)
+        return _npf(s, me, acc, present=True, rmp=True, sizem=sizem)
     s.say(f"#VC {snp.VC_NOT_VALIDATED_CODE:#x}: page not validated")
     if s.conf.correct_guest:
         s.violate("guest-killed", "#VC 0x404 on a page that the guest had validated")
     s.acc[me] = None
     return _rest(s, me)
+
+
+def _too_large(s: View, me: str, acc: Access, pfn: str) -> bool:
+    """Whether nothing but the size of the mapping is wrong."""
+    entry, enc = s.rmp.get(pfn, snp.HYPERVISOR), acc.kind == "private"
+    return snp.fails_for_size(entry, enc=enc, op=acc.op, asid=ASID, gpa=acc.gfn, size=mapped_size(s, me))
 
 
 def _npf(s: View, me: str, acc: Access, *, present: bool, rmp: bool, sizem: bool = False) -> str:

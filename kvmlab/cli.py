@@ -179,8 +179,9 @@ def _switches(options: argparse.Namespace) -> int:
     from .grid import ALTERNATIVES, dependence
     from .trace import changed
 
-    for platform, chosen in ALTERNATIVES:
-        (name, value), found = next(iter(changed(chosen).items())), dependence(chosen, platform=platform)
+    for platform, chosen, scenarios in ALTERNATIVES:
+        ((name, value),) = changed(chosen).items()
+        found = dependence(chosen, scenarios=scenarios, platform=platform, jobs=os.cpu_count() or 1)
         some = f"{len(found) or 'no'} verdict{'' if len(found) == 1 else 's'}"
         print(f"{platform}, {name}={value}: {some} of the shipped designs")
         for design, scenario, backing, prop, before, after in found:

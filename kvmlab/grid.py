@@ -149,34 +149,39 @@ def _square(
     )
 
 
-ALTERNATIVES = (
-    ("snp", Switches(rmpupdate_flushes=False)),
-    ("snp", Switches(rmp_checked_at="fill")),
-    ("snp", Switches(identical_keeps_validated=False)),
-    ("snp", Switches(preempt_count=False)),
-    ("tdx", Switches(integrity=False)),
-    ("tdx", Switches(partial_write_erratum=True)),
+_SMALL, _WRITES = ("tiny", "round-trip", "host-io"), ("tiny", "round-trip", "host-io", "host-writes-private")
+_LARGE = ("huge-accept", "huge-split", "vmm-punches")
+ALTERNATIVES = (  # of the platform, in these scenarios
+    ("snp", Switches(rmpupdate_flushes=False), _SMALL),
+    ("snp", Switches(rmp_checked_at="fill"), _SMALL),
+    ("snp", Switches(identical_keeps_validated=False), _SMALL),
+    ("snp", Switches(access_sets_sizem=True), _LARGE),
+    ("snp", Switches(head_4k_over_2m=True), _LARGE),
+    ("snp", Switches(preempt_count=False), _SMALL),
+    ("tdx", Switches(integrity=False), _WRITES),
+    ("tdx", Switches(partial_write_erratum=True), _WRITES),
 )
-LOOKED_AT = {
-    "snp": ("tiny", "round-trip", "host-io"),
-    "tdx": ("tiny", "round-trip", "host-io", "host-writes-private"),
-}
 
 
 def dependence(
     chosen: Switches,
     designs: Iterable[str] | None = None,
-    scenarios: Iterable[str] | None = None,
+    scenarios: Iterable[str] = _SMALL,
     platform: str = "snp",
+    jobs: int = 1,
 ) -> list[tuple[str, str, str, str, str, str]]:
     """The verdicts that depend on a switch: (design, scenario, backing, property, by default, as chosen).
 
-    Default: the designs of the thread and their variants, in a few small scenarios (`LOOKED_AT`).
+    Default: the designs of the thread and their variants, in a few small scenarios.
     """
     names = list(designs) if designs is not None else [*shipped("thread"), *shipped("variant")]
+    cases = [(name, platform, *rest) for name, *rest in product(names, scenarios, BACKINGS)]
+    with _workers(jobs) as work:
+        squares = zip(work(_square, cases), work(partial(_square, switches=chosen), cases), strict=True)
+        pairs = list(squares)
     changed = []
-    for name, scenario, backing in product(names, scenarios or LOOKED_AT[platform], BACKINGS):
-        before, after = (_square((name, platform, scenario, backing), False, s) for s in (Switches(), chosen))
+    for before, after in pairs:
+        name, scenario, backing = before.design, before.scenario, before.backing
         changed += [
             (name, scenario, backing, prop, verdict, after.verdicts[prop])
             for prop, verdict in before.verdicts.items()

@@ -53,6 +53,8 @@ class Switches:
     `rmpupdate_flushes`: RMPUPDATE drops the page's TLB entries on all CPUs (thread: yes; APM: silent).
     `rmp_checked_at`: "access" or "fill", when a guest access meets the RMP check.
     `identical_keeps_validated`: RMPUPDATE of an identical state keeps Validated (verismo; APM: silent).
+    `access_sets_sizem`: an ordinary access that fails for its size alone sets SIZEM, too (APM: PVALIDATE, RMPADJUST).
+    `head_4k_over_2m`: a 4K RMPUPDATE may resize the 2M entry whose first page it names (APM: silent).
     `preempt_count`: CONFIG_PREEMPT_COUNT, without which sleeping in atomic context is not reported.
     `integrity`: tdx: memory with MAC and owner bit (Ci); without, only the owner bit (Li).
     `partial_write_erratum`: tdx: X86_BUG_TDX_PW_MCE, and a host that writes less than a line.
@@ -61,6 +63,8 @@ class Switches:
     rmpupdate_flushes: bool = True
     rmp_checked_at: str = "access"
     identical_keeps_validated: bool = True
+    access_sets_sizem: bool = False
+    head_4k_over_2m: bool = False
     preempt_count: bool = True
     integrity: bool = True
     partial_write_erratum: bool = False
@@ -190,6 +194,8 @@ class Conf:
     rmpupdate_flushes = property(lambda self: self.switches.rmpupdate_flushes)
     rmp_checked_at = property(lambda self: self.switches.rmp_checked_at)
     identical_keeps_validated = property(lambda self: self.switches.identical_keeps_validated)
+    access_sets_sizem = property(lambda self: self.switches.access_sets_sizem)
+    head_4k_over_2m = property(lambda self: self.switches.head_4k_over_2m)
     preempt_count = property(lambda self: self.switches.preempt_count)
 
     @property

@@ -15,12 +15,13 @@ SIZES = {
     ("v8-post-hook", "round-trip"): (4_896, 14_956, 76),
     ("v8-post-hook", "host-io"): (4_243, 16_520, 47),
     ("v8-post-hook", "careless"): (9_165, 30_449, 52),
-    ("v8-post-hook", "hostile"): (511_772, 1_570_278, 141),
+    ("v8-post-hook", "hostile"): (508_654, 1_560_826, 141),
     ("pre-post-directmap", "tiny"): (870, 2_562, 37),
     ("defer-to-fault", "tiny"): (3_259, 9_690, 74),
     ("upstream", "tiny"): (1_169, 3_429, 43),
     ("upstream", "discard"): (14_174, 51_035, 105),
     ("upstream", "discard-first"): (13_610, 48_237, 106),
+    ("upstream", "discard-races"): (2_487, 7_985, 63),
     ("upstream", "huge-accept"): (4_764, 10_612, 89),
     ("upstream", "huge-split"): (98_575, 284_805, 129),
     ("upstream", "vmm-punches"): (11_813, 29_580, 119),
@@ -130,6 +131,16 @@ def test_no_verdict_depends_on_when_the_rmp_is_checked_or_on_a_repeated_rmpupdat
     assert dependence(chosen, ["v8-post-hook", "upstream", "pre-post-directmap"], ["tiny", "host-io"]) == []
 
 
+def test_v8s_handler_would_psmash_4k_entries_if_an_ordinary_access_set_sizem():
+    changed = dependence(Switches(access_sets_sizem=True), ["v8-post-hook", "upstream"], ["huge-split"])
+    assert changed == [("v8-post-hook", "huge-split", "split", "platform-error", "Never", "Sometimes")]
+
+
+def test_no_verdict_depends_on_whether_4k_may_go_over_the_head_of_a_2m_entry():
+    chosen = Switches(head_4k_over_2m=True)
+    assert dependence(chosen, ["v8-post-hook", "upstream"], ["huge-accept", "huge-split", "vmm-punches"]) == []
+
+
 def test_a_repeated_rmpupdate_costs_the_guest_its_validation_where_it_does_not_keep_it():
     text = Design.load("upstream").text
     prepare = text[text.index("    sev_gmem_prepare()") : text.index("    read_lock(&kvm")]
@@ -236,8 +247,24 @@ def test_rmpupdate_at_the_fault_makes_that_write_wait():
     text = Design.load("v8-post-hook").text
     prepare = "    rmp_prepare():\n        kvm_unmap_directmap()\n        rmpupdate(private)\n"
     prepared = text.replace("    read_lock(mmu_lock)\n", prepare + "    read_lock(mmu_lock)\n")
-    assert check(prepared, scenario="discard-first").violated == []
+    early = "    truncate_inode_pages_range()\n"
+    later = prepared.replace(early, "").replace("    sev_invalidate_private", early + "    sev_invalidate_private")
+    assert check(later, scenario="discard-first").violated == []
     assert check("upstream", scenario="discard-first").violated == []
+
+
+def test_rmpupdate_at_the_fault_and_v8s_discard_do_not_go_together():
+    text = Design.load("v8-post-hook").text
+    prepare = "    rmp_prepare():\n        kvm_unmap_directmap()\n        rmpupdate(private)\n"
+    prepared = text.replace("    read_lock(mmu_lock)\n", prepare + "    read_lock(mmu_lock)\n")
+    assert "host-rmp-fault" in check(prepared, scenario="discard").violated
+    assert "host-rmp-fault" in check("defer-to-fault", scenario="discard").violated
+
+
+def test_a_discard_that_races_with_a_conversion_gives_the_page_back_assigned_in_every_v8_order():
+    for design in ("v8-post-hook", "v8-op-in-window", "pre-post-directmap"):
+        assert check(design, scenario="discard-races").violated == ["kernel-bug"]
+    assert check("upstream", scenario="discard-races").violated == []
 
 
 def test_a_fault_that_is_stale_may_allocate_anew_what_was_just_discarded():

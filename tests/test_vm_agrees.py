@@ -100,7 +100,11 @@ def exists(name, platform, backing, *_):
     return Design.load(name).backing in (None, backing)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if exists(*case)], ids=lambda case: "-".join([*case[:3], *case[3][1:], *case[4:]]))
+def name_of(case):
+    return "-".join([*case[:3], *case[3][1:], *case[4:]])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if exists(*case)], ids=name_of)
 def test_what_one_run_leaves_is_what_the_explorer_reaches(case):
     explored, (end, bad) = Explored(*case), emulated(*case)
     assert bad <= explored.violated

@@ -1,10 +1,13 @@
 """The rows of `rmp_fault:`; against a punch hole, and against another PSMASH, that gets in between."""
 
+import contextlib
+
 import pytest
 
 from kvmlab.design import Design
 from kvmlab.emulator import GuestSpins, Vm
 from kvmlab.emulator.rmpfault import LOOKUP, PSMASH
+from kvmlab.emulator.vm import VmSwitches
 
 P, M2 = 4096, 1 << 21
 
@@ -139,3 +142,16 @@ def test_a_psmash_that_nobody_asked_for_warns_where_there_is_no_2m_entry():
     with pytest.raises(GuestSpins):
         vm.guest().pvalidate(0, True)  # nobody has assigned the page
     assert set(warnings(vm)) == {"PSMASH failed: unable to split the RMP entry"}
+
+
+@pytest.mark.parametrize(("switch", "psmashes"), [(False, 0), (True, 1)])
+def test_an_ordinary_access_that_fails_for_its_size_reaches_v8s_psmash_only_if_it_sets_sizem(switch, psmashes):
+    vm = Vm("snp", 512, "v8-post-hook", private_2m=True, switches=VmSwitches(access_sets_sizem=switch))
+    vm.guest().set_memory_encrypted(0, M2)
+    vm.guest().write(0, b"2M")
+    vm.mmu.zap(0, 1)
+    vm.mmu.flush()
+    vm.mmu.install(0, 1, vm.pfn(0, True), False)  # a 4K leaf over a 2M entry
+    with contextlib.suppress(GuestSpins):
+        vm.guest().write(0, b"4K")
+    assert vm.counters.get("psmash", 0) == psmashes

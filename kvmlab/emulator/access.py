@@ -47,7 +47,8 @@ class Walker:
             if first == VC:
                 self.vm.log.add("vc", page=gfn, code=VC_NOT_VALIDATED_CODE)
                 raise VcFault(gfn * PAGE, VC_NOT_VALIDATED_CODE)
-            self.fault(gfn, n if first == ABSENT else 1, present=first != ABSENT, rmp=first == RMP)
+            sizem = first == RMP and self._size_alone(gfn, int(leaves[0]))
+            self.fault(gfn, n if first == ABSENT else 1, present=first != ABSENT, rmp=first == RMP, sizem=sizem)
 
     def _check(self, gfn: int, leaves: U32) -> U8:
         outcomes = np.where(leaves == 0, ABSENT, OK).astype(np.uint8)
@@ -65,6 +66,14 @@ class Walker:
                 self._vmpl(gfn, int(pfns[0]))
                 outcomes[1:] = VC  # whatever they are: look at one page at a time
         return outcomes
+
+    def _size_alone(self, gfn: int, leaf: int) -> bool:
+        """Whether nothing but the size of the mapping is wrong, where such an access sets SIZEM."""
+        if not self.vm.switches.access_sets_sizem:
+            return False
+        pfn, other = np.array([(leaf >> 1) - 1], np.uint32), np.array([not leaf & 1])
+        found = self.vm.rmp.check(pfn, np.array([gfn], np.uint32), other, self.enc, self.op)
+        return bool(found[0] != RMP)
 
     def _vmpl(self, gfn: int, pfn: int) -> None:
         """The last of the checks: what the entry lets this VMPL do."""

@@ -15,7 +15,6 @@ BACKINGS = ("split", "in-place")
 class VmSwitches(Switches):
     """The explorer's switches, and those that only real sizes need.
 
-    `head_4k_over_2m`: a 4K RMPUPDATE may resize the 2M entry whose first page it names (sources silent).
     `bound_range_is_eexist`: binding a bound guest_memfd range gives EEXIST (2026), not EINVAL.
     `guest_flushes_caches`, `free_flushes_caches`: the guest's flush at a conversion, and sev_gmem_invalidate()'s;
     both matter only with `Vm(caches=True)`.
@@ -25,7 +24,6 @@ class VmSwitches(Switches):
     `seam_machine_check`: the CPU reports a machine check in SEAM mode so that the host survives it.
     """
 
-    head_4k_over_2m: bool = False
     bound_range_is_eexist: bool = False
     guest_flushes_caches: bool = True
     free_flushes_caches: bool = True

@@ -178,6 +178,14 @@ def guest_access(entry: RmpEntry, *, enc: bool, op: str, asid: int, gpa: int, si
     return answer
 
 
+def fails_for_size(entry: RmpEntry, *, enc: bool, op: str, asid: int, gpa: int, size: str) -> bool:
+    """Whether a guest access takes an RMP fault for its size and nothing else."""
+    fits, differs = (
+        guest_access(entry, enc=enc, op=op, asid=asid, gpa=gpa, size=s) for s in (entry.size, size)
+    )
+    return differs == NPF_RMP and fits != NPF_RMP
+
+
 def host_access(op: str, *, mapping: str, page: RmpEntry, region_assigned: bool) -> str:
     """Check one host access through a mapping of size `mapping`: OK or HOST_PF."""
     answer: str = HOST_ACCESS(

@@ -78,6 +78,7 @@ def _rmpupdate_sized(s: View, pfn: str, gfn: int, to: str, section: str) -> None
         s.rmp[pages[0]] if whole else old,
         new._replace(size=snp.PG_2M) if whole else new,
         part=part,
+        resizes=conf.head_4k_over_2m,
         identical_keeps_validated=conf.identical_keeps_validated,
     )
     if whole and code == snp.Rmpupdate.OK and to == "shared":

@@ -50,7 +50,7 @@ def machine(model: Model, x: int) -> list[Part]:
         Part(
             "guest_memfd",
             "the private page: in the file, on its way out, or given back; who holds it",
-            _gmem(values, family("gmem"), family("folio_ref")),
+            _gmem(family("gmem"), family("folio_ref")),
         ),
         Part("directmap", "the kernel's own mapping of the page", _directmap(values, family("directmap"))),
         Part(
@@ -157,11 +157,10 @@ def _memslot(values: dict[object, object], found: dict[object, str]) -> tuple[tu
     return (("", str(values["slot"])), *faults, *smm)
 
 
-def _gmem(
-    values: dict[object, object], family: dict[object, str], refs: dict[Any, str]
-) -> tuple[tuple[str, str], ...]:
-    holders = tuple((f"gfn {gfn}", f"held by {who}") for (who, gfn), held in refs.items() if held == "True")
-    return (*_pairs(family, "gfn "), *holders)
+def _gmem(family: dict[object, str], refs: dict[Any, str]) -> tuple[tuple[str, str], ...]:
+    """Each private page, and who holds it."""
+    holders = {gfn: [str(who) for (who, g), held in refs.items() if g == gfn and held == "True"] for gfn in family}
+    return tuple((f"gfn {gfn}", ", held by ".join([state, *holders[gfn]])) for gfn, state in family.items())
 
 
 def _npt(
