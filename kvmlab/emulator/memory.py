@@ -83,6 +83,8 @@ def prefix(flags: NDArray[np.bool_]) -> int:
 
 def runs(flags: U8 | NDArray[np.bool_], start: int, end: int) -> list[tuple[int, int]]:
     """The maximal ranges of set flags within [start, end)."""
+    if bool((flags[start:end] != 0).all()):
+        return [(start, end)] if start < end else []
     on = np.concatenate(([0], (flags[start:end] != 0).astype(np.int8), [0]))
     edges = np.flatnonzero(np.diff(on)) + start
     return [(int(lo), int(hi)) for lo, hi in zip(edges[::2], edges[1::2], strict=True)]
