@@ -108,6 +108,7 @@ class Conf:
     inverted: frozenset[tuple[str, str]] = frozenset()
     asks_flush: bool = False
     remembers_rmp_bit: bool = False
+    many: int = 1  # more invalidations in progress than can be if each is ended
     reserves: bool = False  # the design reserves xarray entries, so that a store cannot fail
     backing: Mapping[tuple[str, int], str] = field(init=False)
 
@@ -224,8 +225,9 @@ def with_usage(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Conf:
     }
     for actor, program in programs.items():
         for instr in program:
-            if instr.step in takes:
-                takes[instr.step].setdefault(instr.args[0], set()).add(actor)
+            step = getattr(instr.step, "step", instr.step)  # a lock call may be wrapped, as the last of a fault is
+            if step in takes:
+                takes[step].setdefault(instr.args[0], set()).add(actor)
     frozen = [
         {
             lock: frozenset(takes[take].get(lock, set()) | takes[drop].get(lock, set()))
@@ -246,6 +248,7 @@ def with_usage(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Conf:
         asks_flush=flush_if_zapped in steps,
         remembers_rmp_bit=had_rmp_bit in steps,
         reserves=xa_reserve in steps,
+        many=1 + sum(i.step is kvm_mmu_invalidate_begin for program in programs.values() for i in program),
     )
 
 
@@ -290,7 +293,6 @@ def _accesses(conf: Conf) -> tuple[Access | None, ...]:
 def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
     """Declare every cell of the machine that these programs can use."""
     gfns, pfns, private = conf.gfns, conf.pfns, conf.private_pfns
-    begins = sum(instr.step is kvm_mmu_invalidate_begin for program in programs.values() for instr in program)
     ranges = [None, *((lo, hi) for lo in gfns for hi in (g + 1 for g in gfns) if lo < hi)]
     faulting = tuple(a for a, program in programs.items() if any(i.step is mmu_seq_snapshot for i in program))
     fields = [Field("pc", tuple(range(len(program))), (actor,)) for actor, program in programs.items()]
@@ -300,7 +302,7 @@ def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
         Field("failures_left", (1, 0) if conf.injects or conf.xa_fails or conf.busy else (0,)),
         Field("guest", ("ready", "new", "claimed", "accepted") if conf.correct_guest else ("ready",), gfns),
         Field("attr", ("shared", "private"), gfns),
-        Field("in_progress", tuple(range(begins + 1))),
+        Field("in_progress", tuple(range(conf.many + 1))),
         Field("invalidate_range", tuple(ranges)),
         Field("flush", (False, True) if conf.asks_flush else (False,)),
         Field("memory", machine_tdx.lines(_contents(conf)) if conf.tdx else _contents(conf), pfns),

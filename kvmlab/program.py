@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import accesses, accesses_tdx, actors
@@ -139,15 +139,17 @@ class Ioctl:
         section.compile(self.design.rows("ioctl", to=self.to, platform=self.conf.platform))
         done = f"{self.label}-done"
         refused = done if self.conf.unlucky else label  # the VMM gives up, or asks again
-        drafts = _unwound(section, self._to(done, section.drafts), {"done": done, "ENOMEM": refused})
+        ways = {"done": done, "ENOMEM": refused}
+        drafts = _unwound(section, self._to(done, section.drafts), ways)
         self.nests |= section.nests
-        for stored, partly in section.partly.items():
-            part = Section(self.conf, "ioctl", self.to, partly.label, gfns[:stored], self.design)
+        for partly in section.partly:
+            stored, spent = partly.stored, replace(self.conf, xa_fails=False)  # the failure that may be has been
+            part = Section(spent, "ioctl", self.to, partly.label, gfns[:stored], self.design)
             part.holding = list(partly.holding)
             part.mark(partly.label)
             part.compile(partly.rows)
-            rest = f"{label}-from{stored}" if stored else label
-            drafts += self._to(rest, part.drafts)
+            rest = f"{partly.label}-rest" if stored else label
+            drafts += _unwound(part, self._to(rest, part.drafts), ways)
             if stored:
                 drafts += self._whole(rest, gfns[stored:])
         return drafts

@@ -115,9 +115,10 @@ _PLAIN: dict[str, Callable[..., str | None]] = {
 
 @dataclass(frozen=True)
 class Partly:
-    """The way on when only the first gfns of a range were stored: where it starts, what is held, which rows."""
+    """The way on when only the first gfns of a range were `stored`: where it starts, what is held, which rows."""
 
     label: str
+    stored: int
     holding: tuple[tuple[Step, str], ...]
     rows: Sequence[Row]
 
@@ -142,7 +143,7 @@ class Section:
         self.holding: list[tuple[Step, str]] = []
         self.nests: set[tuple[str, str]] = set()
         self.unwinds: dict[str, tuple[tuple[tuple[Step, str], ...], str]] = {}
-        self.partly: dict[int, Partly] = {}
+        self.partly: list[Partly] = []
         self.covered: tuple[int, int] | None = None
         self.as_id = 0  # the address space whose memslot the rows work on
         self.rows: Sequence[Row] = ()
@@ -211,7 +212,7 @@ class Section:
         i = 0
         while i < len(rows):
             together = _helper(rows, i) or _walk(rows, i) or rows[i : i + 1]
-            if self.section == "ioctl" and self.gfns and rows[i].call in IN_MEMSLOTS:
+            if self.section == "ioctl" and self.gfns is not None and rows[i].call in IN_MEMSLOTS:
                 self.memslot_by_memslot(together)
             elif self.gfns and len(together) > 1 and rows[i].call in HELPER:
                 self.page_by_page(together)
@@ -292,7 +293,7 @@ class Section:
             if self.conf.gmem:
                 self.hold_pages(row)
             else:
-                self.emit(gmem.kvm_gmem_get_pfn, (self.kind,), row)
+                self.emit(gmem.look_up_in_ioctl, (self.gfns,), row)
         elif call in FAULT_CALLS:
             self.fault_call(row)
         elif call in ("rmp_prepare", "rmp_match"):
@@ -352,8 +353,8 @@ class Section:
             return
         rest = self.rows[self.rows.index(row) + 1 :]
         for n, draft in enumerate(self.drafts[first:]):
-            self.partly[n] = Partly(f"{self.prefix}-stored{n}", tuple(self.holding), rest)
-            draft.jumps["failed"] = self.partly[n].label
+            self.partly.append(Partly(f"{self.new_label()}-stored{n}", n, tuple(self.holding), rest))
+            draft.jumps["failed"] = self.partly[-1].label
 
     def reserve(self, row: Row) -> None:
         """xa_reserve() gfn by gfn; a failure leaves the ioctl with -ENOMEM."""
@@ -507,18 +508,18 @@ class Section:
         """
         within, self.section = self.section, "aug"
         rows = self.design.rows("aug", to="private", platform="tdx") if self.design else ()
-        ends: dict[int, str] = {}
+        ends: dict[int, list[str]] = {}
         for n, inner in enumerate(rows):
             if inner.call == "freeze_spte":
                 last = max(
                     (k for k in range(n, len(rows)) if _frozen_work(rows[k]) == inner.target), default=n
                 )
-                ends[last] = self.new_label()
-                self.freeze(inner, ends[last])
+                ends.setdefault(last, []).append(self.new_label())
+                self.freeze(inner, ends[last][-1])
             else:
                 self.aug_call(inner)
-            if n in ends:
-                self.mark(ends[n])
+            for label in ends.get(n, ()):
+                self.mark(label)
         self.section = within
 
     def freeze(self, row: Row, over: str) -> None:

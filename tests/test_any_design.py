@@ -4,16 +4,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvmlab.design import Design
-from kvmlab.design.calls import CALLS, NEEDS_WORD, SECTIONS, WORDS
+from kvmlab.design.calls import CALLS, NEEDS_WORD, SECTIONS, WORD_ONLY_IN, WORDS
 from kvmlab.report import check
 from kvmlab.scenario import NotApplicable
+
+
+def _words(call, section):
+    """What may stand between the parentheses and means something."""
+    if call.lock:
+        return [call.lock]
+    words = WORDS.get(call.name, ()) if section in WORD_ONLY_IN.get(call.name, SECTIONS) else ()
+    return [*words] if call.name in NEEDS_WORD else ["", *words]
 
 
 def statement(section):
     """One statement that may stand in a section, as text."""
     calls = [c for c in CALLS if section in c.sections]
-    words = {c.name: c.lock or (WORDS[c.name][0] if c.name in NEEDS_WORD else "") for c in calls}
-    plain = st.sampled_from(sorted(words)).map(lambda name: f"    {name}({words[name]})")
+    said = [(c.name, word) for c in calls for word in _words(c, section)]
+    plain = st.sampled_from(sorted(said)).map(lambda call: f"    {call[0]}({call[1]})")
     guard = st.sampled_from(["attr == private", "attr == shared", "platform != snp"])
     return st.one_of(plain, plain, st.tuples(guard, plain).map(lambda gp: f"    if ({gp[0]})\n    {gp[1]}"))
 
@@ -29,11 +37,12 @@ def designs(draw):
     return "\n".join(parts) + "\n"
 
 
-SCENARIOS = ["tiny", "host-io", "hook-fails", "auto-convert", "discard", "huge-split", "xarray-full"]
+SCENARIOS = ["tiny", "host-io", "hook-fails", "auto-convert", "discard", "huge-split", "xarray-full",
+             "hole", "slot-added", "slot-deleted", "smm", "two-ranges", "huge-1g", "discard-races"]  # fmt: skip
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
-@given(designs(), st.sampled_from(SCENARIOS), st.sampled_from(["snp", "sw"]))
+@given(designs(), st.sampled_from(SCENARIOS), st.sampled_from(["snp", "sw", "tdx"]))
 def test_any_design_that_parses_gets_a_verdict_and_a_run(text, scenario, platform):
     try:
         report = check(Design.parse(text), platform, scenario, limit=3_000)

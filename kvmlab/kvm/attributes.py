@@ -13,13 +13,17 @@ NO_RANGE = None
 
 
 def kvm_mmu_invalidate_begin(s: View, me: str, covered: tuple[int, int] | None) -> None:
-    """Open the window; the first one resets the range.  v8-era: the whole request at once (`covered`)."""
+    """Open the window; the first one resets the range.  v8-era: the whole request at once (`covered`).
+
+    More than all programs together can have open, if each is ended, is `many`, and stays so.
+    """
     assert_held(s, me, "kvm_mmu_invalidate_begin()")
     if s.in_progress == 0:
         s.invalidate_range = covered
     elif covered is not None:
         s.invalidate_range = hull(s.invalidate_range, covered)
-    s.in_progress += 1
+    if s.in_progress < s.conf.many:
+        s.in_progress += 1
 
 
 def kvm_mmu_invalidate_range_add(s: View, me: str, lo: int, hi: int) -> None:
@@ -42,7 +46,8 @@ def kvm_mmu_invalidate_end(s: View, me: str) -> None:
     for cpu in s.snapshot:
         if s.snapshot[cpu] == "same":
             s.snapshot[cpu] = "moved"
-    s.in_progress -= 1
+    if s.in_progress < s.conf.many:
+        s.in_progress -= 1
     if s.in_progress == 0:
         s.invalidate_range = NO_RANGE
 

@@ -29,6 +29,13 @@ def kvm_gmem_get_pfn(s: View, me: str, kind: str) -> str | None:
     return None
 
 
+def look_up_in_ioctl(s: View, me: str, gfns: tuple[int, ...]) -> None:
+    """kvm_gmem_get_pfn() of each gfn of a request, where pages are not freed."""
+    might_sleep(s, me, "kvm_gmem_get_pfn() may allocate")
+    for gfn in gfns if s.conf.tdx else ():
+        _make_uptodate(s, gfn)
+
+
 def hold_page(s: View, me: str, gfn: int) -> None:
     """The page of one gfn with a reference, allocated if need be (kvm_gmem_get_folio())."""
     might_sleep(s, me, "kvm_gmem_get_pfn() may allocate")
