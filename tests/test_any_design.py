@@ -1,10 +1,15 @@
 """Whatever the language allows can be checked: a verdict comes out, never a traceback."""
 
+import contextlib
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvmlab.design import Design
 from kvmlab.design.calls import CALLS, NEEDS_WORD, SECTIONS, WORD_ONLY_IN, WORDS
+from kvmlab.emulator import Vm, VmError
+from kvmlab.emulator.memory import PAGE
+from kvmlab.emulator.vmm import DISCARDS
 from kvmlab.report import check
 from kvmlab.scenario import NotApplicable
 
@@ -49,3 +54,23 @@ def test_any_design_that_parses_gets_a_verdict_and_a_run(text, scenario, platfor
     except NotApplicable:
         return
     assert set(report.verdicts) and report.trace().text()
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(designs(), st.sampled_from(["snp", "tdx", "sev", "sw"]), st.booleans(), st.sampled_from(sorted(DISCARDS)))
+def test_any_design_that_parses_runs_in_the_emulator_or_ends_in_words(text, platform, large, discard):
+    pages, more = (1024, {"private_2m": platform == "snp", "shared_2m": platform != "tdx"}) if large else (4, {})
+    vm = Vm(platform, pages, Design.parse(text), discard=discard, vmm="rerun", **more)
+    guest = vm.guest()
+    for act in (
+        lambda: guest.write(0, b"shared"),
+        lambda: guest.set_memory_encrypted(0, pages * PAGE),
+        lambda: guest.write(PAGE, b"private"),
+        lambda: guest.set_memory_decrypted(0, PAGE),
+        lambda: guest.write(0, b"again"),
+        lambda: vm.gmem.punch_hole(0, 2 * PAGE),
+        vm.gmem.close,
+        vm.close,
+    ):
+        with contextlib.suppress(VmError):  # and nothing else
+            act()

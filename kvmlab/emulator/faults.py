@@ -38,9 +38,9 @@ class Fault:
     n: int
     private: bool
     write: bool
-    seq: int = 0
+    seq: int | None = None  # without a snapshot there is nothing to compare
     slot: MemSlot | None = None
-    pfn: int = 0
+    pfn: int = -1  # unknown, until the backing has been asked
     taken: int = 1  # how many faults it was
     looked: bool = False  # for its memslot
     invalid: bool = False  # KVM_MEMSLOT_INVALID, as it was then
@@ -88,13 +88,18 @@ class Fault:
     def get_pfn(self) -> None:
         """kvm_gmem_get_pfn(), or GUP for a shared fault: allocates and zeroes, may sleep."""
         self.thread.might_sleep("kvm_gmem_get_pfn() may allocate")
+        slot = self._backing()
+        self.vm.touch_backing(slot, self.gfn, self.n, self.private)
+
+    def _backing(self) -> MemSlot:
+        """Find memslot and PFN; a private fault exits if the memslot has no guest_memfd."""
         slot = self.find_slot()
         if self.private and slot.gmem is None:
             self.exit()
         if self.vm.huge(self.private):
             self.n = min(self.n, FAULTS_2M - self.gfn % FAULTS_2M)
         self.pfn = self.vm.backing_pfn(slot, self.gfn, self.private)
-        self.vm.touch_backing(slot, self.gfn, self.n, self.private)
+        return slot
 
     def stale(self) -> bool:
         """is_page_fault_stale(), under mmu_lock."""
@@ -121,6 +126,8 @@ class Fault:
     def install(self) -> int:
         """kvm_tdp_mmu_map(): how many faults these pages took (one for a 2M leaf); 0 for RET_PF_RETRY."""
         self.thread.assert_mmu_lock("kvm_tdp_mmu_map()")
+        if self.pfn < 0:  # the text maps what it has not looked up
+            self._backing()
         if self.vm.tdx and self.private:
             return self.n if Aug(self, self.vm.tdx).run() else 0
         if self.level() == PG_4K:

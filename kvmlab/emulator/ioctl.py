@@ -193,7 +193,7 @@ class SetAttributes:
         hi = min(hi, self.failed.get(slot, hi))
         if slot.gmem is None or lo >= hi:
             return
-        if not self.vm.merged:  # kvm_restrictedmem_get_pfn() of each gfn allocates
+        if not self.vm.gmem_attributes:  # who works on PFNs has to look them up, which allocates
             self.vm.touch_backing(slot, lo, hi - lo, True)
         pfn, n = slot.private_pfn(lo), hi - lo
         if row.call == "adjust_direct_map":

@@ -159,9 +159,9 @@ class Mmu:
             raise KernelBug("BUG_ON(mmu_invalidate_in_progress < 0)")
         self.in_progress -= 1
 
-    def retry(self, gfn: int, snapshot: int) -> bool:
+    def retry(self, gfn: int, snapshot: int | None) -> bool:
         """mmu_invalidate_retry_gfn()."""
-        return must_retry(self.window if self.in_progress else None, gfn, self.seq != snapshot)
+        return must_retry(self.window if self.in_progress else None, gfn, snapshot not in (None, self.seq))
 
     def zap(self, lo: int, hi: int) -> bool:
         """Remove the leaves that overlap [lo, hi), large ones whole; whether there was any."""

@@ -141,7 +141,8 @@ class Punch:
         """rmp_make_shared() and CLFLUSH; what fails is leaked (snp_leak_pages())."""
         vm, at = self.vm, pfn
         while at < end:
-            done, code = vm.sev.make_shared(at, end - at, None, splits=False)
+            gfn, n = self._where(at, end)
+            done, code = vm.sev.make_shared(at, n, gfn, splits=False)
             at += done
             if code != Rmpupdate.OK:
                 vm.log.add("warn", f"rmp_make_shared() = {code.name}: page leaked", at)
@@ -151,6 +152,16 @@ class Punch:
         if vm.switches.free_flushes_caches:
             vm.log.add("clflush", page=pfn, times=end - pfn)
             vm.memory.flush(pfn, end - pfn)
+
+    def _where(self, pfn: int, end: int) -> tuple[int | None, int]:
+        """The gfn at which a PFN is bound, if it is, and for how many pages up to `end` that goes on."""
+        for slot, lo, hi in self.bound:
+            base = slot.private_pfn(lo)
+            if base <= pfn < base + hi - lo:
+                return lo + pfn - base, min(end, base + hi - lo) - pfn
+            if base > pfn:
+                end = min(end, base)
+        return None, end - pfn
 
     def _give_back(self) -> None:
         """The last reference goes; the next user clears the page."""
