@@ -319,7 +319,7 @@ def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
         layout.append(Field("gmem", ("cached", "dying", "free"), gfns))
         layout.append(Field("folio_ref", (False, True), tuple(product((a for a in programs if a != "host"), gfns))))
     if conf.looks_up:
-        states = ("gone", "bound", "valid") if conf.adds else ("valid", "invalid", "gone")[: 3 if conf.deletes else 1]
+        states = ("none", "bound", "valid") if conf.adds else ("valid", "invalid", "none")[: 3 if conf.deletes else 1]
         found = tuple(state for state in states if state != "bound")
         layout += [Field("slot", states), Field("fault_slot", (None, *found), conf.vcpus)]
     if conf.smm:

@@ -22,7 +22,7 @@ def out_of_sync(s: View) -> None:
         mapped = [leaf(s, gfn), *(s.tlb[where] for where in s.tlb if where[1] == gfn)]
         if conf.smm:
             mapped.append(leaf(s, gfn, smm=True))
-        if conf.looks_up and s.slot == "gone" and any(mapped):
+        if conf.looks_up and s.slot == "none" and any(mapped):
             s.violate("out-of-sync", f"gfn {gfn} is in no memslot, but a leaf or TLB entry maps a page")
         if conf.tdx:
             _tdx_in_sync(s, gfn, attr, mapped)

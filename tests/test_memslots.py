@@ -66,11 +66,11 @@ def test_a_hook_that_visits_every_memslot_is_clean_over_a_hole(design):
 
 
 def test_as_merged_a_request_that_no_memslot_overlaps_invalidates_nothing():
-    assert ("gone", 1) not in states(check("upstream", scenario="slot-added"), "slot", "in_progress")
+    assert ("none", 1) not in states(check("upstream", scenario="slot-added"), "slot", "in_progress")
 
 
 def test_in_the_v8_era_it_opens_the_window_all_the_same():
-    assert ("gone", 1) in states(check("v8-post-hook", scenario="slot-added"), "slot", "in_progress")
+    assert ("none", 1) in states(check("v8-post-hook", scenario="slot-added"), "slot", "in_progress")
 
 
 def test_that_is_safe_because_a_fault_looks_its_memslot_up_before_it_takes_its_snapshot():
@@ -111,7 +111,7 @@ def test_a_memslot_may_be_deleted_during_a_conversion(platform):
 
 def test_the_deleter_waits_for_faults_that_saw_the_slot_valid():
     report = check("upstream", scenario="slot-deleted")
-    assert ("gone", "valid") not in states(report, "slot", ("fault_slot", "CPU0"))
+    assert ("none", "valid") not in states(report, "slot", ("fault_slot", "CPU0"))
     assert ("invalid", "valid") in states(report, "slot", ("fault_slot", "CPU0"))
 
 

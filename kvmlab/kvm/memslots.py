@@ -74,7 +74,7 @@ def _its_slot(s: View, me: str) -> str:
 
 
 def _published(s: View) -> str:
-    return "gone" if s.slot == "bound" else str(s.slot)
+    return "none" if s.slot == "bound" else str(s.slot)
 
 
 def memslot_invalid(s: View, me: str, kind: str, leaves: bool) -> str | None:
@@ -83,7 +83,7 @@ def memslot_invalid(s: View, me: str, kind: str, leaves: bool) -> str | None:
     A private fault on tdx retries without entering the TD; since May 2025 not for this reason (`leaves`).
     """
     found = _its_slot(s, me)
-    if found == "gone":
+    if found == "none":
         return kvm_handle_noslot_fault(s, me, kind)
     if found == "valid":
         return None
@@ -95,7 +95,7 @@ def memslot_invalid(s: View, me: str, kind: str, leaves: bool) -> str | None:
 
 def faultin(s: View, me: str, kind: str) -> str | None:
     """What kvm_mmu_faultin_pfn() asks of the slot before it gets the page."""
-    if _its_slot(s, me) == "gone":
+    if _its_slot(s, me) == "none":
         return kvm_handle_noslot_fault(s, me, kind)
     if kind == "private" and in_smm(s, me):  # the slots of address space 1 have no guest_memfd
         return _exits(s, me, "no guest_memfd in this address space", "userspace")
@@ -170,7 +170,7 @@ def synchronize_srcu(s: View, me: str) -> None:
 
 def slot_is_gone(s: View, me: str) -> None:
     """The slot leaves the set of memslots."""
-    s.slot = "gone"
+    s.slot = "none"
 
 
 def kvm_gmem_bind(s: View, me: str) -> None:
