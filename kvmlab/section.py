@@ -9,6 +9,7 @@ from typing import Any
 
 from .assembly import Draft, nothing
 from .design import Design, Row
+from .design.calls import INCLUSIVE
 from .hw.tdx import Leaf
 from .kernel import directmap, locks
 from .kvm import attributes, gmem, lpage, memslots, mmu, sev, tdx
@@ -215,7 +216,11 @@ class Section:
             if self.section == "ioctl" and self.gfns is not None and rows[i].call in IN_MEMSLOTS:
                 self.memslot_by_memslot(together)
             elif self.gfns and len(together) > 1 and rows[i].call in HELPER:
+                gfns = self.gfns
+                if rows[i].walk == INCLUSIVE and gfns[-1] + 1 in self.conf.gfns:
+                    self.gfns = (*gfns, gfns[-1] + 1)
                 self.page_by_page(together)
+                self.gfns = gfns
             else:
                 for row in together:
                     self.row(row)
@@ -378,7 +383,8 @@ class Section:
             if gfns and self.section == "ioctl" and self.gfns != gfns[:1] and self.takes_folio([row]):
                 continue  # RMPUPDATE of its first page has done it
             if splits:
-                self.per_gfn(sev.psmash_if_2m, row)
+                step, args = (sev.psmash_if_2m, self.gfns) if self.gfns else (at_fault(sev.psmash_if_2m), ())
+                self.emit(step, args, row, "if (2M entry) psmash()")
             self.per_gfn(sev.rmpupdate, row, to, self.section)
             self.drafts[-1].jumps["unassigned"] = self.unassigned or self.new_label()
             if not self.unassigned:

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvmlab.design import Design
-from kvmlab.design.calls import CALLS, NEEDS_WORD, SECTIONS, WORD_ONLY_IN, WORDS
+from kvmlab.design.calls import CALLS, NEEDS_WORD, SECTIONS, SECTIONS_OF_WORD, WORD_ONLY_IN, WORDS
 from kvmlab.emulator import Vm, VmError
 from kvmlab.emulator.memory import PAGE
 from kvmlab.emulator.vmm import DISCARDS
@@ -19,6 +19,7 @@ def _words(call, section):
     if call.lock:
         return [call.lock]
     words = WORDS.get(call.name, ()) if section in WORD_ONLY_IN.get(call.name, SECTIONS) else ()
+    words = tuple(word for word in words if section in SECTIONS_OF_WORD.get(word, SECTIONS))
     return [*words] if call.name in NEEDS_WORD else ["", *words]
 
 

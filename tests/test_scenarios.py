@@ -239,6 +239,11 @@ def test_a_discard_before_the_ioctl_loses_a_write_of_the_guest_in_the_v8_era():
     assert check("pre-post-directmap", scenario="discard-first").violated == ["integrity"]
 
 
+def test_a_discard_that_makes_one_page_too_many_shared_costs_the_guest_the_next_one():
+    assert check("punch-one-too-many", scenario="discard").violated == []
+    assert check("punch-one-too-many", scenario="huge-split").violated == ["livelock", "out-of-sync"]
+
+
 def test_a_discard_after_the_ioctl_loses_nothing():
     assert check("v8-post-hook", scenario="discard").violated == []
 

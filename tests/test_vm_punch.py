@@ -5,7 +5,16 @@ import errno
 import pytest
 
 from kvmlab.design import Design, shipped
-from kvmlab.emulator import Deadlock, MemoryFaultExit, PlatformError, RmpFault, Vm, VmErrno, VmSwitches
+from kvmlab.emulator import (
+    Deadlock,
+    GuestSpins,
+    MemoryFaultExit,
+    PlatformError,
+    RmpFault,
+    Vm,
+    VmErrno,
+    VmSwitches,
+)
 from kvmlab.hw.tdx_sept import State
 
 P, M2 = 4096, 1 << 21
@@ -51,6 +60,15 @@ def test_every_ordering_gives_a_punched_page_back_and_gets_it_again_as_zeros(nam
 
 
 # Wrong orders
+
+
+def test_one_page_too_many_leaves_a_page_in_use_unassigned():
+    vm = accepted("punch-one-too-many")
+    vm.gmem.punch_hole(0, 2 * P)
+    assert vm.rmp.assigned(vm.pfn(0, True), 4).tolist() == [False, False, False, True]
+    with pytest.raises(GuestSpins, match="RMP fault"):
+        vm.guest().read(2 * P, 1)
+    vm.gmem.punch_hole(7 * P, P)  # at the end of the file there is none behind
 
 
 def test_v7_punches_with_the_op_under_mmu_lock_and_schedules_while_atomic():

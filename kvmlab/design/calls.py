@@ -16,6 +16,7 @@ ONE_WAY = {"punch": "shared", "aug": "private"}  # sections that run for one att
 PLATFORMS = ("snp", "tdx", "sev", "sw")
 ATTRIBUTES = ("private", "shared")
 MEMSLOTS = ("gfn_to_memslot", "kvm_memslots")  # what a hook visits if not every memslot: kvm/memslots.py
+INCLUSIVE = "inclusive"  # a loop up to and with the end of a range, one page too far
 CONDITIONS = ("attr == private", "attr == shared", *(f"platform == {p}" for p in PLATFORMS), "flush")
 STATEMENTS = ("one call a line", "if (...)", "else", "return", *(f"{s}:" for s in SECTIONS), "// comment")
 EXPECTATIONS = ("SCENARIO: property Verdict, property Verdict", "SCENARIO: all Never")
@@ -182,7 +183,7 @@ UNDER_FOLIO_LOCK = (
 ZAP_SEAMCALLS = ("tdh_mem_range_block", "tdh_mem_track", "tdh_mem_page_remove")
 WORDS = {  # the arguments that carry meaning, at most one a call
     "rmpupdate": ATTRIBUTES,
-    "kvm_x86_update_mem_attr": (*ATTRIBUTES, *MEMSLOTS),
+    "kvm_x86_update_mem_attr": (*ATTRIBUTES, *MEMSLOTS, INCLUSIVE),
     "kvm_unmap_gfn_range": MEMSLOTS,
     "kvm_mem_attrs_changed": MEMSLOTS,
     "kvm_mmu_invalidate_range_add": ("hugepage", "PG_LEVEL_2M"),  # the 2M and 1G pages that it only touches; 2M alone
@@ -201,6 +202,7 @@ WORDS = {  # the arguments that carry meaning, at most one a call
 USUAL_WORD = {"freeze_spte": "leaf", "write_spte": "leaf"}  # meant where none is said
 NEEDS_WORD = ("tdh_do_no_vcpus",)
 WORD_ONLY_IN = {"psmash": RMP_FAULT}  # elsewhere the call takes no word
+SECTIONS_OF_WORD = {INCLUSIVE: PUNCH, **dict.fromkeys(MEMSLOTS, IOCTL)}  # where such a word means something
 
 # Calls that readers of the kernel will try first, and what this language has for them.
 HINTS = {

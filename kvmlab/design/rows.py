@@ -24,7 +24,7 @@ class Row:
     `calls.WORDS` that the text names, and in `Design.rows` of each `rmpupdate` the direction that it takes;
     `body` is there for `rmp_prepare` and `rmp_match` only.  `text`, `line` and `origin` (a design's name)
     tell where the row was written (line 0: nowhere, it is implied); rows that differ only there are equal.
-    `walk`, in `Design.rows`, is the word of `calls.MEMSLOTS` that it was given.
+    `walk`, in `Design.rows`, is the word of `calls.SECTIONS_OF_WORD` that it was given.
     """
 
     call: str
@@ -131,7 +131,8 @@ class _Builder:
         words = calls.WORDS.get(call.name, ())
         named = [word for word in dict.fromkeys(re.findall(r"\w+", node.args)) if word in words]
         if wrong := self._wrong_word(node.args, call.name, named):
-            raise self.source.error(f"{node.name}() {wrong}", node.place, words)
+            fits = [w for w in words if self.section in calls.SECTIONS_OF_WORD.get(w, calls.SECTIONS)]
+            raise self.source.error(f"{node.name}() {wrong}", node.place, fits)
         return named[0] if named else calls.USUAL_WORD.get(call.name)
 
     def _wrong_word(self, args: str, name: str, named: list[str]) -> str:
@@ -140,6 +141,8 @@ class _Builder:
         if len(named) > 1:
             one_way = set(named) == set(calls.ATTRIBUTES)
             return "goes one way only" if one_way else "takes only one of its words"
+        if named and self.section not in (only := calls.SECTIONS_OF_WORD.get(named[0], calls.SECTIONS)):
+            return f"takes '{named[0]}' only in {only[0]}:"
         if named:
             fits = self.section in calls.WORD_ONLY_IN.get(name, calls.SECTIONS)
             return "" if fits else f"takes no word in {self.section}:, only in {calls.WORD_ONLY_IN[name][0]}:"
@@ -180,7 +183,7 @@ def _holds(test: Condition, to: str, platform: str) -> bool:
 
 
 def _expand(row: Row, to: str, platform: str) -> list[Row]:
-    if row.target in calls.MEMSLOTS:
+    if row.target in calls.SECTIONS_OF_WORD:
         row = replace(row, target=None, walk=row.target)
     towards = row.target or to
     if row.call == "rmpupdate":

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..design import Row
+from ..design.calls import INCLUSIVE
 from ..hw.snp import Rmpupdate
 from ..hw.snp_pages import PAGES_2M
 from .memory import runs, without
@@ -89,22 +90,23 @@ class Punch:
             for _, lo, hi in self.bound:
                 self.flush |= vm.zap(self.thread, lo, hi, shared=vm.in_place, private=True)
 
-    def _pages(self) -> list[tuple[int, int]]:
+    def _pages(self, row: Row) -> list[tuple[int, int]]:
         """The PFNs at stake: what was taken out, and what is in the file."""
-        ranges = sorted(self.taken + runs(self.file.present, self.start, self.end))
+        end = min(self.end + (row.walk == INCLUSIVE), self.file.pages)
+        ranges = sorted(self.taken + runs(self.file.present, self.start, end))
         return [(self.file.base + lo, self.file.base + hi) for lo, hi in ranges]
 
-    def _assigned(self) -> list[tuple[int, int]]:
+    def _assigned(self, row: Row) -> list[tuple[int, int]]:
         """Those that are the guest's: sev_gmem_invalidate() asks page by page and skips the others."""
         return [
             (pfn + lo, pfn + hi)
-            for pfn, end in self._pages()
+            for pfn, end in self._pages(row)
             for lo, hi in runs(self.vm.rmp.assigned(pfn, end - pfn), 0, end - pfn)
         ]
 
     def _directmap(self, row: Row) -> None:
         """On each page, but for those that could not be made shared: nobody will use them."""
-        sev, pages = self.vm.sev, self._pages()
+        sev, pages = self.vm.sev, self._pages(row)
         work = sev.unmap_directmap if row.call == "kvm_unmap_directmap" else sev.map_directmap
         if row.call == "kvm_map_directmap" and self.shared and of_one_op(row, self.shared.row):
             pages = self.shared.pages
@@ -118,7 +120,7 @@ class Punch:
             for slot, lo, hi in self.bound:
                 sev.make_private(slot.private_pfn(lo), hi - lo, lo)
             return
-        assigned = self._assigned()
+        assigned = self._assigned(row)
         if row.call == "rmpupdate":
             self.shared = Shared(row, assigned)
         for lo, hi in assigned:
