@@ -8,6 +8,7 @@ from typing import Any
 from .actors import may_begin
 from .design import Design
 from .design.calls import BACKINGS
+from .design.rows import adds_ranges
 from .hw.memory import GUEST_KEY, PLAIN, Content
 from .hw.tdx_lines import HOST, Line
 from .kernel.keyids import HKID
@@ -315,13 +316,13 @@ def build(
         raise NotApplicable(f"{design.name} is a design for {design.backing} backing")
     if reason := _absent(scenario, platform, backing):
         raise NotApplicable(reason)
-    calls = {row.call for row in design.rows("ioctl", to="private", platform=platform)}
-    if scenario.unlucky and "xa_reserve" not in calls:
+    rows = design.rows("ioctl", to="private", platform=platform)
+    if scenario.unlucky and not any(row.call == "xa_reserve" for row in rows):
         raise NotApplicable(f"{design.name} reserves nothing")
     faults = {row.call for row in design.rows("fault", to="private", platform=platform)}
     if scenario.deletes and not faults & {"memslot_invalid", "kvm_vcpu_gfn_to_memslot"}:
         raise NotApplicable(f"the fault path of {design.name} does not look at the memslot")
-    if SMM in {slot.as_id for slot in scenario.memslots} and "kvm_mmu_invalidate_range_add" in calls:
+    if SMM in {slot.as_id for slot in scenario.memslots} and adds_ranges(rows):
         raise NotApplicable("as merged, a VM with private memory has one address space")
     model = _bare(design, scenario, platform, backing, switches or Switches())
     if scenario.eras[0] == "private":

@@ -9,7 +9,8 @@ from typing import Any
 
 from .assembly import Draft, nothing
 from .design import Design, Row
-from .design.calls import INCLUSIVE
+from .design.calls import DIRECTMAP, INCLUSIVE
+from .design.rows import adds_ranges
 from .hw.tdx import Leaf
 from .kernel import directmap, locks
 from .kvm import attributes, gmem, lpage, memslots, mmu, sev, tdx
@@ -78,7 +79,6 @@ RMP_ONLY = frozenset(
         "snp_lookup_rmpentry",
     }
 )
-DIRECTMAP = frozenset({"kvm_unmap_directmap", "kvm_map_directmap"})  # generic code
 WORKS_ON_PAGES = RMP_ONLY - {"rmp_prepare", "rmp_match", "npf_sizem", "snp_lookup_rmpentry"}
 # What the ioctl does memslot by memslot: together, in one walk (kvm_handle_gfn_range()), or each by itself.
 WALKS = frozenset({"kvm_mmu_invalidate_range_add", "kvm_unmap_gfn_range"})
@@ -151,8 +151,8 @@ class Section:
         self._labels = 0
 
     def compile(self, rows: Sequence[Row]) -> None:
-        """Add the drafts of `rows`, keeping `if (flush)` groups together."""
-        if self.gfns and not any(row.call == "kvm_mmu_invalidate_range_add" for row in rows):
+        """Add the drafts of a whole section, skipping what has no memslot to work on."""
+        if self.gfns and not adds_ranges(rows):
             self.covered = (min(self.gfns), max(self.gfns) + 1)
         on_pages = any(row.call in WORKS_ON_PAGES and not self.is_absent(row) for row in rows)
         if self.section == "ioctl" and self.conf.gmem and on_pages:
@@ -189,17 +189,15 @@ class Section:
         """
         if not (self.conf.adds and self.section == "ioctl"):
             return False
-        calls = {r.call for r in self.rows}
         if row.call in ("kvm_unmap_gfn_range", "kvm_update_lpage_mixed_flag"):
             return True
         if row.call in IN_MEMSLOTS - WALKS:
             return not self.of_gmem
-        merged = "kvm_mmu_invalidate_range_add" in calls
-        return merged and (row.lock == "mmu_lock" or row.call in UNDER_MMU_LOCK | WALKS)
+        return adds_ranges(self.rows) and (row.lock == "mmu_lock" or row.call in UNDER_MMU_LOCK | WALKS)
 
     def groups(self, rows: Sequence[Row]) -> None:
         """Add the drafts of `rows`, keeping `if (flush)` groups together."""
-        for guarded, group in groupby(rows, _under_flush):
+        for guarded, group in groupby(rows, lambda row: row.under_flush):
             if not guarded:
                 self.straight(list(group))
                 continue
@@ -581,7 +579,3 @@ def _walk(rows: Sequence[Row], i: int) -> Sequence[Row]:
     while n < len(rows) and rows[n].call in WALKS:
         n += 1
     return rows[i:n]
-
-
-def _under_flush(row: Row) -> bool:
-    return any(c.var == "flush" for c in row.when)

@@ -15,6 +15,7 @@ DEFAULTS_FROM = "upstream"
 ONE_WAY = {"punch": "shared", "aug": "private"}  # sections that run for one attribute only
 PLATFORMS = ("snp", "tdx", "sev", "sw")
 ATTRIBUTES = ("private", "shared")
+DIRECTMAP = ("kvm_unmap_directmap", "kvm_map_directmap")  # generic code, on tdx too
 MEMSLOTS = ("gfn_to_memslot", "kvm_memslots")  # what a hook visits if not every memslot: kvm/memslots.py
 INCLUSIVE = "inclusive"  # a loop up to and with the end of a range, one page too far
 CONDITIONS = ("attr == private", "attr == shared", *(f"platform == {p}" for p in PLATFORMS), "flush")

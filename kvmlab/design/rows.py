@@ -37,6 +37,19 @@ class Row:
     origin: str = field(default="", compare=False)
     walk: str | None = None
 
+    @property
+    def under_flush(self) -> bool:
+        """Whether it runs only if a zap before it has found something (`if (flush)`)."""
+        return any(test.var == "flush" for test in self.when)
+
+
+def adds_ranges(rows: Iterable[Row]) -> bool:
+    """Whether the window is widened range by range, as merged (kvm_mmu_invalidate_range_add()).
+
+    Else, as in RFC v8 02/56, it covers the whole request from kvm_mmu_invalidate_begin() on.
+    """
+    return any(row.call == "kvm_mmu_invalidate_range_add" for row in rows)
+
 
 def build(nodes: Iterable[Node], section: str, source: Source) -> tuple[Row, ...]:
     """The rows of a section; DesignError for a call that is unknown, misplaced or misused."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
 from ..design import Row
+from ..design.calls import DIRECTMAP
 from ..hw.snp import PG_2M, PG_4K, Npf
 from .events import MEMORY_EXIT_FLAG_PRIVATE, InternalError, MemoryFaultExit, MmioExit
 from .locks import Thread
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 DONE, RETRY = "done", "RET_PF_RETRY"
 LEAVE = "RET_PF_RETRY_INVALID_SLOT"  # retry as well, but leave KVM first
 FAULTS_2M = 512
-DIRECTMAP = ("kvm_unmap_directmap", "kvm_map_directmap")  # generic code, on tdx too
 PREPARES = ("rmp_prepare", "rmp_match")
 
 

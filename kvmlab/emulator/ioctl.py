@@ -12,11 +12,11 @@ import errno
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..design import Row
+from ..design.calls import DIRECTMAP
 from ..hw.snp import PG_2M, PG_4K, Rmpupdate
 from ..hw.snp_pages import PAGES_2M
 from ..kvm.memslots import visits
 from .events import PlatformError, VmErrno
-from .faults import DIRECTMAP
 from .lpage import hull, update_mixed
 from .memory import PAGE, U8, runs
 from .sev import Shared, of_one_op
@@ -113,7 +113,7 @@ class SetAttributes:
             if row.lock != "mmu_lock" or not nowhere:
                 self.thread.row(row)
             return None
-        if any(c.var == "flush" for c in row.when) and not self.flush:
+        if row.under_flush and not self.flush:
             return None
         if row.call == "kvm_range_has_memory_attributes":
             done = self.vm.attributes.uniform(self.start, self.end, self.private, row.target == "reserved")

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..design import Row
-from ..design.calls import INCLUSIVE
+from ..design.calls import DIRECTMAP, INCLUSIVE
+from ..design.rows import adds_ranges
 from ..hw.snp import Rmpupdate
 from ..hw.snp_pages import PAGES_2M
 from .memory import runs, without
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from .gmem import GuestMemfd
     from .slots import MemSlot
 
-DIRECTMAP = ("kvm_unmap_directmap", "kvm_map_directmap")
 RMP = ("psmash", "adjust_direct_map", "rmpupdate")
 
 
@@ -50,7 +50,7 @@ class Punch:
         self.thread.leave("returns to user")
 
     def _row(self, row: Row) -> None:
-        if any(c.var == "flush" for c in row.when) and not self.flush:
+        if row.under_flush and not self.flush:
             return
         if row.lock:
             if self.bound or row.lock != "mmu_lock":  # no memslot, no kvm whose lock it could be
@@ -78,9 +78,8 @@ class Punch:
             return
         self.thread.assert_mmu_lock(f"{row.call}()")
         if row.call == "kvm_mmu_invalidate_begin":
-            adds = any(r.call == "kvm_mmu_invalidate_range_add" for r in vm.rows("punch", False))
             whole = min(lo for _, lo, _ in self.bound), max(hi for *_, hi in self.bound)
-            mmu.begin(None if adds else whole)
+            mmu.begin(None if adds_ranges(vm.rows("punch", False)) else whole)
         elif row.call == "kvm_mmu_invalidate_range_add":
             for _, lo, hi in self.bound:
                 mmu.range_add(lo, hi)

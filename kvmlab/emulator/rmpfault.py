@@ -40,7 +40,7 @@ class Handler:
 
     def _row(self, row: Row) -> bool:
         """One row; whether to go on."""
-        if any(c.var == "flush" for c in row.when) and not self.flush:
+        if row.under_flush and not self.flush:
             return True
         if row.lock:
             self.thread.row(row)

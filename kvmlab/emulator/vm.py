@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from ..design import Design, Row
+from ..design.rows import adds_ranges
 from ..hw.snp import RmpEntry, Rmpupdate
 from . import regions
 from .caches import CachedMemory
@@ -227,8 +228,7 @@ class Vm:
     @cached_property
     def merged(self) -> bool:
         """Whether the ioctl is the merged walk over memslots (it says range_add), or of the v8 era."""
-        rows = self.rows("ioctl", True) + self.rows("ioctl", False)
-        return any(row.call == "kvm_mmu_invalidate_range_add" for row in rows)
+        return adds_ranges(self.rows("ioctl", True) + self.rows("ioctl", False))
 
     @cached_property
     def prepares(self) -> bool:
