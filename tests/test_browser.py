@@ -345,6 +345,20 @@ def test_the_exported_page_steps_without_kernel_and_network(page: Any, tmp_path:
     assert first.get_by_role("button", name="Edit as text").count() == 0
 
 
+@pytest.mark.parametrize("width", [1100, 1300, 1600])
+def test_three_lanes_are_seen_without_scrolling_sideways(page: Any, tmp_path: Path, width: int) -> None:
+    import kvmlab
+    from kvmlab.show.page import page_html
+
+    report = kvmlab.check("v8-post-hook", scenario="discard-races")
+    (tmp_path / "report.html").write_text(page_html([report]), encoding="utf-8")
+    page.set_viewport_size({"width": width, "height": 1000})
+    page.goto((tmp_path / "report.html").as_uri())
+    lanes = page.locator(".kvmlab-lanes").first
+    assert lanes.locator("thead th").count() == 5
+    assert lanes.evaluate("(el) => el.scrollWidth <= el.clientWidth")
+
+
 def test_a_step_is_drawn_at_once(live: Any, desk: Any, capsys: pytest.CaptureFixture[str]) -> None:
     live.focus()
     times = [desk.evaluate(STEP) for _ in range(20)]
