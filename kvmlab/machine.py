@@ -44,6 +44,7 @@ PLATFORMS = {
     "sw": "software-protected VM, as the KVM selftests use it: neither encryption nor RMP",
 }
 NEIGHBOUR = "N"
+TLB = "TLB"  # who drops entries of TLBs, where that is asked: scenario.with_forgetful_tlbs()
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Conf:
     memslots: tuple[MemSlot, ...] = ()  # if not one over all gfns
     unused: tuple[int, ...] = ()  # gfns that the guest leaves alone
     busy: bool = False  # tdx: one SEAMCALL may answer OPERAND_BUSY without a reason that the model knows
+    linux: tuple[int, int] = (6, 2)  # the kernel version of which the design speaks: kvm/versions.py
     switches: Switches = Switches()
     owners: Mapping[str, frozenset[str]] = field(default_factory=dict)
     writers: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -296,6 +298,7 @@ def build_layout(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Layout:
     ranges = [None, *((lo, hi) for lo in gfns for hi in (g + 1 for g in gfns) if lo < hi)]
     faulting = tuple(a for a, program in programs.items() if any(i.step is mmu_seq_snapshot for i in program))
     fields = [Field("pc", tuple(range(len(program))), (actor,)) for actor, program in programs.items()]
+    fields.append(Field("pc", (0,), (TLB,)))
     layout = [
         Field("era", tuple(range(len(conf.eras)))),
         Field("running", tuple(range(conf.ioctls + 1 + (len(conf.vcpus) if conf.auto_convert else 0)))),

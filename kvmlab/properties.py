@@ -33,7 +33,12 @@ PROPERTIES = (
         "TDX Module Base Architecture Specification, Memory Integrity Protection and Machine Check Handling",
         True,
     ),
-    Property("kernel-bug", "the host kernel reaches a BUG()", "tdp_mmu.c, Invalid SPTE change", True),
+    Property(
+        "kernel-bug",
+        "the host kernel reaches a BUG()",
+        "tdp_mmu.c before v6.13, Invalid SPTE change; oops on an address that the directmap lacks",
+        True,
+    ),
     Property(
         "platform-error",
         "RMPUPDATE, PSMASH or a SEAMCALL returns a status that KVM treats as a bug",
@@ -95,6 +100,12 @@ PROPERTIES = (
         "out-of-sync",
         "when all is quiet, xarray, RMP, mappings and directmap disagree",
         "Roth, 2023-03-22",
+        False,
+    ),
+    Property(
+        "warning",
+        "the kernel warns of a state held to be impossible",
+        "tdp_mmu.c since v6.15, WARN_ON_ONCE(); sev_handle_rmp_fault(), \"Unexpected RMP fault\"",
         False,
     ),
 )

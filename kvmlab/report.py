@@ -14,7 +14,8 @@ from .explore import liveness, paths, rows
 from .explore.graph import Graph, Hit
 from .machine import Switches
 from .properties import BY_NAME, MEASURES, PROPERTIES
-from .scenario import InputError
+from .scenario import InputError, with_forgetful_tlbs
+from .step import Model
 from .trace import Case, Trace
 
 NEVER, SOMETIMES, ALWAYS, UNJUDGED = "Never", "Sometimes", "Always", "not judged"
@@ -71,16 +72,26 @@ class Report:
     def _judge(self, name: str) -> Verdict:
         if BY_NAME[name].guest and not self.case.model.conf.correct_guest:
             return Verdict(name, UNJUDGED)
-        if name == "livelock":
-            cycle = self._livelock
-            if cycle is None:
-                return Verdict(name, NEVER)
-            entry = min(int(self.graph.depth[i]) for i in cycle.states)
-            return Verdict(name, SOMETIMES if liveness.finishes(self.graph) else ALWAYS, entry)
-        if name not in self.graph.hits:
-            return Verdict(name, NEVER)
-        escape = liveness.finishes(self.graph) if name == "deadlock" else liveness.avoidable(self.graph, name)
-        return Verdict(name, SOMETIMES if escape else ALWAYS, self.graph.hit_depth[name])
+        if name == "livelock" and (cycle := self._livelock):
+            depth = min(int(self.graph.depth[i]) for i in cycle.states)
+        elif name in self.graph.hits:
+            depth = self.graph.hit_depth[name]
+        else:
+            return Verdict(name, NEVER if self.complete else UNJUDGED)
+        return Verdict(name, ALWAYS if self._unavoidable(name) else SOMETIMES, depth)
+
+    def _unavoidable(self, name: str) -> bool:
+        """Whether every run that finishes violates the property, also where TLBs lose entries."""
+
+        def avoids(graph: Graph) -> bool:
+            ends = name in ("deadlock", "livelock")  # what never finishes cannot be avoided by finishing
+            return not graph.complete or (liveness.finishes(graph) if ends else liveness.avoidable(graph, name))
+
+        return not avoids(self.graph) and not avoids(self._forgetful)
+
+    @cached_property
+    def _forgetful(self) -> Graph:
+        return explore(with_forgetful_tlbs(self.case.model))
 
     @property
     def violated(self) -> list[str]:
@@ -182,13 +193,10 @@ class Report:
     @property
     def not_checked(self) -> list[str]:
         """What this run does not say anything about, in words."""
-        left = [
-            f"{v.name}: not judged, the guest is careless"
-            for v in self.verdicts.values()
-            if v.verdict == UNJUDGED
-        ]
+        careless = [p.name for p in PROPERTIES if p.guest and not self.case.model.conf.correct_guest]
+        left = [f"{', '.join(careless)}: not judged, the guest is careless"] if careless else []
         if not self.complete:
-            left.append(f"interleavings beyond the first {self.states} states")
+            left.append(f"interleavings beyond the first {self.states:,} states; what is not named above was not found")
         return left
 
     def text(self) -> str:
@@ -212,14 +220,14 @@ def _shape(run: Trace) -> tuple[object, ...]:
     return (turns, last.call if last else "", last.actor if last else "")
 
 
-def explore(case: Case, limit: int | None = None) -> Graph:
-    """Explore a case with the engine that fits its size; complete unless `limit` states are exceeded."""
-    graph = rows.search(case.model, SMALL if limit is None else min(SMALL, limit))
+def explore(model: Model, limit: int | None = None) -> Graph:
+    """Explore a model with the engine that fits its size; complete unless `limit` states are exceeded."""
+    graph = rows.search(model, SMALL if limit is None else min(SMALL, limit))
     if graph.complete or (limit is not None and limit <= SMALL):
         return graph
     from .explore import arrays
 
-    return arrays.search(case.model, limit, learner=graph.learner)
+    return arrays.search(model, limit, learner=graph.learner)
 
 
 def check(
@@ -237,7 +245,7 @@ def check(
     """
     case = Case(as_design(design), platform, scenario, backing, switches or Switches())
     began = time.perf_counter()
-    graph = explore(case, limit)
+    graph = explore(case.model, limit)
     report = Report(case, graph, 0.0)
     report.verdicts  # noqa: B018 - part of the check, so part of its time
     report.seconds = time.perf_counter() - began

@@ -13,7 +13,8 @@ from .hw.memory import GUEST_KEY, PLAIN, Content
 from .hw.tdx_lines import HOST, Line
 from .kernel.keyids import HKID
 from .kvm.memslots import SMM, MemSlot
-from .machine import NEIGHBOUR, PLATFORMS, Conf, Switches, build_layout, with_usage
+from .kvm.mmu import tlb_entry_vanishes
+from .machine import NEIGHBOUR, PLATFORMS, TLB, Conf, Switches, build_layout, with_usage
 from .program import (
     host_program,
     inverted,
@@ -24,7 +25,7 @@ from .program import (
     vmm_punch_program,
 )
 from .properties import FATAL
-from .step import Actor, Model, run_step
+from .step import Actor, Instr, Model, run_step
 from .sync import out_of_sync
 
 
@@ -385,6 +386,7 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
         adds=scenario.adds,
         memslots=scenario.memslots,
         unused=scenario.unused,
+        linux=design.version,
         switches=switches,
     )
     nests: set[tuple[str, str]] = set()
@@ -424,6 +426,16 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
     actors = tuple(Actor(key, roles.get(key, "vCPU"), program) for key, program in programs.items())
     title = f"{design.name} on {platform}, {scenario.name}, {backing}"
     return Model(layout, actors, layout.pack(start), conf, FATAL, out_of_sync, title)
+
+
+def with_forgetful_tlbs(model: Model) -> Model:
+    """The same model, in which any TLB entry may vanish at any time.
+
+    Only `Always` asks for it: what a run cannot avoid must not hang on an entry that stays.  Its states are packed
+    like those of `model`, and include them.
+    """
+    vanishes = Instr(tlb_entry_vanishes, next=0, idle=True, text="drops a TLB entry", section="guest")
+    return replace(model, actors=(*model.actors, Actor(TLB, "hardware", (vanishes,))))
 
 
 def _private_start(design: Design, scenario: Scenario, model: Model) -> dict[Any, Any]:

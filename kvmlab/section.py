@@ -233,9 +233,20 @@ class Section:
             if len(seen) > 1 and seen[0].call in HELPER and not self.takes_folio(seen):
                 self.page_by_page(seen)
             else:
+                self.look_up(seen)
                 for row in seen:
                     self.row(row)
         self.gfns, self.as_id = gfns, as_id
+
+    def look_up(self, rows: Sequence[Row]) -> None:
+        """The op of the series looks its pages up itself (kvm_restrictedmem_get_pfn(), RFC v8 48/56), which may sleep.
+
+        That is seen only where it must not; elsewhere nobody can tell it from a look-up before all locks.
+        """
+        op = self.section == "ioctl" and len(rows) > 1 and rows[0].call in HELPER and not self.is_absent(rows[0])
+        if op and any(name in locks.SPINNING for _, name in self.holding):
+            pages = ", ".join(self.conf.backing["private", gfn] for gfn in self.gfns or ())
+            self.emit(gmem.look_up_in_ioctl, (self.gfns,), rows[0], f"kvm_restrictedmem_get_pfn({pages})")
 
     def takes_folio(self, rows: Sequence[Row]) -> bool:
         """Whether the op works on a whole 2M folio at once: going private, if the request has all of it."""
@@ -247,6 +258,7 @@ class Section:
         gfns, self.failed = self.gfns or (), self.new_label()
         for self.gfns in ((gfn,) for gfn in gfns):
             self.unassigned = self.new_label()  # nothing to restore where nothing was taken
+            self.look_up(rows)
             for row in rows:
                 self.row(row)
             self.mark(self.unassigned)
@@ -443,7 +455,8 @@ class Section:
         self.take(locks.mutex_lock, "folio_lock")
         self.emit(locks.mutex_lock, ("folio_lock",), row, f"{row.call}(): folio_lock()")
         fits = self.new_label()
-        self.emit(sev.rmp_fits, (self.kind,), row, f"{row.call}(): RMP lookup", {"skip": fits})
+        of = "private" if row.target == "private_pfn" else self.kind
+        self.emit(sev.rmp_fits, (self.kind, of), row, f"{row.call}(): RMP lookup", {"skip": fits})
         for inner in row.body or ():
             if inner.call == "kvm_unmap_directmap" and self.conf.folio_2m:
                 self.emit(at_fault(directmap.unmap_folio), (), inner)

@@ -6,6 +6,7 @@ from .hw.tdx_sept import State
 from .hw.tdx_tlb import Age
 from .kernel.directmap import ABSENT
 from .kvm.mmu import leaf
+from .kvm.tdx import FROZEN
 from .state import View
 
 
@@ -33,6 +34,8 @@ def out_of_sync(s: View) -> None:
             continue
         private = conf.backing["private", gfn]
         entry = s.rmp[private]
+        # Used is written.  A read before that needs no clause here: one through an entry of the other state has
+        # completed as a stale-mapping, or can be repeated and then does.
         used = conf.correct_guest and s.guest[gfn] == "ready"
         if used and (
             (attr == "private" and not (entry.assigned and entry.validated))
@@ -69,7 +72,9 @@ def _tdx_in_sync(s: View, gfn: int, attr: str, shared: list[str | None]) -> None
             "out-of-sync",
             f"gfn {gfn} is private, but the shared EPT or a TLB maps {next(filter(None, shared))}",
         )
-    if (mirror is not None) != (entry in (State.MAPPED, State.PENDING)):
+    if FROZEN in (mirror, s.mirror_table):
+        s.violate("out-of-sync", f"gfn {gfn}: a mirror SPTE is frozen, and nobody is at work on it")
+    elif (mirror is not None) != (entry in (State.MAPPED, State.PENDING)):
         s.violate("out-of-sync", f"gfn {gfn}: mirror {mirror}, but S-EPT {entry}")
     if usable and s.pamt[private] == "NDA":
         s.violate("out-of-sync", f"gfn {gfn}: {usable} could still use {private}, which the TD has no longer")

@@ -34,7 +34,8 @@ class Design:
 
     `sections` holds all sections, inherited ones included; `base` is whom it inherits from, if anybody;
     `expect` maps platform, scenario and property to a verdict word (what is not listed should be Never);
-    `backing` is the only one that the design knows, if it says so;
+    `backing` is the only one that the design knows, if it says so; `linux` is the kernel version of which it
+    speaks, such as "v6.19", its base's if it names none: what changed between versions is as it was there;
     `notes` are sentences that a reader should see, such as which part is inherited.
     """
 
@@ -48,6 +49,7 @@ class Design:
     notes: tuple[str, ...] = ()
     about: str = field(default="", repr=False)
     backing: str | None = None
+    linux: str = ""
     own: tuple[str, ...] = field(default=(), repr=False)
     _trees: Mapping[str, tuple[Node, ...]] = field(
         default_factory=dict, repr=False, compare=False, hash=False
@@ -106,6 +108,7 @@ class Design:
     def canonical(self) -> str:
         """The whole design as one text that inherits nothing, canonically spelled; its rows are equal."""
         out = [f"// {line}".rstrip() for line in self._header]
+        out += ["", f"linux: {self.linux}"]
         out += ["", f"backing: {self.backing}"] if self.backing else []
         for name in (name for name in SECTIONS if self._trees[name]):
             out += ["", f"{name}:"]
@@ -119,8 +122,14 @@ class Design:
 
     @cached_property
     def digest(self) -> str:
-        """Eight hex digits that stand for the rows: comments and spelling do not change them."""
-        return digest(self.sections)
+        """Eight hex digits that stand for rows and version: comments and spelling do not change them."""
+        return digest(self.sections, self.linux)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """The kernel version as numbers, to compare."""
+        major, minor = self.linux.removeprefix("v").split(".")
+        return int(major), int(minor)
 
     def replace_text(self, text: str) -> Design:
         """The design that an edited text says; its name gets a `*`, as it is no longer the one that ships."""
@@ -153,6 +162,8 @@ class Design:
         blocks = ["\n".join(f"// {line}".rstrip() for line in self._header)] if self._header else []
         if self.base:
             blocks.append(f"base: {self.base}")
+        if "linux" in self.own:
+            blocks.append(f"linux: {self.linux}")
         if self.backing:
             blocks.append(f"backing: {self.backing}")
         for name in SECTIONS:
@@ -202,7 +213,8 @@ def _parse(
         notes=tuple(told),
         about=about,
         backing=parsed.backing or (base.backing if base else None),
-        own=tuple(section for section in SECTIONS if section in parsed.sections),
+        linux=parsed.linux or (base or _shipped(DEFAULT_BASE)).linux,
+        own=(*(s for s in SECTIONS if s in parsed.sections), *(["linux"] if parsed.linux else [])),
         _trees=MappingProxyType(trees),
         _header=tuple(source.header),
         _loader=loader,

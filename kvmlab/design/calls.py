@@ -112,7 +112,9 @@ CALLS = (
         ("sev_gmem_prepare",), parts=("adjust_direct_map", "rmpupdate"),
     ),
     KnownCall(
-        "rmp_match", FAULT, "the RMP is not as the fault needs it: its body, under the folio lock",
+        "rmp_match", FAULT,
+        "the RMP entry of the PFN to be mapped is not as the fault needs it: its body, under the folio lock; "
+        "(private_pfn): the entry of the private PFN, for shared faults, too",
         parts=("kvm_unmap_directmap", "rmpupdate", "kvm_map_directmap"),
     ),
     KnownCall("npf_sizem", RMP_FAULT, "leave unless the error code has SIZEM"),
@@ -152,7 +154,7 @@ CALLS = (
         ("tdh_phymem_page_wbinvd_hkid",),
     ),
     KnownCall(
-        "tdx_clear_page", ZAP, "zero the page with full-line writes, as the host",
+        "tdx_clear_page", ZAP, "zero the page with full-line writes, as the host; since v6.18 only with X86_BUG_TDX_PW_MCE",
         ("tdx_quirk_reset_paddr", "tdx_quirk_reset_page"),
     ),
     KnownCall(
@@ -192,6 +194,7 @@ WORDS = {  # the arguments that carry meaning, at most one a call
     "kvm_update_lpage_mixed_flag": ("reserved",),
     "memslot_invalid": ("leave",),
     "snp_lookup_rmpentry": ("warn",),
+    "rmp_match": ("private_pfn",),
     "psmash": ("recheck", "recheck_unassigned"),
     "tdh_do_no_vcpus": ZAP_SEAMCALLS,
     **dict.fromkeys(ZAP_SEAMCALLS, ("retry",)),

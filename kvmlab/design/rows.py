@@ -102,7 +102,7 @@ class _Builder:
             inner = _Builder(self.section, self.source, head.call)
             yield replace(head, body=tuple(inner.rows(node.body, ())))
         elif head.call in ABSENT_OPS:  # the body of an op runs where the op is implemented
-            yield from self.rows(node.body, (*when, Condition("platform", "tdx", negated=True)))
+            yield from self.rows(node.body, (*when, Condition("platform", "snp")))
         else:
             yield from self.rows(node.body, when)
 
@@ -251,9 +251,9 @@ def _implied(call: str, word: str | None = None) -> Row:
     return Row(call, word, text=f"{call}({word or ''})")
 
 
-def digest(sections: Mapping[str, tuple[Row, ...]]) -> str:
-    """Eight hex digits of the SHA-256 of the rows: the same for texts that differ in comments or spelling."""
-    plain = [(name, [_plain(row) for row in sections[name]]) for name in sorted(sections)]
+def digest(sections: Mapping[str, tuple[Row, ...]], linux: str) -> str:
+    """Eight hex digits of the SHA-256 of rows and version: the same for texts that differ in comments or spelling."""
+    plain = [linux, *((name, [_plain(row) for row in sections[name]]) for name in sorted(sections))]
     return hashlib.sha256(repr(plain).encode()).hexdigest()[:8]
 
 

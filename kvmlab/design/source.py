@@ -15,7 +15,7 @@ _QUOTED = re.compile(r"(?:[ \t]*>)+ ?")
 _BLANK = dict.fromkeys(map(ord, "\u00a0\u2007\u202f\u200b\ufeff"), " ")  # what web archives put for a space
 _ELLIPSIS = frozenset(("...", "\u2026", "[...]", "[\u2026]"))
 _COMMENT = re.compile(r"//|/\*")
-_HEADER = re.compile(rf"\s*(?:{'|'.join(SECTIONS)}|expect\s+[\w-]+|base|backing)\s*:")
+_HEADER = re.compile(rf"\s*(?:{'|'.join(SECTIONS)}|expect\s+[\w-]+|base|backing|linux)\s*:")
 _BINARY = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 

@@ -22,6 +22,8 @@ VERDICTS = ("Never", "Sometimes", "Always")
 _STATEMENT_RULES = ("call", "title", "body", "leave", "cond")
 _NAME = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
 
+_VERSION = re.compile(r"v[0-9]{1,3}\.[0-9]{1,3}")
+
 Expect = dict[str, dict[str, dict[str, str]]]  # platform, scenario, property: verdict
 
 
@@ -34,6 +36,7 @@ class Parsed:
     base: str | None = None
     base_place: Place | None = None
     backing: str | None = None
+    linux: str | None = None
     expect: Expect = field(default_factory=dict)
 
 
@@ -43,7 +46,7 @@ def read(source: Source) -> Parsed:
     reader = _Reader(source)
     reader.take(statements(tree, source))
     for part in _trees(tree):
-        if part.data in ("section", "base", "backing", "expect"):
+        if part.data in ("section", "base", "backing", "linux", "expect"):
             getattr(reader, part.data)(part)
     return reader.done()
 
@@ -99,6 +102,17 @@ class _Reader:
         if self.parsed.backing is not None:
             raise self.source.error("'backing:' is given twice", place)
         self.parsed.backing = str(token)
+        self.take(statements(tree, self.source))
+
+    def linux(self, tree: Tree[Token]) -> None:
+        """`linux: v6.19`, the kernel version that the text speaks of."""
+        token = _token(tree, 1)
+        place = at(token, self.source)
+        if not _VERSION.fullmatch(token):
+            raise self.source.error(f"'{quoted(token)}' is no version of Linux", place, ("v6.2", "v6.19"), "such as")
+        if self.parsed.linux is not None:
+            raise self.source.error("'linux:' is given twice", place)
+        self.parsed.linux = str(token)
         self.take(statements(tree, self.source))
 
     def expect(self, tree: Tree[Token]) -> None:

@@ -212,13 +212,16 @@ def _plain_row(fault: Fault, row: Row) -> None:
 
 
 def _prepare(fault: Fault, row: Row) -> None:
-    """sev_gmem_prepare() (private faults on unassigned pages), or rmp_match() (either way), in its folio lock."""
+    """sev_gmem_prepare() (private faults on unassigned pages), or rmp_match() (either way), in its folio lock.
+
+    rmp_match() looks at the PFN that is to be mapped: with split backing a shared fault has none in the RMP.
+    """
     vm, slot = fault.vm, fault.slot
     if (
         not vm.has_rmp
         or slot is None
         or slot.gmem is None
-        or (row.call == "rmp_prepare" and not fault.private)
+        or (not fault.private and row.target != "private_pfn" and (row.call == "rmp_prepare" or not vm.in_place))
     ):
         return
     pfn = slot.private_pfn(fault.gfn)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kvm import versions
 from ..kvm.attributes import hull, must_retry
 from .events import KernelBug, VmErrno
 from .memory import U8, U32, grown
@@ -119,8 +120,8 @@ class Tlb:
 class Mmu:
     """NPT, TLBs and the invalidation counters; `window` is the shared hull of what is being invalidated."""
 
-    def __init__(self, log: Log, vcpus: int, tlb_entries: int) -> None:
-        self.log = log
+    def __init__(self, log: Log, vcpus: int, tlb_entries: int, linux: tuple[int, int]) -> None:
+        self.log, self.linux = log, linux
         self.npt: U32 = np.zeros(0, np.uint32)
         self.tlbs = [Tlb(tlb_entries) for _ in range(vcpus)]
         self.seq = self.in_progress = 0
@@ -195,7 +196,7 @@ class Mmu:
                 tlb.drop(lo, hi)
 
     def install(self, gfn: int, n: int, pfn: int, large: bool) -> None:
-        """kvm_tdp_mmu_map() of `n` gfns: BUG() if a present leaf of that level maps another PFN.
+        """kvm_tdp_mmu_map() of `n` gfns; what a present leaf of that level with another PFN means: kvm/versions.py.
 
         A 4K leaf inside a 2M one splits that first; a 2M leaf takes the place of a table of 4K ones.
         """
@@ -212,9 +213,14 @@ class Mmu:
             if wrong.any():
                 at = int(wrong.argmax())
                 old = f"{(int(view[at]) >> 1) - 1:#x}"
-                raise KernelBug(
-                    f"BUG(): TDP MMU replaces present leaf of gfn {gfn + at:#x}: {old} by {pfn + at:#x}"
-                )
+                if self.linux < versions.SPURIOUS_SINCE:
+                    raise KernelBug(
+                        f"BUG(): TDP MMU replaces present leaf of gfn {gfn + at:#x}: {old} by {pfn + at:#x}"
+                    )
+                if self.linux >= versions.WARNS_SINCE:
+                    warned = f"a spurious fault at gfn {gfn + at:#x} wants {pfn + at:#x}, but {old} is present"
+                    self.log.violate("warning", f"WARN_ON_ONCE(): {warned}")
+                new = np.where(wrong, view, new)
             if there.any() and not split:
                 self.log.add("spurious-npf", page=gfn, times=1 if large else int(np.count_nonzero(there)))
         view[:] = new

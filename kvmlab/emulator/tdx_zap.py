@@ -15,6 +15,7 @@ import numpy as np
 from ..design import Row
 from ..hw import tdx, tdx_tlb
 from ..hw.tdx import Leaf, Status
+from ..kvm import versions
 from .locks import Deadlock, Thread
 from .memory import U32, prefix, runs
 from .tdx_kvm import TdxKvm
@@ -38,6 +39,8 @@ class Zap:
     def __init__(self, vm: Vm, td: TdxKvm, thread: Thread) -> None:
         self.vm, self.td, self.thread = vm, td, thread
         self.rows = vm.rows("zap", False)
+        erratum = vm.switches.partial_write_erratum
+        self._clears = erratum or vm.design.version < versions.QUIRK_RESET_SINCE
         self.pfns: U32 = np.zeros(0, np.uint32)
 
     def range(self, lo: int, hi: int) -> bool:
@@ -113,7 +116,9 @@ class Zap:
                 work(self.thread, pfn, 1)
 
     def _clear(self, pfns: U32) -> None:
-        """MOVDIR64B of zeros through the direct map."""
+        """MOVDIR64B of zeros through the directmap, where the kernel still does that (kvm/versions.py)."""
+        if not self._clears:
+            return
         self.vm.directmap.oops_if_absent(pfns, "tdx_clear_page()")
         self.vm.log.add("tdx-clear-page", page=int(pfns[0]), times=len(pfns))
         for lo, hi in spans(pfns):
@@ -171,7 +176,7 @@ class Zap:
         for row in self.rows:
             if row.call == "tdh_phymem_page_wbinvd":
                 self.td.memory.wbinvd(first, n)
-            elif row.call == "tdx_clear_page":
+            elif row.call == "tdx_clear_page" and self._clears:
                 self.td.memory.clear(first, n)
 
 

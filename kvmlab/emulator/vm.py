@@ -73,7 +73,7 @@ class Vm:
         self.rmp = Rmp(self.switches.identical_keeps_validated, self.switches.head_4k_over_2m)
         self.directmap = DirectMap()
         self.attributes = Attributes()
-        self.mmu = Mmu(self.log, vcpus, tlb_entries)
+        self.mmu = Mmu(self.log, vcpus, tlb_entries, self.design.version)
         self.sev, self.host, self.vmm = Sev(self), Host(self), Vmm(self, vmm, discard)
         self._spaces = (MemSlots(), MemSlots())
         if platform == "tdx":

@@ -149,8 +149,12 @@ def _parts_arrays(graph: Graph, arrays: _Arrays, v: int, cell: Cell) -> list[fro
     _, part = connected_components(matrix, directed=True, connection="strong")
     inside = keep & fault
     inside[inside] = part[arrays.src[inside]] == part[arrays.dst[inside]]
-    wanted = np.unique(part[arrays.src[inside]])
-    return [frozenset(np.flatnonzero(part == p).tolist()) for p in wanted[:64]]
+    wanted = np.zeros(int(part.max()) + 1, dtype=bool)
+    wanted[part[arrays.src[inside]]] = True
+    members = np.flatnonzero(wanted[part])
+    members = members[np.argsort(part[members], kind="stable")]
+    cuts = np.flatnonzero(np.diff(part[members])) + 1
+    return [frozenset(states.tolist()) for states in np.split(members, cuts)]
 
 
 class _Arrays:
@@ -328,13 +332,15 @@ def _least(graph: Graph, arrays: _Arrays, alive: Any, weight: Any) -> int | None
 
     quiet = np.asarray(graph.quiet, dtype=bool)
     roots: Any = np.array([0])
-    for events in range(1_000):
+    events, counts_and_ends = 0, False
+    while True:
         reached = reach(len(quiet), arrays.src, arrays.dst, alive & (weight == 0), roots)
-        ends = reached[arrays.src] & ~alive & (weight == 0)
-        if (quiet & reached).any() or ends.any():
+        ends = reached[arrays.src] & ~alive
+        if counts_and_ends or (quiet & reached).any() or (ends & (weight == 0)).any():
             return events
+        counts_and_ends = bool(ends.any())
         step = alive & (weight > 0) & reached[arrays.src]
+        if not counts_and_ends and reached[arrays.dst[step]].all():
+            return None  # one event more leads nowhere new
         roots = np.union1d(np.flatnonzero(reached), arrays.dst[step])
-        if not step.any():
-            return None
-    return None
+        events += 1

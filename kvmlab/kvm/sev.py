@@ -87,32 +87,38 @@ def _rmpupdate_sized(s: View, pfn: str, gfn: int, to: str, section: str) -> None
     _updated(s, pfn, gfn, code, entry)
 
 
-def rmp_fits(s: View, me: str, kind: str) -> str | None:
-    """Whether the private PFN's entry already fits the fault; if so, skip the work under the folio lock."""
-    assigned = s.rmp[s.conf.backing["private", s.acc[me].gfn]].assigned
-    return "skip" if assigned == (kind == "private") else None
+def rmp_fits(s: View, me: str, kind: str, of: str) -> str | None:
+    """Whether the RMP entry already fits the fault; if so, skip the work under the folio lock.
+
+    It is that of the PFN that the fault is about to map (Roth, 2023-03-22: "check if a particular PFN needs an
+    RMPUPDATE before mapping it"); of the gfn's private PFN, where `of` says so.  With split backing the shared PFN
+    is never assigned, so there a shared fault finds nothing to do.
+    """
+    entry = s.rmp.get(s.conf.backing[of, s.acc[me].gfn], snp.HYPERVISOR)
+    return "skip" if entry.assigned == (kind == "private") else None
 
 
 def snp_lookup_rmpentry(s: View, me: str, kind: str, warns: bool) -> str | None:
     """The handler goes on only for an assigned 2M entry; 4K means that somebody else has just split it.
 
-    Unassigned: a punch came between fault and handler.  Until 2026 that was a warning (`warns`); it is a benign
-    race (sev_handle_rmp_fault(), fix acafcf32c83e).
+    Unassigned: a punch came between fault and handler.  sev_handle_rmp_fault() warns (`warns`: "Unexpected RMP
+    fault, no assigned RMP entry") and leaves; fix acafcf32c83e, queued in September 2026, calls it a benign race.
     """
     gfn = s.acc[me].gfn
     entry = s.rmp[s.conf.backing["private", gfn]]
     if s.attr[gfn] != "private":
         return "leave"
     if warns and not entry.assigned:
-        s.violate("platform-error", f"WARN_ON_ONCE: gfn {gfn} has an RMP fault and an unassigned entry")
+        s.violate("warning", f"Unexpected RMP fault, no assigned RMP entry for gfn {gfn}")
     return None if entry.assigned and entry.size == snp.PG_2M else "leave"
 
 
 def psmash(s: View, me: str, kind: str, recheck: str | None) -> str | None:
     """PSMASH of the 2M entry over the faulting page.
 
-    A failure is a warning, unless it is looked up again: 4K now is a lost race ("recheck"), unassigned is one as
-    well since 2026 ("recheck_unassigned", fix 211606532680).
+    A failure is warned of ("Unable to split RMP entry"), and the handler goes on; unless it looks the entry up again:
+    4K now is a lost race ("recheck", sev_handle_rmp_fault() since v6.11), unassigned is one as well with fix
+    211606532680, queued in September 2026 ("recheck_unassigned").
     """
     pfn = s.conf.backing["private", s.acc[me].gfn]
     code, entry = snp.psmash(s.rmp[pfn])
@@ -122,7 +128,7 @@ def psmash(s: View, me: str, kind: str, recheck: str | None) -> str | None:
     now = s.rmp[pfn]
     benign = {"recheck": now.assigned, "recheck_unassigned": True}.get(recheck or "", False)
     if not benign:
-        s.violate("platform-error", f"PSMASH({pfn}) = {code.name}")
+        s.violate("warning", f"Unable to split RMP entry: PSMASH({pfn}) = {code.name}")
         return None
     s.say(f"PSMASH({pfn}) = {code.name}: lost a race")
     return "leave"

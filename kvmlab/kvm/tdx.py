@@ -14,6 +14,7 @@ from ..hw.tdx_tlb import Age
 from ..kernel import keyids
 from ..kernel.locks import assert_held
 from ..state import View
+from . import versions
 from .gmem import put_page
 
 ABSENT, FROZEN, PRESENT = "absent", "frozen", "present"  # a mirror SPTE for a table
@@ -204,7 +205,10 @@ def tdh_phymem_page_wbinvd(s: View, me: str, gfn: int) -> None:
 
 
 def tdx_clear_page(s: View, me: str, gfn: int) -> None:
-    """MOVDIR64B of zeros over the page."""
+    """MOVDIR64B of zeros over the page; from some version on only on parts with X86_BUG_TDX_PW_MCE."""
+    if s.conf.linux >= versions.QUIRK_RESET_SINCE and not s.conf.partial_write_erratum:
+        s.say("[nothing: no X86_BUG_TDX_PW_MCE]")
+        return
     keyids.clear_by_movdir64b(s, s.conf.backing["private", gfn])
 
 

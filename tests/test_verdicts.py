@@ -1,0 +1,169 @@
+"""What a verdict may say: the kernel version decides, and nothing is claimed that was not looked at."""
+
+import pytest
+
+from kvmlab.design import Design, DesignError, shipped
+from kvmlab.explore import arrays, liveness, rows
+from kvmlab.machine import PLATFORMS
+from kvmlab.report import UNJUDGED, check, explore
+from kvmlab.scenario import SCENARIOS, NotApplicable, build, with_forgetful_tlbs
+
+
+def violated(text, *case):
+    return set(check(text, *case).violated)
+
+
+# rmp_match() looks at the PFN that the fault is about to map.
+
+
+@pytest.mark.parametrize("scenario", ["tiny", "to-private", "to-shared", "round-trip", "host-io", "range"])
+def test_deferring_rmpupdate_to_the_fault_is_clean_with_two_backings(scenario):
+    assert violated("defer-to-fault", "snp", scenario) == set()
+
+
+def test_taking_the_private_page_back_at_a_shared_fault_kills_a_guest():
+    assert violated("defer-to-fault-takes-back") == {"guest-killed", "out-of-sync"}
+
+
+def test_in_place_rmp_match_goes_both_ways():
+    taken = check("defer-to-fault", "snp", "to-shared", "in-place").sample().text()
+    assert "rmpupdate(shared)" in taken
+
+
+# linux: VERSION decides what a fault does that finds a present leaf with another PFN.
+
+
+@pytest.mark.parametrize(
+    ("linux", "wrong"),
+    [
+        ("v6.2", {"kernel-bug", "out-of-sync"}),
+        ("v6.12", {"kernel-bug", "out-of-sync"}),
+        ("v6.13", {"livelock", "out-of-sync"}),
+        ("v6.14", {"livelock", "out-of-sync"}),
+        ("v6.15", {"warning", "livelock", "out-of-sync"}),
+        ("v6.19", {"warning", "livelock", "out-of-sync"}),
+        ("v7.0", {"warning", "livelock", "out-of-sync"}),
+    ],
+)
+def test_without_the_zap_the_version_decides_between_a_bug_a_silent_loop_and_one_with_a_warning(linux, wrong):
+    assert violated(f"base: upstream-no-zap\nlinux: {linux}\n") == wrong
+
+
+def test_the_designs_of_the_thread_speak_of_the_kernel_of_2023():
+    assert {Design.load(name).linux for name in shipped("thread")} == {"v6.2", "v6.19"}
+    assert [name for name in shipped("thread") if Design.load(name).linux == "v6.19"] == ["upstream"]
+
+
+def test_upstream_names_its_version():
+    upstream = Design.load("upstream")
+    assert upstream.linux in upstream.title and upstream.version == (6, 19)
+
+
+def test_a_text_without_a_version_speaks_of_its_base_s():
+    assert Design.parse("base: upstream\n").linux == "v6.19"
+    assert Design.parse("kvm_mem_attrs_changed()\n").linux == Design.load("v8-post-hook").linux
+
+
+def test_two_texts_that_differ_in_their_version_alone_have_different_digests():
+    old, new = (Design.parse(f"base: upstream\nlinux: {linux}\n") for linux in ("v6.12", "v6.13"))
+    assert old.digest != new.digest and old.sections == new.sections
+
+
+def test_the_version_survives_an_edit_and_the_canonical_text():
+    design = Design.parse("linux: v6.14\nioctl:\n    kvm_vm_set_region_attr()\n    kvm_flush_remote_tlbs()\n")
+    assert design.move("ioctl", 1, -1).linux == "v6.14"
+    assert Design.parse(design.canonical()).linux == "v6.14"
+
+
+@pytest.mark.parametrize("said", ["6", "v6", "six", "v6.19-rc1", "v6.1.2"])
+def test_a_version_that_is_none_is_refused_with_examples(said):
+    with pytest.raises(DesignError, match=r"no version of Linux.*v6\.2, v6\.19"):
+        Design.parse(f"linux: {said}\nbase: upstream\n")
+
+
+def test_a_version_is_given_once():
+    with pytest.raises(DesignError, match="'linux:' is given twice"):
+        Design.parse("linux: v6.2\nlinux: v6.3\nbase: upstream\n")
+
+
+@pytest.mark.parametrize(("linux", "clears"), [("v6.17", True), ("v6.18", False)])
+def test_a_reclaimed_page_of_a_td_is_cleared_on_every_part_only_before_v6_18(linux, clears):
+    run = check(f"base: upstream\nlinux: {linux}\n", "tdx", "host-io").sample().text()
+    assert ("no X86_BUG_TDX_PW_MCE" in run) is not clears
+
+
+def test_a_discard_between_fault_and_handler_is_warned_of_in_v6_19_and_benign_with_the_fix():
+    assert violated("upstream", "snp", "vmm-punches") == {"warning"}
+    assert violated("rmp-fault-benign-race", "snp", "vmm-punches") == set()
+
+
+# The op's own look-up.
+
+
+def test_an_op_that_looks_its_pages_up_may_not_stand_under_mmu_lock():
+    assert check("pre-post-op-looks-up").verdicts["sleep-in-atomic"].verdict == "Always"
+    assert violated("pre-post-directmap") == set()
+
+
+def test_the_op_is_absent_where_there_is_no_rmp_so_nothing_of_it_sleeps_there():
+    assert violated("pre-post-op-looks-up", "sev") == violated("pre-post-op-looks-up", "tdx") - {"sleep-in-atomic"}
+
+
+def test_the_first_thing_that_sleeps_in_v7_s_op_is_its_look_up():
+    assert "kvm_restrictedmem_get_pfn(P0)" in check("v7-under-lock", scenario="tiny").trace().frames[-1].event.call
+
+
+# tdx: a mirror SPTE that is frozen when all is quiet.
+
+
+def test_a_leaf_that_is_never_written_stays_frozen_and_out_of_sync():
+    assert violated("tdx-stays-frozen", "tdx", "tiny") == {"out-of-sync"}
+
+
+# Always holds although TLBs may lose entries; a Sometimes does not need that.
+
+
+def test_always_does_not_hang_on_a_tlb_entry_that_stays():
+    report = check("no-flush", "tdx", "round-trip")
+    assert not liveness.avoidable(report.graph, "out-of-sync")
+    assert report.verdicts["out-of-sync"].verdict == "Sometimes"
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_no_property_is_reached_only_because_a_tlb_entry_vanishes(platform):
+    for name in shipped("all"):
+        try:
+            model = build(Design.load(name), SCENARIOS["tiny"], platform, Design.load(name).backing or "split")
+        except NotApplicable:
+            continue
+        plain, forgetful = explore(model), explore(with_forgetful_tlbs(model))
+        assert set(plain.hits) == set(forgetful.hits), name
+        assert (liveness.livelock(plain) is None) == (liveness.livelock(forgetful) is None), name
+
+
+# Nothing is said that was not looked at.
+
+
+def test_an_incomplete_search_says_never_of_nothing():
+    report = check("upstream", scenario="tiny", limit=20)
+    said = {v.verdict for v in report.verdicts.values()}
+    assert not report.complete and said == {UNJUDGED}
+    assert "was not found" in report.not_checked[-1]
+
+
+def test_an_incomplete_search_says_always_of_nothing():
+    report = check("v7-under-lock", scenario="tiny", limit=300)
+    assert not report.complete and report.verdicts["sleep-in-atomic"].verdict == "Sometimes"
+
+
+def test_every_part_of_the_graph_is_looked_at_for_a_livelock_however_many_there_are():
+    """67 strongly connected parts with a fault of CPU1 in them: the array engine gives those of the dict engine."""
+    model = build(Design.load("v8-post-hook"), SCENARIOS["to-private"])
+    found, listed = arrays.search(model), rows.search(model)
+    cell = model.layout.cell("acc", "CPU1")
+    parts = liveness._parts_arrays(found, liveness._Arrays(found), 1, cell)
+    others = liveness._parts_lists(listed, 1, cell)
+    assert len(parts) == 67
+    assert {frozenset(map(found.packed, part)) for part in parts} == {
+        frozenset(map(listed.packed, part)) for part in others
+    }
