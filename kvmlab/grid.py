@@ -22,7 +22,7 @@ SHORT = {
     "deadlock": "DEADL",
     "sleep-in-atomic": "ATOMIC", "lock-misuse": "LOCK", "confidentiality": "LEAK", "integrity": "INTEGR",
     "guest-killed": "KILLED", "conversion-refused": "REFUSE", "livelock": "LOOP", "stale-mapping": "STALE",
-    "out-of-sync": "SYNC",
+    "out-of-sync": "SYNC", "warning": "WARN",
 }  # fmt: skip
 assert set(SHORT) == set(BY_NAME)
 

@@ -196,7 +196,7 @@ class Report:
         careless = [p.name for p in PROPERTIES if p.guest and not self.case.model.conf.correct_guest]
         left = [f"{', '.join(careless)}: not judged, the guest is careless"] if careless else []
         if not self.complete:
-            left.append(f"interleavings beyond the first {self.states:,} states; what is not named above was not found")
+            left.append(f"interleavings beyond the first {self.states:,} states")
         return left
 
     def text(self) -> str:

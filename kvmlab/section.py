@@ -239,7 +239,7 @@ class Section:
         self.gfns, self.as_id = gfns, as_id
 
     def look_up(self, rows: Sequence[Row]) -> None:
-        """The op of the series looks its pages up itself (kvm_restrictedmem_get_pfn(), RFC v8 48/56), which may sleep.
+        """The op of the series looks its pages up itself (kvm_restrictedmem_get_pfn(), RFC v8 48/56); it may sleep.
 
         That is seen only where it must not; elsewhere nobody can tell it from a look-up before all locks.
         """

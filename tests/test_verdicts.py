@@ -4,7 +4,6 @@ import pytest
 
 from kvmlab.design import Design, DesignError, shipped
 from kvmlab.explore import arrays, liveness, rows
-from kvmlab.machine import PLATFORMS
 from kvmlab.report import UNJUDGED, check, explore
 from kvmlab.scenario import SCENARIOS, NotApplicable, build, with_forgetful_tlbs
 
@@ -77,7 +76,7 @@ def test_the_version_survives_an_edit_and_the_canonical_text():
 
 @pytest.mark.parametrize("said", ["6", "v6", "six", "v6.19-rc1", "v6.1.2"])
 def test_a_version_that_is_none_is_refused_with_examples(said):
-    with pytest.raises(DesignError, match=r"no version of Linux.*v6\.2, v6\.19"):
+    with pytest.raises(DesignError, match=r"(?s)no version of Linux.*v6\.2, v6\.19"):
         Design.parse(f"linux: {said}\nbase: upstream\n")
 
 
@@ -92,11 +91,6 @@ def test_a_reclaimed_page_of_a_td_is_cleared_on_every_part_only_before_v6_18(lin
     assert ("no X86_BUG_TDX_PW_MCE" in run) is not clears
 
 
-def test_a_discard_between_fault_and_handler_is_warned_of_in_v6_19_and_benign_with_the_fix():
-    assert violated("upstream", "snp", "vmm-punches") == {"warning"}
-    assert violated("rmp-fault-benign-race", "snp", "vmm-punches") == set()
-
-
 # The op's own look-up.
 
 
@@ -106,7 +100,7 @@ def test_an_op_that_looks_its_pages_up_may_not_stand_under_mmu_lock():
 
 
 def test_the_op_is_absent_where_there_is_no_rmp_so_nothing_of_it_sleeps_there():
-    assert violated("pre-post-op-looks-up", "sev") == violated("pre-post-op-looks-up", "tdx") - {"sleep-in-atomic"}
+    assert violated("pre-post-op-looks-up", "sev") == set()
 
 
 def test_the_first_thing_that_sleeps_in_v7_s_op_is_its_look_up():
@@ -129,7 +123,7 @@ def test_always_does_not_hang_on_a_tlb_entry_that_stays():
     assert report.verdicts["out-of-sync"].verdict == "Sometimes"
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", ["snp", "sw"])
 def test_no_property_is_reached_only_because_a_tlb_entry_vanishes(platform):
     for name in shipped("all"):
         try:
@@ -148,7 +142,7 @@ def test_an_incomplete_search_says_never_of_nothing():
     report = check("upstream", scenario="tiny", limit=20)
     said = {v.verdict for v in report.verdicts.values()}
     assert not report.complete and said == {UNJUDGED}
-    assert "was not found" in report.not_checked[-1]
+    assert report.not_checked == [f"interleavings beyond the first {report.states} states"]
 
 
 def test_an_incomplete_search_says_always_of_nothing():

@@ -154,7 +154,8 @@ CALLS = (
         ("tdh_phymem_page_wbinvd_hkid",),
     ),
     KnownCall(
-        "tdx_clear_page", ZAP, "zero the page with full-line writes, as the host; since v6.18 only with X86_BUG_TDX_PW_MCE",
+        "tdx_clear_page", ZAP,
+        "zero the page with full-line writes, as the host; since v6.18 only with X86_BUG_TDX_PW_MCE",
         ("tdx_quirk_reset_paddr", "tdx_quirk_reset_page"),
     ),
     KnownCall(

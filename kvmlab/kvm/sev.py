@@ -101,8 +101,9 @@ def rmp_fits(s: View, me: str, kind: str, of: str) -> str | None:
 def snp_lookup_rmpentry(s: View, me: str, kind: str, warns: bool) -> str | None:
     """The handler goes on only for an assigned 2M entry; 4K means that somebody else has just split it.
 
-    Unassigned: a punch came between fault and handler.  sev_handle_rmp_fault() warns (`warns`: "Unexpected RMP
-    fault, no assigned RMP entry") and leaves; fix acafcf32c83e, queued in September 2026, calls it a benign race.
+    Unassigned: a punch came between fault and handler.  sev_handle_rmp_fault() warns of it (`warns`: "Unexpected RMP
+    fault, no assigned RMP entry"), but holds the page until v7.3, so that it cannot happen; where it lets the page go
+    early, as queued in September 2026, it is a benign race (acafcf32c83e).
     """
     gfn = s.acc[me].gfn
     entry = s.rmp[s.conf.backing["private", gfn]]
