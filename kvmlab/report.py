@@ -11,7 +11,7 @@ from typing import Any
 
 from .design import Design
 from .explore import liveness, paths, rows
-from .explore.graph import Graph, Hit
+from .explore.graph import Graph, Hit, Watch
 from .machine import Switches
 from .properties import BY_NAME, MEASURES, PROPERTIES
 from .scenario import InputError, with_forgetful_tlbs
@@ -220,14 +220,17 @@ def _shape(run: Trace) -> tuple[object, ...]:
     return (turns, last.call if last else "", last.actor if last else "")
 
 
-def explore(model: Model, limit: int | None = None) -> Graph:
-    """Explore a model with the engine that fits its size; complete unless `limit` states are exceeded."""
-    graph = rows.search(model, SMALL if limit is None else min(SMALL, limit))
+def explore(model: Model, limit: int | None = None, watch: Watch | None = None) -> Graph:
+    """Explore a model with the engine that fits its size; complete unless `limit` states are exceeded.
+
+    `watch` is told now and then how many states are known; what it raises ends the search.
+    """
+    graph = rows.search(model, SMALL if limit is None else min(SMALL, limit), watch)
     if graph.complete or (limit is not None and limit <= SMALL):
         return graph
     from .explore import arrays
 
-    return arrays.search(model, limit, learner=graph.learner)
+    return arrays.search(model, limit, learner=graph.learner, watch=watch)
 
 
 def check(
@@ -243,9 +246,13 @@ def check(
     `design` is a `Design`, the name of one that ships, a file, or a text with line breaks.  Raises DesignError
     for a bad design, InputError for a name that does not exist, NotApplicable for a case that does not.
     """
-    case = Case(as_design(design), platform, scenario, backing, switches or Switches())
+    return check_case(Case(as_design(design), platform, scenario, backing, switches or Switches()), limit)
+
+
+def check_case(case: Case, limit: int | None = None, watch: Watch | None = None) -> Report:
+    """Check a case as `check` does; `watch` as for `explore`."""
     began = time.perf_counter()
-    graph = explore(case.model, limit)
+    graph = explore(case.model, limit, watch)
     report = Report(case, graph, 0.0)
     report.verdicts  # noqa: B018 - part of the check, so part of its time
     report.seconds = time.perf_counter() - began

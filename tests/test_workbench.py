@@ -24,8 +24,9 @@ def bench() -> Workbench:
 
 
 def say(bench: Workbench, do: str, **message: Any) -> dict[str, Any]:
-    """Send a message as the browser does, and return what it would see."""
+    """Send a message as the browser does, and return what it would see once all is explored."""
     bench._handle_custom_msg({"do": do, **message}, [])
+    bench.wait()
     return dict(bench.view)
 
 
@@ -82,9 +83,20 @@ def test_a_dragged_line_lands_where_it_is_dropped(bench: Workbench, by: int) -> 
     assert seen["focus"] == ("ioctl", line + by)
 
 
-def test_a_line_at_the_end_stays(bench: Workbench) -> None:
+def test_a_line_at_the_end_stays_and_it_is_said_why(bench: Workbench) -> None:
     seen = say(bench, "move", section="ioctl", line=0, by=-1)
-    assert (seen["case"]["design"], seen["problem"], seen["undo"]) == (FAULTY, "", False)
+    assert (seen["case"]["design"], seen["undo"]) == (FAULTY, False)
+    assert seen["problem"].endswith("cannot move up: it is the first of its section.")
+
+
+def test_the_only_line_of_an_if_says_what_to_move_instead(bench: Workbench) -> None:
+    seen = say(bench, "move", section="ioctl", line=line_of(bench, "kvm_unmap_directmap()"), by=-1)
+    assert "it stays inside if (attr == private)" in seen["problem"]
+
+
+def test_a_line_that_is_dropped_where_it_cannot_go_says_why(bench: Workbench) -> None:
+    seen = say(bench, "move", section="ioctl", line=line_of(bench, "kvm_unmap_directmap()"), to=0)
+    assert "it stays inside if (attr == private)" in seen["problem"]
 
 
 def test_undo_takes_back_one_change_after_the_other(bench: Workbench) -> None:
@@ -111,8 +123,8 @@ def test_each_violated_property_shows_its_run() -> None:
     bench = kvmlab.workbench("no-zap", show="out-of-sync")
     assert bench.view["shown"] == "out-of-sync"
     seen = say(bench, "show", property="kernel-bug")
-    assert (seen["shown"], seen["position"]) == ("kernel-bug", 0)
-    assert seen["trace"]["steps"][-1]["broken"] == ["kernel-bug"]
+    assert seen["shown"] == "kernel-bug"
+    assert seen["trace"]["steps"][seen["position"]]["broken"] == ["kernel-bug"]
 
 
 def test_a_sample_run_can_be_asked_for(bench: Workbench) -> None:
