@@ -56,6 +56,7 @@ function ordering(send) {
     (on ? text : open).focus();
   }
 
+  const breakable = (code) => code.split(/(?<=\()(?!\))/).flatMap((part, n) => (n ? [h("wbr"), part] : [part]));
   const move = (section, line, by) => send({ do: "move", section, line, by });
 
   function item(section, line, code) {
@@ -63,7 +64,7 @@ function ordering(send) {
     const up = h("button", { tabIndex: -1, title: "Move up (Alt+Up)", "aria-label": `Move up: ${code.trim()}`, onclick: () => move(section, line, -1) }, "▲");
     const down = h("button", { tabIndex: -1, title: "Move down (Alt+Down)", "aria-label": `Move down: ${code.trim()}`, onclick: () => move(section, line, 1) }, "▼");
     const li = h("li", { tabIndex: -1, draggable: send.live, "aria-label": code.trim(), onfocus: () => activate(key) },
-      h("span", { className: "kvmlab-code" }, code.replace(/^ +/, (lead) => lead.slice(lead.length / 2))), send.live ? h("span", { className: "kvmlab-arrows" }, up, down) : "");
+      h("span", { className: "kvmlab-code" }, breakable(code.replace(/^ +/, (lead) => lead.slice(lead.length / 2)))), send.live ? h("span", { className: "kvmlab-arrows" }, up, down) : "");
     li.addEventListener("dragstart", (e) => { dragged = { section, line }; e.dataTransfer.setData("text/plain", code.trim()); e.dataTransfer.effectAllowed = "move"; });
     li.addEventListener("dragend", () => { dragged = null; });
     li.addEventListener("dragover", (e) => { if (dragged?.section === section) { e.preventDefault(); li.classList.add("kvmlab-over"); } });
