@@ -39,6 +39,7 @@ class Report:
     case: Case
     graph: Graph = field(repr=False)
     seconds: float
+    watch: Watch | None = field(default=None, repr=False)  # of the search, and of those that a verdict needs
 
     @property
     def complete(self) -> bool:
@@ -91,7 +92,7 @@ class Report:
 
     @cached_property
     def _forgetful(self) -> Graph:
-        return explore(with_forgetful_tlbs(self.case.model))
+        return explore(with_forgetful_tlbs(self.case.model), watch=self.watch)
 
     @property
     def violated(self) -> list[str]:
@@ -253,9 +254,10 @@ def check_case(case: Case, limit: int | None = None, watch: Watch | None = None)
     """Check a case as `check` does; `watch` as for `explore`."""
     began = time.perf_counter()
     graph = explore(case.model, limit, watch)
-    report = Report(case, graph, 0.0)
+    report = Report(case, graph, 0.0, watch)
     report.verdicts  # noqa: B018 - part of the check, so part of its time
     report.seconds = time.perf_counter() - began
+    report.watch = None
     return report
 
 

@@ -135,10 +135,11 @@ def verdicts(report: Report) -> list[Json]:
 
 def unjudged(report: Report) -> list[Json]:
     """Which properties are not judged, and why: one entry a reason."""
+    careless = not report.case.model.conf.correct_guest
     reasons: dict[str, list[str]] = {}
-    for told in report.not_checked:
-        name, judged, why = told.partition(": not judged, ")
-        if judged:
+    for name, verdict in report.verdicts.items():
+        if verdict.verdict == UNJUDGED:
+            why = "the guest is careless" if careless and BY_NAME[name].guest else "not all is explored"
             reasons.setdefault(why, []).append(name)
     return [{"why": why, "names": names} for why, names in reasons.items()]
 

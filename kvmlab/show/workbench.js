@@ -231,7 +231,7 @@ const LEGEND = "Keys: ← → step · Home End · n p next, previous turn · f n
 const PATIENCE = 3000; // milliseconds without an answer before that is said
 const SILENT = "The kernel has not answered yet: it may be busy with a cell.";
 const GONE = "The kernel that explored this is gone. What you see is its last answer; run the cell again to go on.";
-const SAVED = "This is the workbench as it was saved. Step through the run; to change something, run the cell.";
+const SAVED = "This is the workbench as it was saved. Its run can be stepped through; kvmlab.workbench(\"CODE\"), with the run's code from below, goes on from here.";
 
 function render({ model, el }) {
   const send = (message) => {
