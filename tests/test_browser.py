@@ -431,6 +431,7 @@ def test_another_text_pasted_on_the_workbench_opens_the_editor(live: Any, desk: 
 def test_in_a_careless_scenario_it_says_what_is_not_judged_and_why(live: Any, desk: Any) -> None:
     live.locator("select[name=scenario]").select_option("careless")
     live.get_by_text("Not judged, as the guest is careless:").wait_for()
+    live.scroll_into_view_if_needed()
     shot(desk, "live-careless")
 
 
@@ -493,6 +494,26 @@ def test_a_saved_session_is_there_when_it_is_opened_again_without_its_kernel(pag
     page.keyboard.press("ArrowRight")
     step(bench, "step 1 of")
     assert page.get_by_text("model not found").count() == 0
+
+
+def test_the_exercise_on_the_directmap_is_solved_with_alt_and_the_arrow(
+    page: Any, lab: Lab, root: Path
+) -> None:
+    cells = json.loads((root / "notebooks/02_directmap_and_2m.ipynb").read_text(encoding="utf-8"))["cells"]
+    (exercise,) = ("".join(cell["source"]) for cell in cells if "kvmlab.workbench(" in "".join(cell["source"]))
+    (lab.folder / "exercise.ipynb").write_text(notebook(cells=[exercise, DONE]), encoding="utf-8")
+    open_notebook(page, lab, "exercise.ipynb")
+    command(page, "notebook:run-all-cells")
+    bench = page.locator(".kvmlab")
+    chip(bench, "host-rmp-fault").wait_for(timeout=LOAD)
+    line(bench, "if (attr == private)").click()
+    lines = "document.querySelector('.kvmlab-lines').innerText"
+    for _ in range(10):
+        before = page.evaluate(lines)
+        page.keyboard.press("Alt+ArrowUp")
+        page.wait_for_function(f"(before) => {lines} !== before", arg=before)
+    bench.get_by_text("Nothing is violated").wait_for()
+    shot(page, "solved")
 
 
 def test_a_page_that_is_loaded_again_finds_its_workbench_live(page: Any, lab: Lab) -> None:

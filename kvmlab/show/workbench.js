@@ -236,13 +236,13 @@ const SAVED = "This is the workbench as it was saved. Its run can be stepped thr
 function render({ model, el }) {
   const send = (message) => {
     if (message.do === "show" && view.runs?.[message.property]) { view.shown = message.property; keepingFocus(root, () => verdict.update(view)); run.load(view.runs[message.property]); return; }
-    if (!send.live) return;
-    if (message.do !== "position") { clearTimeout(silent); silent = setTimeout(() => tell(SILENT), PATIENCE); }
+    if (!send.live || (asked && message.do === "move")) return; // until the answer is there a line's number may be another's
+    if (message.do !== "position") { asked = true; clearTimeout(silent); silent = setTimeout(() => tell(SILENT), PATIENCE); }
     model.send(message);
   };
   const link = connection(model, el, () => { if (link.live() !== send.live) update(); });
   send.live = link.live();
-  let view = model.get("view"), silent = 0, wasLive = send.live, before = {};
+  let view = model.get("view"), asked = false, silent = 0, wasLive = send.live, before = {};
   const bar = caseBar(send), order = ordering(send), verdict = verdictList(send), beside = comparison(send);
   const run = player(send, (step, hue) => order.at(step.line, hue));
   const note = h("div", { className: "kvmlab-note", role: "status", hidden: true });
@@ -252,6 +252,7 @@ function render({ model, el }) {
 
   function update() {
     clearTimeout(silent);
+    asked = false;
     send.live = link.live();
     wasLive ||= send.live;
     const pending = send.live ? model.get("pending") ?? {} : {};
