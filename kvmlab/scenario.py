@@ -8,6 +8,7 @@ from typing import Any
 from .actors import may_begin
 from .design import Design
 from .design.calls import BACKINGS
+from .design.errors import Refusal
 from .design.rows import adds_ranges
 from .hw.memory import GUEST_KEY, PLAIN, Content
 from .hw.tdx_lines import HOST, Line
@@ -29,11 +30,11 @@ from .step import Actor, Instr, Model, run_step
 from .sync import out_of_sync
 
 
-class InputError(ValueError):
+class InputError(Refusal, ValueError):
     """What a user asked for does not exist: says what, and what would be allowed."""
 
 
-class NotApplicable(Exception):
+class NotApplicable(Refusal):
     """This design has no such case; the text says why."""
 
 

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from .design import Design, DesignError
+from .design import Design
+from .design.errors import Refusal
 from .explore.paths import Schedule
 from .machine import Switches
 from .properties import PROPERTIES
 from .report import Report, as_design, check, check_case
-from .scenario import InputError, NotApplicable, check_names, find_scenario
-from .trace import Case, Event, Frame, ReplayError, Trace, options, replay
+from .scenario import InputError, check_names, find_scenario
+from .trace import Case, Event, Frame, Trace, options, replay
 
 BY_HAND = "by-hand"
 
@@ -107,7 +108,7 @@ class Session:
         try:
             run = replay(text)
             report = check_case(run.case)
-        except (ReplayError, DesignError, InputError, NotApplicable) as problem:
+        except Refusal as problem:
             self.problem = str(problem)
         else:
             self.adopt(report, run)
@@ -116,7 +117,7 @@ class Session:
     def _try(self, change: Callable[[], Case]) -> Report:
         try:
             report = check_case(change())
-        except (DesignError, InputError, NotApplicable) as problem:
+        except Refusal as problem:
             self.problem = str(problem)
         else:
             self.adopt(report)

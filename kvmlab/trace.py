@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from .design import Design
+from .design.errors import Refusal
 from .explore.paths import Schedule, switches
 from .machine import Switches
 from .scenario import InputError, NotApplicable, build, find_scenario
@@ -92,7 +93,7 @@ class Frame(NamedTuple):
     event: Event | None
 
 
-class ReplayError(ValueError):
+class ReplayError(Refusal, ValueError):
     """A trace code cannot be replayed: says why and where."""
 
 

@@ -512,7 +512,7 @@ def test_the_exercise_on_the_directmap_is_solved_with_alt_and_the_arrow(
         before = page.evaluate(lines)
         page.keyboard.press("Alt+ArrowUp")
         page.wait_for_function(f"(before) => {lines} !== before", arg=before)
-    bench.get_by_text("Nothing is violated").wait_for()
+    bench.get_by_text("Nothing is violated", exact=True).wait_for()
     shot(page, "solved")
 
 

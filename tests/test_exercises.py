@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ def run(source: str) -> Any:
     """What a cell shows when it is the first that a fresh kernel runs: the value of its last line."""
     *lines, last = source.splitlines()
     names: dict[str, Any] = {"display": lambda *_: None}
-    exec("\n".join(lines), names)  # noqa: S102 - our own notebooks
-    return eval(last, names)  # noqa: S307
+    exec("\n".join(lines), names)
+    return eval(last, names)
 
 
 def exercise(number: str) -> tuple[str, Any]:
@@ -148,7 +149,7 @@ def test_two_neighbours_of_the_zap_may_change_places() -> None:
     bench = bench_of("05", "Which two neighbours", "`zap:`", "Alt+Up")
     lines = [line.strip() for line in bench.session.design.lines("zap")]
     clean = []
-    for upper, lower in zip(lines, lines[1:], strict=False):
+    for upper, lower in pairwise(lines):
         if not press(bench, "zap", upper, DOWN):
             clean.append((upper, lower))
         bench._handle_custom_msg({"do": "undo"}, [])

@@ -19,7 +19,15 @@ class Place(NamedTuple):
 NOWHERE = Place("(text)", 0, 0)
 
 
-class DesignError(ValueError):
+class Refusal(Exception):
+    """What a user asked for is refused, and `str()` says all there is to say; a notebook shows that alone."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython prints in place of a traceback: the lines of the code that refused help nobody."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class DesignError(Refusal, ValueError):
     """A design that cannot be read; `str()` of it is the whole message, with the line and a caret.
 
     `line` and `column` count from 1, and are 0 where no line is to blame; `allowed` lists what would do

@@ -6,11 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..design import DesignError
-from ..scenario import InputError, NotApplicable
-from ..trace import ReplayError
+from ..design.errors import Refusal
+from ..scenario import InputError
 
-REFUSALS = (DesignError, InputError, NotApplicable, ReplayError)
 LARGEST = 1_000_000  # no number of a message means anything beyond
 CODE = re.compile(r"kvmlab:\d")  # how the code of a run begins, whatever its version
 
@@ -24,7 +22,7 @@ def has_code(text: str) -> bool:
 
 def in_words(failure: Exception) -> str:
     """What a user is told of a request that failed."""
-    if isinstance(failure, REFUSALS):
+    if isinstance(failure, Refusal):
         return str(failure)
     if isinstance(failure, MemoryError):
         return "out of memory: this case has more states than fit; nothing has changed"

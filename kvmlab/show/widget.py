@@ -16,6 +16,7 @@ import traitlets
 
 from ..design import Design, shipped
 from ..design.calls import SECTIONS
+from ..design.errors import Refusal
 from ..explore.graph import Watch
 from ..properties import BY_NAME
 from ..report import Report, as_design, check_case
@@ -23,7 +24,7 @@ from ..scenario import InputError
 from ..session import Session, changed_case
 from ..trace import Case, Trace, replay
 from .html import report_html, run_html, side_by_side_html, trace_title
-from .messages import REFUSALS, Message, a_number, a_text, has_code, in_words, one_of
+from .messages import Message, a_number, a_text, has_code, in_words, one_of
 from .page import script, stylesheet
 from .search import Search
 from .style import block, el, quiet
@@ -334,7 +335,7 @@ def _against(case: Case, versus: Design | None, watch: Watch | None = None) -> R
         return ""
     try:
         return check_case(changed_case(case, design=versus), watch=watch)
-    except REFUSALS as problem:
+    except Refusal as problem:
         return str(problem)
 
 
