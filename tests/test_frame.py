@@ -53,7 +53,6 @@ HEAVY_MODULES = {
     "explore/dedup.py",
     "explore/levels.py",
     "explore/tables.py",
-    "show/plots.py",
     "show/widget.py",
 }
 
