@@ -35,7 +35,7 @@ def a_text(message: Message, name: str) -> str:
     """The text of a field; InputError if there is none."""
     value = message.get(name)
     if not isinstance(value, str):
-        raise InputError(f"{message.get('do')} needs a text {name!r}")
+        raise InputError(f"a message needs a text {name!r}")
     return value
 
 
@@ -43,7 +43,7 @@ def a_number(message: Message, name: str) -> int:
     """The whole number of a field, at most `LARGEST` either way; InputError if there is none."""
     value = message.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or abs(value) > LARGEST:
-        raise InputError(f"{message.get('do')} needs a whole number {name!r} of at most {LARGEST:,}")
+        raise InputError(f"a message needs a whole number {name!r} of at most {LARGEST:,}")
     return value
 
 

@@ -127,12 +127,7 @@ class Workbench(anywidget.AnyWidget):
             try:
                 if not isinstance(message, Mapping):
                     raise InputError("a message is an object with a 'do'")
-                do = _VERBS.get(str(message.get("do")))
-                if do is None:
-                    raise InputError(
-                        f"unknown message {str(message.get('do'))[:40]!r}; there are: {', '.join(_VERBS)}"
-                    )
-                if do(self, message) is False:
+                if _VERBS[one_of(message, "do", tuple(_VERBS))](self, message) is False:
                     return
             except Exception as failure:  # in a callback nobody would see it otherwise
                 self.session.problem = in_words(failure)
