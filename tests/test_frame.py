@@ -46,6 +46,7 @@ LATE = {
     ("grid.py", "show"): "as a report does",
     ("trace.py", "show"): "as a report does",
     ("session.py", "show"): "as a report does",
+    ("hw/rules.py", "show"): "as a report does",
 }
 HEAVY = {"IPython", "anywidget", "ipywidgets", "jupyterlab", "matplotlib", "numpy", "scipy"}
 HEAVY_MODULES = {

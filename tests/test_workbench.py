@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("anywidget", reason="needs anywidget")
 
+from fuzz_messages import fuzz
+
 import kvmlab
 from kvmlab.design import DesignError
 from kvmlab.explore.graph import Watch
@@ -129,6 +131,10 @@ def test_a_design_for_one_backing_brings_it_along(bench: Workbench) -> None:
     seen = say(bench, "load", design="gmem-in-place")
     assert (seen["problem"], seen["case"]["backing"]) == ("", "in-place")
     assert say(bench, "undo")["case"]["design"] == FAULTY
+
+
+def test_a_design_for_one_backing_opens_in_it() -> None:
+    assert kvmlab.workbench("gmem-in-place").session.case.backing == "in-place"
 
 
 def test_each_violated_property_shows_its_run() -> None:
@@ -444,3 +450,9 @@ def test_a_run_brings_its_own_case() -> None:
 def test_a_step_that_cannot_be_taken_leaves_the_position(bench: Workbench) -> None:
     seen = say(bench, "take", at=0, actor="CPU9", choice=0)
     assert seen["position"] == bench.session.trace.steps
+
+
+def test_of_random_messages_none_escapes() -> None:
+    found, faults = fuzz(200, seed=2)
+    assert faults == []
+    assert found["done"] > 50 < found["refused"]

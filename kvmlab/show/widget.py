@@ -389,7 +389,7 @@ def workbench(
     """The workbench on one case: change it with the mouse, or work on its `session` from the next cell.
 
     `design` is a design as for `check`, or a run: a `Trace`, its code, or a diagram that carries one; a run
-    brings its own case.  Defaults: snp, tiny, split.  `versus` is a design to stand beside it, `show` the
+    brings its own case.  Defaults: snp, tiny, the design's own backing or else split.  `versus` is a design to stand beside it, `show` the
     property whose counterexample comes first.  Errors as for `check` and `replay`; InputError for a property
     that does not exist.
     """
@@ -401,7 +401,8 @@ def workbench(
             raise InputError(f"a run has a case of its own; leave out: {', '.join(given)}")
         session = Session.of(run)
     else:
-        session = Session(run, **given)
+        run = as_design(run)
+        session = Session(run, **{"backing": run.backing or "split", **given})
     if show is not None:
         session.show(one_of({"show": show, "do": "workbench"}, "show", tuple(BY_NAME)))
     session.jump(first_position(session.trace))
