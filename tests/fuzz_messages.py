@@ -31,6 +31,7 @@ ODD: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 3, 10**9, 10**5000, -(10**5000), 0.5, float("nan"), float("inf"), "", " ", "-", "\0",
     "x" * 10_000, "no-zap", "ioctl", "<b>", "\ud800", "\u202e", [], [1], {}, {"do": "edit"}, b"x", ("ioctl", 1),
 )  # fmt: skip
+TYPED = ("", "(", ")", ":", "{", "if (", "else", "\t", "\0", "é", "\u202e", "kvmlab:1:", "//")
 FIELDS = ("text", "section", "line", "by", "to", "platform", "scenario", "backing", "design", "property", "at",
           "actor", "choice", "position", "do")  # fmt: skip
 
@@ -95,7 +96,7 @@ class Fuzz:
                 lines[at] = "    " * random.randint(0, 3) + lines[at].strip()
             else:
                 cut = random.randint(0, len(lines[at]))
-                typed = random.choice(["", "(", ")", ":", "{", "if (", "else", "\t", "\0", "é", "\u202e", "kvmlab:1:", "//"])
+                typed = random.choice(TYPED)
                 lines[at] = lines[at][:cut] + typed + lines[at][cut + random.randint(0, 2) :]
         return "\n".join(lines[: random.randint(0, len(lines))] if random.random() < 0.2 else lines)
 
@@ -150,7 +151,8 @@ def fuzz(count: int, seed: int) -> tuple[Counter[str], list[str]]:
     """Send that many messages; what became of them, and what was wrong."""
     source, found, faults = Fuzz(seed), Counter[str](), list[str]()
     bench = source.bench()
-    before, threading.excepthook = threading.excepthook, lambda args: faults.append(f"in a thread: {args.exc_value!r}")
+    before = threading.excepthook
+    threading.excepthook = lambda args: faults.append(f"in a thread: {args.exc_value!r}")
     try:
         for n in range(count):
             if n % FRESH == 0:
@@ -176,8 +178,8 @@ def main(argv: list[str] | None = None) -> int:
     began = time.perf_counter()
     found, faults = fuzz(options.count, options.seed)
     took = time.perf_counter() - began
-    print(f"{options.count} messages in {took:.0f} s: {found['done']} done, {found['refused']} refused in words, ", end="")
-    print(f"{len(faults)} escaped")
+    became = f"{found['done']} done, {found['refused']} refused in words, {len(faults)} escaped"
+    print(f"{options.count} messages in {took:.0f} s: {became}")
     print(*faults[:20], sep="\n")
     return 1 if faults else 0
 

@@ -20,7 +20,7 @@ COUNTS = {
     "PSC exits": ("psc-buffer", "psc-msr"),
 }
 HUES = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION)
-LONGEST = 420  # pixels
+LONGEST = 320  # pixels
 
 
 def load_counts(load: Load) -> dict[str, int]:
@@ -47,25 +47,17 @@ class LoadFigure:
     __str__ = text
 
     def html(self) -> Html:
-        """The picture: a group of rows a count, a row a design, its bar, its number."""
+        """The picture: a group of rows a count, a row a design, its number, its bar."""
         counts = [load_counts(load) for load in self.loads]
         longest = max(max(each.values()) for each in counts) or 1
         rows: list[Html] = []
         for name in COUNTS:
             for n, (load, each) in enumerate(zip(self.loads, counts, strict=True)):
                 bar = f"width:{round(LONGEST * each[name] / longest)}px;background:{HUES[n % len(HUES)]}"
-                top = "padding-top:9px" if n == 0 else ""
-                rows.append(
-                    tr(
-                        th(name if n == 0 else "", style=top),
-                        td(load.design, style=top),
-                        td(
-                            el("span", style=f"display:inline-block;height:10px;margin-right:6px;{bar}"),
-                            f"{each[name]:,}",
-                            style=top,
-                        ),
-                    )
-                )
+                top = f"white-space:nowrap;{'padding-top:9px' if n == 0 else ''}"
+                head, design = th(name if n == 0 else "", style=top), td(load.design, style=top)
+                shape = el("span", style=f"display:inline-block;height:10px;{bar}")
+                rows.append(tr(head, design, td(f"{each[name]:,}", number=True, style=top), td(shape, style=top)))
         return block(table(rows))
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:

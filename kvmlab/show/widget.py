@@ -389,9 +389,9 @@ def workbench(
     """The workbench on one case: change it with the mouse, or work on its `session` from the next cell.
 
     `design` is a design as for `check`, or a run: a `Trace`, its code, or a diagram that carries one; a run
-    brings its own case.  Defaults: snp, tiny, the design's own backing or else split.  `versus` is a design to stand beside it, `show` the
-    property whose counterexample comes first.  Errors as for `check` and `replay`; InputError for a property
-    that does not exist.
+    brings its own case.  Defaults: snp, tiny, and split backing unless the design is for another.  `versus` is
+    a design to stand beside it, `show` the property whose counterexample comes first.  Errors as for `check`
+    and `replay`; InputError for a property that does not exist.
     """
     case = {"platform": platform, "scenario": scenario, "backing": backing}
     given: dict[str, Any] = {name: value for name, value in case.items() if value is not None}
