@@ -135,6 +135,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, root: Path, chromium: str) -> 
         *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--notebook-dir={work}"),
         *(f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--ServerApp.ip=127.0.0.1"),
         *(f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True"),
+        "--ServerApp.contents_manager_class=kvmlab.nbfiles.Contents",  # as `kvmlab lab` starts it
     ]
     server = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
@@ -550,6 +551,22 @@ def test_a_stored_notebook_shows_its_picture_before_anything_runs(page: Any, lab
     assert "linear-gradient" in bar.evaluate("(el) => getComputedStyle(el).backgroundImage")
     assert output.get_by_text("Run this cell to make it live").is_visible()
     assert page.locator(".kvmlab").count() == 0
+
+
+def test_opening_and_saving_a_committed_notebook_changes_nothing_in_it(
+    page: Any, lab: Lab, root: Path
+) -> None:
+    committed = (root / "notebooks/00_tour.ipynb").read_text(encoding="utf-8")
+    (lab.folder / "tour.ipynb").write_text(committed, encoding="utf-8")
+    open_notebook(page, lab, "tour.ipynb")
+    info = "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.info"
+    assert page.evaluate(f"async () => (await {info}).language_info.version")
+    page.wait_for_function(f"() => {MODEL}.getMetadata('language_info').version")
+    assert not dirty(page)
+    page.evaluate(f"() => {{ {MODEL}.dirty = true; }}")
+    command(page, "docmanager:save")
+    page.wait_for_function(f"() => !{MODEL}.dirty")
+    assert (lab.folder / "tour.ipynb").read_text(encoding="utf-8") == committed
 
 
 def test_the_exported_page_steps_without_kernel_and_network(page: Any, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ LAYERS = [
     ["trace"],
     ["claims", "grid", "report", "session", "vm"],
     ["show"],
-    ["__init__", "__main__", "cli", "nb"],
+    ["__init__", "__main__", "cli", "nb", "nbfiles"],
 ]
 # What a function may import although it is higher, and why.
 LATE = {
@@ -54,6 +54,7 @@ HEAVY_MODULES = {
     "explore/dedup.py",
     "explore/levels.py",
     "explore/tables.py",
+    "nbfiles.py",
     "show/widget.py",
 }
 
