@@ -18,13 +18,13 @@ BAD = [
     ("rmp-under-lock-directmap-post", "tiny", "host-rmp-fault"),
     ("no-zap", "tiny", "kernel-bug"),
     ("v7-under-lock", "to-private", "sleep-in-atomic"),
-    ("defer-to-fault", "host-io", "integrity"),
+    ("defer-to-fault-takes-back", "host-io", "integrity"),
     ("never-rmpupdate", "tiny", "livelock"),
     ("keeps-mmu-lock", "tiny", "deadlock"),
     ("never-maps-back", "host-io", "out-of-sync"),
     ("punch-leaves-assigned", "discard", "host-rmp-fault"),
     ("v8-post-hook", "discard-first", "integrity"),
-    ("v8-post-hook", "vmm-punches", "platform-error"),
+    ("v8-post-hook", "vmm-punches", "warning"),
     ("reserved-read-as-attributes", "reserve-fails", "out-of-sync"),
 ]
 
@@ -58,7 +58,7 @@ def test_a_code_gives_the_same_run_back(design, scenario, prop):
 
 @pytest.mark.parametrize("quote", ["", "> ", "> > ", ">> "])
 def test_a_diagram_pasted_from_a_mail_replays(quote):
-    trace = trace_of("defer-to-fault", "host-io", "integrity")
+    trace = trace_of("defer-to-fault-takes-back", "host-io", "integrity")
     mail = "\n".join(["Hi,", "", *trace.text().splitlines(), "", "Thanks"])
     assert replay("\n".join(quote + line for line in mail.splitlines())).schedule == trace.schedule
 

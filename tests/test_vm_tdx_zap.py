@@ -2,8 +2,10 @@
 
 import pytest
 
+from kvmlab.design import Design
 from kvmlab.emulator import GuestSpins, PlatformError, Vm
 from kvmlab.emulator.locks import Deadlock
+from kvmlab.emulator.switches import VmSwitches
 from kvmlab.emulator.tdx_load import batching
 from kvmlab.hw.tdx import Leaf
 from kvmlab.hw.tdx_sept import State
@@ -30,11 +32,18 @@ def calls(vm):
 # As merged
 
 
-def test_one_private_leaf_goes_by_block_track_kick_remove_wbinvd_clear():
+def test_one_private_leaf_goes_by_block_track_kick_remove_wbinvd():
     vm = td()
     vm.set_memory_attributes(0, P, False)
-    assert calls(vm) == [BLOCK, TRACK, "kick", REMOVE, WBINVD, "tdx-clear-page"]
+    assert calls(vm) == [BLOCK, TRACK, "kick", REMOVE, WBINVD]
     assert vm.tdx.module.entry(0) == State.FREE and not vm.tdx.mirror_of(0, 1)[0]
+
+
+@pytest.mark.parametrize(("linux", "erratum"), [("v6.17", False), ("v6.17", True), ("v6.19", True)])
+def test_the_page_is_cleared_before_v6_18_and_on_parts_with_the_erratum(linux, erratum):
+    vm = td(design=Design.parse(f"base: upstream\nlinux: {linux}\n"), switches=VmSwitches(partial_write_erratum=erratum))
+    vm.set_memory_attributes(0, P, False)
+    assert calls(vm) == [BLOCK, TRACK, "kick", REMOVE, WBINVD, "tdx-clear-page"]
 
 
 def test_each_leaf_has_its_own_track_and_kick():

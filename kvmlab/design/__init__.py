@@ -51,6 +51,7 @@ class Design:
     backing: str | None = None
     linux: str = ""
     own: tuple[str, ...] = field(default=(), repr=False)
+    _says_linux: bool = field(default=False, repr=False, compare=False)
     _trees: Mapping[str, tuple[Node, ...]] = field(
         default_factory=dict, repr=False, compare=False, hash=False
     )
@@ -162,7 +163,7 @@ class Design:
         blocks = ["\n".join(f"// {line}".rstrip() for line in self._header)] if self._header else []
         if self.base:
             blocks.append(f"base: {self.base}")
-        if "linux" in self.own:
+        if self._says_linux:
             blocks.append(f"linux: {self.linux}")
         if self.backing:
             blocks.append(f"backing: {self.backing}")
@@ -214,7 +215,8 @@ def _parse(
         about=about,
         backing=parsed.backing or (base.backing if base else None),
         linux=parsed.linux or (base or _shipped(DEFAULT_BASE)).linux,
-        own=(*(s for s in SECTIONS if s in parsed.sections), *(["linux"] if parsed.linux else [])),
+        own=tuple(section for section in SECTIONS if section in parsed.sections),
+        _says_linux=parsed.linux is not None,
         _trees=MappingProxyType(trees),
         _header=tuple(source.header),
         _loader=loader,
