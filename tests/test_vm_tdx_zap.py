@@ -41,7 +41,8 @@ def test_one_private_leaf_goes_by_block_track_kick_remove_wbinvd():
 
 @pytest.mark.parametrize(("linux", "erratum"), [("v6.17", False), ("v6.17", True), ("v6.19", True)])
 def test_the_page_is_cleared_before_v6_18_and_on_parts_with_the_erratum(linux, erratum):
-    vm = td(design=Design.parse(f"base: upstream\nlinux: {linux}\n"), switches=VmSwitches(partial_write_erratum=erratum))
+    design = Design.parse(f"base: upstream\nlinux: {linux}\n")
+    vm = td(design=design, switches=VmSwitches(partial_write_erratum=erratum))
     vm.set_memory_attributes(0, P, False)
     assert calls(vm) == [BLOCK, TRACK, "kick", REMOVE, WBINVD, "tdx-clear-page"]
 
