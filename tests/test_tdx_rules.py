@@ -1,10 +1,14 @@
 """The TDX module's rules, row by row, without a TD."""
 
+import importlib
+import pkgutil
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmlab.hw import tdx, tdx_entry, tdx_lines, tdx_locks, tdx_pamt, tdx_sept, tdx_td, tdx_tlb
+from kvmlab import hw
+from kvmlab.hw import tdx, tdx_entry, tdx_lines, tdx_locks, tdx_pamt, tdx_sept, tdx_td, tdx_tlb, tdx_words
 from kvmlab.hw.rules import Rules
 from kvmlab.hw.tdx import Guest, Leaf, Level, Operand, Status
 from kvmlab.hw.tdx_entry import State
@@ -13,7 +17,10 @@ from kvmlab.hw.tdx_pamt import NDA, PageType, PamtEntry
 from kvmlab.hw.tdx_sept import Children, seamcall
 from kvmlab.hw.tdx_tlb import CALM, Age, Epochs
 
-MODULES = (tdx, tdx_sept, tdx_locks, tdx_pamt, tdx_td, tdx_tlb, tdx_lines)
+MODULES = (tdx_words, tdx_sept, tdx_locks, tdx_pamt, tdx_td, tdx_tlb, tdx_lines)
+WRITTEN_IN = [
+    found.name for found in pkgutil.iter_modules(hw.__path__, "kvmlab.hw.") if ".tdx_" in found.name
+]
 TABLES = [table for module in MODULES for table in vars(module).values() if isinstance(table, Rules)]
 
 
@@ -21,6 +28,18 @@ TABLES = [table for module in MODULES for table in vars(module).values() if isin
 def test_every_table_names_its_source_and_prints_every_row(table):
     assert table.source.startswith("TDX")
     assert len(table.text().splitlines()) == len(table.rows) + 3
+
+
+@pytest.mark.parametrize("name", WRITTEN_IN)
+def test_every_rule_can_be_imported_from_the_face(name):
+    module = importlib.import_module(name)
+    rules = {
+        name: rule
+        for name, rule in vars(module).items()
+        if isinstance(rule, Rules) or getattr(rule, "__module__", "") == module.__name__
+    }
+    public = [name for name in rules if not name.startswith("_")]
+    assert public and all(getattr(tdx, name) is rules[name] for name in public)
 
 
 # Interface: names and numbers.
@@ -279,6 +298,26 @@ def test_a_level_that_a_leaf_does_not_take_is_an_invalid_operand(leaf, level):
     assert (seamcall(leaf, FREE, level=level).rax == 0xC000010000000001) == (level not in allowed[leaf])
 
 
+@pytest.mark.parametrize("level", tuple(Level))
+@pytest.mark.parametrize("state", tuple(State))
+def test_the_op_state_is_asked_before_the_level_and_the_entry(state, level):
+    assert seamcall(Leaf.PAGE_ADD, state, level=level).rax == 0xC000060800000000
+
+
+def test_before_finalize_a_level_that_page_add_does_not_take_is_an_invalid_operand():
+    assert seamcall(Leaf.PAGE_ADD, FREE, running=False, level=Level.PD).rax == 0xC000010000000001
+
+
+def test_the_level_is_asked_before_the_entry():
+    assert seamcall(Leaf.PAGE_AUG, MAPPED, level=Level.PDPT).rax == 0xC000010000000001
+
+
+@pytest.mark.parametrize("leaf", [Leaf.TRACK, Leaf.VP_ENTER, Leaf.PAGE_WBINVD])
+def test_a_leaf_that_works_on_no_entry_is_refused_in_words(leaf):
+    with pytest.raises(ValueError, match=f"no leaf is {leaf}; it is one of TDH.MEM.PAGE.ADD"):
+        seamcall(leaf, FREE)
+
+
 @pytest.mark.parametrize("state", tuple(State))
 def test_a_seamcall_walks_on_only_through_a_table_that_is_not_blocked(state):
     answer = tdx_sept.walk("SEAMCALL", state, Level.PD)
@@ -453,6 +492,19 @@ def test_vp_enter_takes_the_tree_only_when_zero_step_mitigation_is_armed():
         (Leaf.VP_ENTER, {Lock.TDR: EXCLUSIVE}, 0x8000020000000080),
         (Leaf.PAGE_AUG, {Lock.OP_STATE: EXCLUSIVE}, 0x80000200000000AC),
         (Leaf.PAGE_AUG, {Lock.TREE: EXCLUSIVE, Lock.ENTRY: EXCLUSIVE}, 0x8000020000000092),
+        (Leaf.PAGE_DEMOTE, {Lock.LARGE: SHARED}, 0x8000020000000001),
+        (Leaf.PAGE_DEMOTE, {Lock.PAMT: SHARED, Lock.LARGE: SHARED}, 0x8000020000000008),
+        (Leaf.PAGE_PROMOTE, {Lock.LARGE: SHARED}, 0x8000020000000001),
+        (Leaf.PAGE_REMOVE, {Lock.LARGE: EXCLUSIVE, Lock.PARENTS: EXCLUSIVE}, None),
+        (Leaf.ACCEPT, {Lock.ENTRY: EXCLUSIVE}, 0x8000020000000001),
+        (Leaf.ACCEPT, {Lock.TREE: EXCLUSIVE}, None),
+        (Leaf.MR_FINALIZE, {Lock.TDR: SHARED}, 0x8000020000000001),
+        (Leaf.PAGE_ADD, {Lock.TDR: SHARED}, 0x8000020000000002),
+        (Leaf.PAGE_RECLAIM, {Lock.TDR: EXCLUSIVE}, 0x8000020000000080),
+        (Leaf.VP_FLUSH, {Lock.TDR: EXCLUSIVE}, 0x8000020000000080),
+        (Leaf.PAGE_RDMD, {Lock.PAMT: SHARED}, None),
+        (Leaf.PAGE_RDMD, {Lock.PARENTS: EXCLUSIVE}, 0x8000020000000001),
+        (Leaf.SEPT_ADD, {Lock.PARENTS: EXCLUSIVE}, 0x8000020000000008),
     ],
 )
 def test_a_leaf_that_meets_a_taken_lock_is_busy_with_that_operand(leaf, held, rax):
