@@ -170,8 +170,8 @@ def difference(before: list[str], after: list[str]) -> str:
 class Copy:
     """A copy of the tree, in which tests run in forked children."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.usual = folder, dict[str, float]()
+    def __init__(self, folder: Path, quick: bool) -> None:
+        self.folder, self.groups, self.usual = folder, 1 if quick else 2, dict[str, float]()
         for name in ("kvmlab", "tests", "pyproject.toml"):
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, folder / name)
@@ -226,7 +226,9 @@ class Copy:
         for cached in path.parent.glob(f"__pycache__/{path.stem}.*"):
             cached.unlink()
         try:
-            return all(self.passes(t, 10 + PATIENCE * self.usual[t]) for t in tests_for(mutant.file))
+            return all(
+                self.passes(t, 10 + PATIENCE * self.usual[t]) for t in tests_for(mutant.file)[: self.groups]
+            )
         finally:
             path.write_text(was, encoding="utf-8")
 
@@ -256,6 +258,7 @@ def main() -> int:
     )
     parser.add_argument("--sample", type=int, metavar="N", help="try N of them")
     parser.add_argument("--seed", type=int, default=0, help="which N")
+    parser.add_argument("--quick", action="store_true", help="spare survivors the slow tests")
     parser.add_argument("--list", action="store_true", help="only list them")
     given = parser.parse_args()
     files = sorted({str(f) for path in given.path for f in python_files(path)})
@@ -276,7 +279,7 @@ def main() -> int:
     if given.list:
         print(*(f"{m.file}:{m.line}: {m.what}" for m in chosen), sep="\n")
         return 0
-    return report(chosen, try_all(chosen), len(listed))
+    return report(chosen, try_all(chosen, given.quick), len(listed))
 
 
 def python_files(path: str) -> list[Path]:
@@ -286,7 +289,7 @@ def python_files(path: str) -> list[Path]:
     return [file.resolve().relative_to(ROOT) for file in found]
 
 
-def try_all(chosen: list[Mutant]) -> list[Mutant]:
+def try_all(chosen: list[Mutant], quick: bool) -> list[Mutant]:
     """Those that survive."""
     survivors = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
@@ -294,8 +297,8 @@ def try_all(chosen: list[Mutant]) -> list[Mutant]:
         import numpy  # noqa: F401
         import pytest  # noqa: F401
 
-        copy = Copy(Path(folder))
-        copy.measure(list(dict.fromkeys(t for mutant in chosen for t in tests_for(mutant.file))))
+        copy = Copy(Path(folder), quick)
+        copy.measure(list(dict.fromkeys(t for m in chosen for t in tests_for(m.file)[: copy.groups])))
         for i, mutant in enumerate(chosen, 1):
             if copy.survives(mutant):
                 survivors.append(mutant)

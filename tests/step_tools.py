@@ -23,7 +23,7 @@ class Ran(NamedTuple):
 
 
 class Machine:
-    """A machine as some design and scenario need it.  Cells go by the names that `repr` gives them: "tlb[CPU0, 0]"."""
+    """A machine as some design and scenario need it.  Cells go by names as "tlb[CPU0, 0]", which `repr` gives."""
 
     def __init__(
         self, scenario="tiny", platform="snp", design="upstream", backing="split", conf=(), **switches
