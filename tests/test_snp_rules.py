@@ -3,7 +3,7 @@
 import pytest
 
 from kvmlab.hw import snp, snp_entry, snp_pages
-from kvmlab.hw.memory import GUEST_KEY, Content, readable_by_host, seen_by_guest
+from kvmlab.hw.memory import EMPTY, GUEST_KEY, Content, readable_by_host, seen_by_guest
 from kvmlab.hw.rules import ANY, Rules
 from kvmlab.hw.snp import HYPERVISOR, Npf, Pvalidate, RmpEntry, Rmpupdate
 
@@ -273,6 +273,19 @@ def test_a_question_that_no_row_can_answer_names_what_would_be_allowed():
         Rules("spec", {"a": (1,)}, [(1, "x")])(b=1)
 
 
+def test_a_table_is_printed_as_the_manual_prints_it():
+    table = Rules(
+        "spec", {"a": (False, True), "b": (1, 2)}, [(False, ANY, "x"), (True, frozenset({2, 1}), "y")]
+    )
+    assert table.text().splitlines() == [
+        "spec",
+        "a    b    outcome",
+        "---  ---  -------",
+        "no   -    x",
+        "yes  1/2  y",
+    ]
+
+
 @pytest.mark.parametrize("row", [(True, "x", "y"), (True,)])
 def test_a_row_of_another_length_is_refused(row):
     with pytest.raises(ValueError, match="does not have 1 inputs and an outcome"):
@@ -287,6 +300,10 @@ def test_a_table_with_a_forgotten_case_is_refused():
 def test_a_table_with_a_case_decided_twice_is_refused():
     with pytest.raises(ValueError, match="2 rows decide a=True"):
         Rules("spec", {"a": (False, True)}, [(ANY, "x"), (True, "y")])
+
+
+def test_a_page_as_allocated_was_written_by_nobody_in_the_first_era():
+    assert Content("nobody", "plain", 0) == EMPTY and seen_by_guest(EMPTY, enc=True, encrypts=True) == "data"
 
 
 def test_a_read_with_the_wrong_c_bit_returns_noise():

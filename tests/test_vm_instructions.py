@@ -58,6 +58,17 @@ def test_a_page_size_change_clears_validated():
     assert not rmpupdate_at(VALID, OURS._replace(size=PG_2M))[1].validated
 
 
+def test_an_identical_rmpupdate_keeps_validated_unless_told_otherwise():
+    assert rmpupdate_at(VALID, OURS) == (Rmpupdate.OK, VALID)
+
+
+def test_a_2m_entry_cannot_begin_within_another():
+    assert (
+        snp_pages.OVERLAP(asked=PG_2M, under="part of 2M", others=False, resizes=False)
+        == Rmpupdate.FAIL_INPUT
+    )
+
+
 @pytest.mark.parametrize("keeps", [True, False])
 def test_an_identical_rmpupdate_keeps_validated_only_by_the_switch(keeps):
     assert rmpupdate_at(VALID, OURS, identical_keeps_validated=keeps)[1].validated is keeps
@@ -251,6 +262,21 @@ def test_rmpadjust_makes_a_vmsa_for_vmpl0_and_ignores_others(own, vmsa):
     held = (snp_pages.ALL,) * 4
     answer, entry, _ = snp_pages.rmpadjust(VALID, held, own=own, target=2, mask=1, vmsa=True)
     assert (answer, entry.vmsa) == (Rmpupdate.OK, vmsa)
+
+
+@pytest.mark.parametrize(("op", "bit"), [("read", 1), ("write", 2), ("execute as user", 4), ("execute", 8)])
+def test_each_permission_is_a_bit_that_allows_one_kind_of_access(op, bit):
+    for vmpl in range(4):
+        held = [0, 0, 0, 0]
+        held[vmpl] = bit
+        assert snp_pages.vmpl_allows(tuple(held), vmpl, op)
+        held = [15, 15, 15, 15]
+        held[vmpl] = 15 - bit
+        assert not snp_pages.vmpl_allows(tuple(held), vmpl, op)
+
+
+def test_after_rmpupdate_vmpl0_may_do_all_and_the_others_nothing():
+    assert snp_pages.AFTER_RMPUPDATE == (15, 0, 0, 0)
 
 
 def test_another_vmpl_may_do_nothing_until_rmpadjust_allows_it():

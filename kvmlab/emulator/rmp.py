@@ -114,7 +114,7 @@ class Rmp:
         step = PAGES_2M if size == PG_2M else 1
         room = (len(self.state) - pfn) // step * step
         covered = self._covers(pfn) and room > 0
-        if snp_pages.address_fails(size, covered=covered, part=pfn % PAGES_2M > 0):
+        if snp_pages.address_fails(size, covered=covered, aligned=True, part=pfn % PAGES_2M > 0):
             return 0, Rmpupdate.FAIL_INPUT
         if n > room:
             done, code = self.update(pfn, room, gfn, size)

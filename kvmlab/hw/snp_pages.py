@@ -82,7 +82,7 @@ def rmpupdate_at(
     return (changed, entry) if code == Rmpupdate.OK else (code, old)
 
 
-def address_fails(size: str, *, covered: bool = True, aligned: bool = True, part: bool = False) -> bool:
+def address_fails(size: str, *, covered: bool, aligned: bool, part: bool) -> bool:
     """Whether RMPUPDATE or PSMASH refuses an address as FAIL_INPUT: off the RMP's end, or not aligned to `size`.
 
     The order of this and the other refusals is a choice; Microsoft's __rmpupdate says "invalid input" for both.
@@ -145,12 +145,12 @@ def other_guest_write(page: RmpEntry, *, mapping: str = PG_4K, region_assigned: 
     return snp.OK if answer == snp.OK else snp.NPF_RMP
 
 
-# VMPL permission masks of an RMP entry (APM, "RMP Entry"): VMPL0 first.
+# VMPL permission masks of an RMP entry (APM, "RMP Entry"; the bits as in verismo, perm_s.rs): VMPL0 first.
 READ, WRITE, EXEC_USER, EXEC_SUPERVISOR = 1, 2, 4, 8
 ALL = READ | WRITE | EXEC_USER | EXEC_SUPERVISOR
 Permissions = tuple[int, int, int, int]
 AFTER_RMPUPDATE: Permissions = (ALL, 0, 0, 0)
-NEEDS = {"read": READ, "write": WRITE, "execute": EXEC_SUPERVISOR}
+NEEDS = {"read": READ, "write": WRITE, "execute": EXEC_SUPERVISOR, "execute as user": EXEC_USER}
 
 
 def vmpl_allows(permissions: Permissions, vmpl: int, op: str) -> bool:
