@@ -37,6 +37,7 @@ TESTS = {
         "test_vm_tdx_accept test_tdx_explorer",
     ),
     "kvmlab/hw": ("test_snp_rules test_vm_instructions test_vm_hardware", "test_scenarios"),
+    "kvmlab/kvm/gmem": ("test_steps test_steps_tdx", SLOW),
     "kvmlab/kvm/tdx": ("test_steps_tdx", "test_tdx_explorer"),
     "kvmlab/kernel": ("test_steps test_steps_tdx", SLOW),
     "kvmlab/kvm": ("test_steps", SLOW),

@@ -361,6 +361,9 @@ def test_a_store_may_fail_unless_its_entry_was_reserved(design, may_fail):
     machine = Machine("xarray-full", design=design)
     failed = machine.run(attributes.kvm_vm_set_region_attr, "CPU0", 0, "private", choose=(1,))
     stored = did(None, {"attr[0]": "private"})
+    assert (
+        machine.run(attributes.kvm_vm_set_region_attr, "CPU0", 0, "private") == stored
+    )  # or it does not fail
     assert failed == (did("failed", {"failures_left": 0}, counts=["enomem"]) if may_fail else stored)
     spent = {"failures_left": 0}
     assert (
@@ -479,6 +482,15 @@ def test_a_large_page_is_mixed_if_its_attributes_differ(huge, gfns, at, mixed):
     assert huge.run(lpage.kvm_update_lpage_mixed_flag, "CPU0", gfns, "private", False, at=at) == did(
         None, mixed
     )
+
+
+def test_a_1g_page_asks_the_flags_of_its_2m_pages_and_the_first_gfn_of_each(huge):
+    whole = lpage.LargePage("1G", (0, 1, 2, 3, 4, 5))
+    asks = lpage.hugepage_has_attrs, whole, "private", False
+    firsts = {"attr[0]": "private", "attr[2]": "private", "attr[4]": "private"}
+    assert huge.run(*asks, at=firsts).result is True
+    assert huge.run(*asks, at=firsts | {"mixed[2M, 2]": True}).result is False
+    assert huge.run(*asks, at={"attr[0]": "private", "attr[2]": "private"}).result is False
 
 
 @pytest.mark.parametrize(
@@ -874,6 +886,11 @@ def test_a_walk_goes_address_space_by_address_space_in_the_order_of_gfns():
     slots = [memslots.MemSlot(2), memslots.MemSlot(0, as_id=1, npages=3), memslots.MemSlot(0)]
     assert memslots.pieces(slots, (0, 1, 2)) == [(0, (0,)), (0, (2,)), (1, (0, 1, 2))]
     assert memslots.pieces(slots, ()) == []
+    assert memslots.pieces([memslots.MemSlot(0, npages=3)], (1,)) == [(0, (1,))]
+
+
+def test_a_memslot_is_of_one_page_of_address_space_0_with_a_guest_memfd():
+    assert memslots.MemSlot(5) == (5, 1, 0, True)
 
 
 @pytest.mark.parametrize(
