@@ -191,13 +191,16 @@ class Guest:
     def rmpadjust(self, gpa: int, target_vmpl: int, mask: int, *, vmsa: bool = False) -> None:
         """RMPADJUST of one 4K page; InstructionError for a failure code, VcFault if it is not validated."""
         self._snp("RMPADJUST")
-        pfn = int(
-            Walker(self.vm, self.index, "read", True, self.vmpl).run(gpa // PAGE, gpa // PAGE + 1)[0][0]
-        )
-        held = self.vm.rmp.permissions.get(pfn, snp_pages.AFTER_RMPUPDATE)
-        code, entry, after = snp_pages.rmpadjust(
-            self.vm.rmp.entry(pfn), held, own=self.vmpl, target=target_vmpl, mask=mask, vmsa=vmsa
-        )
+        walker, gfn = Walker(self.vm, self.index, "read", True, self.vmpl), gpa // PAGE
+        while True:
+            pfn = int(walker.run(gfn, gfn + 1)[0][0])
+            held = self.vm.rmp.permissions.get(pfn, snp_pages.AFTER_RMPUPDATE)
+            code, entry, after = snp_pages.rmpadjust(
+                self.vm.rmp.entry(pfn), held, own=self.vmpl, target=target_vmpl, mask=mask, vmsa=vmsa
+            )
+            if not isinstance(code, str):
+                break
+            walker.fault(gfn, 1, present=True, rmp=True, sizem=code == snp_pages.SIZEM)
         self.vm.log.add("rmpadjust", page=gpa // PAGE, code=int(code))
         if code != Rmpupdate.OK:
             raise InstructionError("RMPADJUST", gpa, int(code), code.name)
