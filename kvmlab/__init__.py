@@ -12,7 +12,7 @@ Layers, low to high; nothing imports upward (tests/test_frame.py):
     assembly section program scenario  designs into programs; who acts
     emulator/               one VM at real size, by the same rules and the same text
     explore/                every interleaving: two engines, liveness, shortest runs
-    trace report session    runs and codes; verdicts; the workbench without a widget
+    trace code report session    runs and codes; verdicts; the workbench without a widget
     show/                   text, HTML, widget; the board of a secure EPT entry
     cli
 """
@@ -34,13 +34,14 @@ _WHERE = {
     "check": "report",
     "compare": "report",
     "matrix": "grid",
-    "replay": "trace",
+    "replay": "code",
     "sept_board": "show.sept",
     "workbench": "show.widget",
 }
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
+    from .code import replay as replay
     from .design import Design as Design
     from .design import DesignError as DesignError
     from .emulator import Vm as Vm
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
     from .show.sept import sept_board as sept_board
     from .show.widget import workbench as workbench
     from .trace import Trace as Trace
-    from .trace import replay as replay
 
 
 def __getattr__(name: str) -> Any:

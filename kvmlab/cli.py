@@ -320,8 +320,8 @@ def _trace(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
+    from .code import replay
     from .show.text import machine_text
-    from .trace import replay
 
     pasted = sys.stdin.read(1_000_000) if options.code == "-" else options.code
     trace = replay(pasted)

@@ -35,7 +35,7 @@ LAYERS = [
     ["program"],
     ["scenario"],
     ["explore"],
-    ["trace"],
+    ["code", "trace"],
     ["claims", "grid", "report", "session", "vm"],
     ["show"],
     ["__init__", "__main__", "cli", "nb"],
@@ -45,6 +45,7 @@ LATE = {
     ("report.py", "show"): "a report renders itself, but only when somebody looks at it",
     ("grid.py", "show"): "as a report does",
     ("trace.py", "show"): "as a report does",
+    ("code.py", "show"): "a code vouches for what a replay shows",
     ("session.py", "show"): "as a report does",
 }
 HEAVY = {"IPython", "anywidget", "ipywidgets", "jupyterlab", "matplotlib", "numpy", "scipy"}

@@ -111,14 +111,18 @@ class Design:
         out += ["", f"linux: {self.linux}"]
         out += ["", f"backing: {self.backing}"] if self.backing else []
         for name in (name for name in SECTIONS if self._trees[name]):
-            out += ["", f"{name}:"]
-            out += ["    " * (line.depth + 1) + line.text for line in shown(self._trees[name], spelled)]
+            out += ["", self.spelled(name)]
         for platform, scenarios in self.expect.items():
             out += ["", f"expect {platform}:"]
             for scenario, verdicts in scenarios.items():
                 said = ", ".join(f"{name} {verdict}" for name, verdict in verdicts.items())
                 out.append(f"    {scenario}: {said or 'all Never'}")
         return "\n".join(out).strip() + "\n"
+
+    def spelled(self, section: str) -> str:
+        """A section with its header in canonical spelling, without comments; empty if it has no line."""
+        lines = ["    " * (line.depth + 1) + line.text for line in shown(self._trees[section], spelled)]
+        return "\n".join([f"{section}:", *lines]) if lines else ""
 
     @cached_property
     def digest(self) -> str:
