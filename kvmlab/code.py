@@ -240,6 +240,13 @@ def unshown(trace: Trace) -> str:
     return "" if why in seen else f"the run does not violate {why}"
 
 
+def shows_harm(trace: Trace) -> bool:
+    """Whether a run violates anything."""
+    from .show.told import broken
+
+    return trace.why == "livelock" or any(broken(trace, n) for n in range(len(trace.frames)))
+
+
 def _counted_at_the_end(trace: Trace) -> bool:
     """Whether the watch of quiet states counts the claimed measure in the last state."""
     model = trace.case.model
@@ -315,11 +322,11 @@ def _candidates(first: str, rest: list[str]) -> Iterator[str]:
     found: list[str] = []
     code = ""
     for line in [first, *(line.strip() for line in rest)]:
-        match = re.match(rf"{_SIGNS}*[A-Za-z0-9_]", line)
+        match = re.match(rf"{_SIGNS}+", line)
         if match is None:
             break
         code += match[0]
-        found.append(code)
+        found.append(re.sub(r"\W+$", "", code))  # a sentence may end with it
         if match.end() < len(line) or len(code) > LONGEST_CODE:
             break
     return reversed(found)

@@ -20,7 +20,7 @@ from kvmlab import links
 # Low to high: a module may import what stands in its own line or above. A folder means all its modules, and
 # a name all names that go on after an underscore (design: design_rows, ...).
 LAYERS = [
-    ["links", "nbrules"],
+    ["console", "links", "nbrules", "pool"],
     ["state", "step"],
     ["hw"],
     ["kernel"],
@@ -38,7 +38,7 @@ LAYERS = [
     ["code", "trace"],
     ["claims", "grid", "report", "session", "vm"],
     ["show"],
-    ["__init__", "__main__", "cli", "nb"],
+    ["__init__", "__main__", "cli", "commands", "nb"],
 ]
 # What a function may import although it is higher, and why.
 LATE = {

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvmlab
+from kvmlab.code import INITIALS, TEXT_DIGITS, _digits, decode, replay
 from kvmlab.design.patch import patch_of, patched
 from kvmlab.explore import arrays, liveness, paths, rows
 from kvmlab.explore.graph import Hit
-from kvmlab.code import INITIALS, TEXT_DIGITS, _digits, decode, replay
 from kvmlab.report import check
 from kvmlab.scenario import SCENARIOS, build
 from kvmlab.trace import ReplayError, Trace, options, play

@@ -25,6 +25,8 @@ from .tree import Condition, Node, as_written, calls_in, commented, shown, subst
 __all__ = ["Condition", "Design", "DesignError", "Row", "shipped"]
 
 DEFAULT_BASE = "v8-post-hook"
+LONGEST_NAME = 80  # signs of a design's name; one that cannot be printed, as in a file's, stands as its number
+DEEPEST_BASE = 16  # bases of a base
 REPLACED = "kvm_mem_attrs_changed"  # the call whose place a fragment takes
 
 
@@ -189,6 +191,7 @@ def _parse(
     """Read a text and what it inherits; `chain` are the bases on the way here."""
     from .syntax import read  # brings lark: only those pay for it who read a design
 
+    name = quoted(name, LONGEST_NAME)
     source = Source(name, text)
     parsed = read(source)
     for section, nodes in parsed.sections.items():
@@ -237,6 +240,8 @@ def _base(
         raise source.error(message, place, shipped(), "a base that ships")
     if name in shipped("all"):
         return _shipped(name)
+    if len(chain) >= DEEPEST_BASE:
+        raise source.error(f"more than {DEEPEST_BASE} bases, each of the other", place)
     text = loader(name) if loader else None
     if text is None:
         raise source.error(f"unknown base '{quoted(name)}'", place, nearest(name, shipped()), "nearest known")

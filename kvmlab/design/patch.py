@@ -28,6 +28,8 @@ def patch_of(design: Design) -> tuple[Design, str]:
     blocks = [design.spelled(name) for name in SECTIONS if design.spelled(name) != base.spelled(name)]
     if design.backing != base.backing:
         blocks.insert(0, f"backing: {design.backing}")
+    if design.linux != base.linux:
+        blocks.insert(0, f"linux: {design.linux}")
     name = "" if design.name == f"{base.name}*" else design.name
     return base, "".join(_digits(_pack("\n".join([name, *blocks]), _text(base))))
 

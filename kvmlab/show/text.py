@@ -250,7 +250,9 @@ def matrix_text(matrix: Matrix) -> str:
     done = all(s.complete for s in matrix.squares)
     checks = sum(not s.reason for s in matrix.squares)
     all_or_not = "all complete" if done else "NOT all complete (+)"
-    lines += ["", f"{checks} checks, {total:,} states, {all_or_not}; ! in every run that finishes"]
+    lines.append("")
+    lines += textwrap.wrap(matrix.legend, max(WIDTH, *map(len, lines)), break_on_hyphens=False)
+    lines.append(f"{checks} checks, {total:,} states, {all_or_not}; ! in every run that finishes")
     return "\n".join(line.rstrip() for line in lines[1:])
 
 
