@@ -342,6 +342,7 @@ def test_every_property_has_initials_of_its_own():
         ("2 switches", "3 switches"),
         ("                                     PVALIDATE(0, 1)", "PVALIDATE(0, 1)"),
         ("PVALIDATE(0, 1)\n", ""),
+        ("                                           replaces present leaf", "          replaces present leaf"),
     ],
 )
 def test_a_pasted_diagram_that_says_anything_else_than_its_code_is_refused(said, changed):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -58,17 +58,26 @@ class _Word(NamedTuple):
     first: bool  # of its line
 
 
+_DRAWN = re.compile(
+    r"^\s*=> |\(a\s+model,\s+not\s+hardware\)|\d+\s+steps?,\s+\d+\s+switch", re.M
+)  # what only a diagram has: its title, its verdict, its size
+
+
 def misdrawn(trace: Trace, pasted: Sequence[str]) -> str:
     """How a pasted diagram, whose last lines these are, differs from the run; empty if it does not, or is none.
 
     A mail may have indented it and broken its lines; but for that every word has to stand in its column.
     """
-    if not re.search(r"^\s*=> |\(a\s+model,\s+not\s+hardware\)", "\n".join(pasted), re.M):
+    if not _DRAWN.search("\n".join(pasted)):
         return ""
-    found = list(_words(pasted))
-    if any(_same(list(_words(_drawn(trace, width))), found) for width in (WIDTH, *range(40, 121))):
+    found, drawn = list(_words(pasted)), _drawn(trace, WIDTH)
+    if _same(list(_words(drawn)), found):
         return ""
-    drawn = _drawn(trace, WIDTH)
+    as_said = _spoken(_words(drawn))
+    if as_said == _spoken(found[-len(as_said) :]):  # then it may have been drawn at another width
+        for width in range(40, 121):
+            if _same(list(_words(_drawn(trace, width))), found):
+                return ""
     plain = [[" ".join(line.split()) for line in lines if line.strip()] for lines in (drawn, pasted)]
     told = ["the pasted diagram is not what its code replays"]
     for tag, i, j, k, m in SequenceMatcher(a=plain[0], b=plain[1], autojunk=False).get_opcodes():
@@ -79,6 +88,11 @@ def misdrawn(trace: Trace, pasted: Sequence[str]) -> str:
     return "\n".join(told)
 
 
+def _spoken(words: Iterable[_Word]) -> list[str]:
+    """The words alone; a rule is as long as a line."""
+    return [word.text.rstrip("-") for word in words]
+
+
 def _words(lines: Sequence[str]) -> Iterator[_Word]:
     for line in lines:
         for n, match in enumerate(re.finditer(r"\S+", line.expandtabs())):
@@ -86,14 +100,14 @@ def _words(lines: Sequence[str]) -> Iterator[_Word]:
 
 
 def _same(drawn: Sequence[_Word], pasted: Sequence[_Word]) -> bool:
-    """Whether the pasted words end with the drawn ones, each in its column unless its line was broken before it."""
+    """Whether the pasted words end with the drawn ones, each in its column, unless a mail broke its line."""
     pasted = pasted[-len(drawn) :]
     if len(pasted) < len(drawn):
         return False
     broken = False
     for mine, theirs in zip(drawn, pasted, strict=True):
         if theirs.first:
-            broken = not mine.first
+            broken = not mine.first and theirs.column <= pasted[0].column
         moved = theirs.column - pasted[0].column != mine.column
         if theirs.text != mine.text or (mine.first and not theirs.first) or (moved and not broken):
             return False
