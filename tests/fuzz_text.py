@@ -39,13 +39,12 @@ BAD = "GOT THROUGH: "  # what has to be 0 begins so
 # -- texts
 
 ODD = "\0\x1b\x7f\x85\u00a0\u200b\u200d\u202e\u2066\ufeff\u0430\u00b2\u2026\U0001f4a3\t\r\f"
+WORDS = """base: backing: linux: expect~snp: if else else~if return return~0 flush~|= ret~= static_call ( ) () (( )) { }
+: ; , = // /* */ # ... >~ >~>~ + - @@~-1,2~+3,4~@@ v8-post-hook upstream split in-place v6.19 tiny:~all~Never private
+shared mmu_lock kvm &kvm->slots_lock 0x500000004 -EIO goto~out out: while~(1) do"""
 TOKENS = (
-    *(call.name for call in CALLS), *(alias for call in CALLS for alias in call.aliases), *CONDITIONS,
-    *(f"{section}:" for section in SECTIONS), "base:", "backing:", "linux:", "expect snp:", "if", "else", "else if",
-    "return", "return 0", "flush |=", "ret =", "static_call", "(", ")", "()", "((", "))", "{", "}", ":", ";", ",", "=",
-    "//", "/*", "*/", "#", "...", "> ", "> > ", "+", "-", "@@ -1,2 +3,4 @@", "\n", "\n", "\n    ", "\n        ", "\n\t",
-    "v8-post-hook", "upstream", "split", "in-place", "v6.19", "tiny: all Never", "private", "shared", "mmu_lock", "kvm",
-    "&kvm->slots_lock", "0x500000004", "-EIO", "goto out", "out:", "while (1)", "do", *ODD,
+    *(name for call in CALLS for name in (call.name, *call.aliases)), *CONDITIONS, *(f"{name}:" for name in SECTIONS),
+    *(word.replace("~", " ") for word in WORDS.split()), "\n", "\n", "\n    ", "\n        ", "\n\t", *ODD,
 )  # fmt: skip
 
 
@@ -84,7 +83,8 @@ def pathological(rng: random.Random) -> str:
     """The same thing very often."""
     n, token = rng.choice((17, 100, 300)), rng.choice(TOKENS)
     deep = "".join(f"{' ' * depth}if (attr == private)\n" for depth in range(n))
-    return rng.choice((token * n, f"{token}\n" * n, deep + token, "(" * n + ")" * n, "ioctl:\n" + f"    {token}()\n" * n))
+    calls = "ioctl:\n" + f"    {token}()\n" * n
+    return rng.choice((token * n, f"{token}\n" * n, deep + token, "(" * n + ")" * n, calls))
 
 
 def texts(count: int, rng: random.Random) -> Counts:
