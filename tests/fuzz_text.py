@@ -39,9 +39,9 @@ BAD = "GOT THROUGH: "  # what has to be 0 begins so
 # -- texts
 
 ODD = "\0\x1b\x7f\x85\u00a0\u200b\u200d\u202e\u2066\ufeff\u0430\u00b2\u2026\U0001f4a3\t\r\f"
-WORDS = """base: backing: linux: expect~snp: if else else~if return return~0 flush~|= ret~= static_call ( ) () (( )) { }
-: ; , = // /* */ # ... >~ >~>~ + - @@~-1,2~+3,4~@@ v8-post-hook upstream split in-place v6.19 tiny:~all~Never private
-shared mmu_lock kvm &kvm->slots_lock 0x500000004 -EIO goto~out out: while~(1) do"""
+WORDS = """base: backing: linux: expect~snp: if else else~if return return~0 flush~|= ret~= static_call ( ) () (( ))
+{ } : ; , = // /* */ # ... >~ >~>~ + - @@~-1,2~+3,4~@@ v8-post-hook upstream split in-place v6.19 tiny:~all~Never
+private shared mmu_lock kvm &kvm->slots_lock 0x500000004 -EIO goto~out out: while~(1) do"""
 TOKENS = (
     *(name for call in CALLS for name in (call.name, *call.aliases)), *CONDITIONS, *(f"{name}:" for name in SECTIONS),
     *(word.replace("~", " ") for word in WORDS.split()), "\n", "\n", "\n    ", "\n        ", "\n\t", *ODD,
