@@ -12,14 +12,14 @@ Layers, low to high; nothing imports upward (tests/test_frame.py):
     assembly section program scenario  designs into programs; who acts
     emulator/               one VM at real size, by the same rules and the same text
     explore/                every interleaving: two engines, liveness, shortest runs
-    trace report session    runs and codes; verdicts; the workbench without a widget
+    trace code report session    runs and codes; verdicts; the workbench without a widget
     show/                   text, HTML, widget; the board of a secure EPT entry
-    cli
+    console pool commands cli  what is printed; processes; the command
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # as typing's, whose import the command cannot wait for
 
 __version__ = "0.1.0"
 
@@ -34,13 +34,18 @@ _WHERE = {
     "check": "report",
     "compare": "report",
     "matrix": "grid",
-    "replay": "trace",
+    "replay": "code",
     "sept_board": "show.sept",
     "workbench": "show.widget",
 }
 __all__ = sorted(_WHERE)
 
+HOW_TO_INSTALL = "`make lab` in the repository sets everything up, and so does there: pip install -e '.[lab]'"
+
 if TYPE_CHECKING:
+    from typing import Any
+
+    from .code import replay as replay
     from .design import Design as Design
     from .design import DesignError as DesignError
     from .emulator import Vm as Vm
@@ -53,7 +58,6 @@ if TYPE_CHECKING:
     from .show.sept import sept_board as sept_board
     from .show.widget import workbench as workbench
     from .trace import Trace as Trace
-    from .trace import replay as replay
 
 
 def __getattr__(name: str) -> Any:
@@ -62,4 +66,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'kvmlab' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    try:
+        return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    except ModuleNotFoundError as missing:
+        if name != "workbench":
+            raise
+        message = f"kvmlab.workbench needs {missing.name}, which is not installed; {HOW_TO_INSTALL}"
+        raise ImportError(message, name=missing.name) from None

@@ -478,11 +478,18 @@ def _c29(b: Bench) -> tuple[str, str]:
     )
 
 
-def answers(ids: Iterable[str] = ()) -> list[Answer]:
-    """Run the experiments of some claims (default: all, in order); InputError for an id that does not exist."""
+def answers(ids: Iterable[str] = (), progress: Callable[[str], Any] | None = None) -> list[Answer]:
+    """Run the experiments of some claims (default: all, in order); InputError for an id that does not exist.
+
+    `progress` is called with a line before each.
+    """
     wanted = list(ids) or sorted(CLAIMS)
     unknown = [i for i in wanted if i not in CLAIMS]
     if unknown:
         raise InputError(f"unknown claim {unknown[0]!r}; there are {min(CLAIMS)} to {max(CLAIMS)}")
-    bench = Bench()
-    return [CLAIMS[i].answer(bench) for i in wanted]
+    bench, found = Bench(), []
+    for n, i in enumerate(wanted, 1):
+        if progress:
+            progress(f"{n} of {len(wanted)}: {i}")
+        found.append(CLAIMS[i].answer(bench))
+    return found

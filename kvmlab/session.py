@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import wraps
+from threading import RLock
+from typing import Any, NamedTuple, TypeVar, cast
 
 from .design import Design, DesignError
 from .explore.paths import Schedule
@@ -12,6 +15,19 @@ from .properties import PROPERTIES
 from .report import Report, as_design, check
 from .scenario import InputError, NotApplicable, check_names, find_scenario
 from .trace import Case, Event, Frame, Trace, options
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _alone(method: Method) -> Method:
+    """Let one thread at a time look at the walk or change it; a check is not waited for."""
+
+    @wraps(method)
+    def locked(self: Session, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return cast(Method, locked)
 
 
 class Option(NamedTuple):
@@ -27,7 +43,7 @@ class Session:
     """One reviewer's desk: a case, its report, and a run with a position in it.
 
     Every change re-explores the case.  A change that is refused (a bad text, a case that does not exist)
-    leaves everything as it was and says why in `problem`.
+    leaves everything as it was and says why in `problem`.  Several threads may use it.
     """
 
     def __init__(
@@ -38,6 +54,7 @@ class Session:
         backing: str = "split",
         switches: Switches | None = None,
     ) -> None:
+        self._lock = RLock()
         self.problem: str | None = None
         self.draft: str | None = None
         self.by_hand = False
@@ -66,6 +83,7 @@ class Session:
         return self._trace.frames
 
     @property
+    @_alone
     def frame(self) -> Frame:
         """Where the run stands now."""
         return self.frames[self.position]
@@ -101,12 +119,13 @@ class Session:
     def _try(self, attempt: Any) -> Report:
         try:
             report = attempt()
-        except (DesignError, InputError, NotApplicable) as problem:
-            self.problem = str(problem)
+        except (DesignError, InputError, NotApplicable, MemoryError) as problem:
+            self.problem = str(problem) or "out of memory"
         else:
             self._adopt(report)
         return self.report
 
+    @_alone
     def _adopt(self, report: Report) -> None:
         self.report = report
         self.problem = self.draft = None
@@ -114,6 +133,7 @@ class Session:
 
     # -- walking a run
 
+    @_alone
     def show(self, prop: str | None = None) -> Trace:
         """Walk the counterexample of a property (default: the nearest one, or a sample run) from its start."""
         self._trace = self.report.trace(prop)
@@ -121,14 +141,17 @@ class Session:
         self.by_hand = False
         return self._trace
 
+    @_alone
     def step(self) -> Frame:
         """Go one step forward, if there is one."""
         return self.jump(self.position + 1)
 
+    @_alone
     def back(self) -> Frame:
         """Go one step back."""
         return self.jump(self.position - 1)
 
+    @_alone
     def jump(self, position: int) -> Frame:
         """Go to a position; beyond either end means the end."""
         self.position = min(max(position, 0), len(self.frames) - 1)
@@ -136,6 +159,7 @@ class Session:
 
     # -- scheduling by hand
 
+    @_alone
     def enabled(self) -> list[Option]:
         """Every step that some actor can take at this position."""
         if self.frame.event is not None and self.frame.event.fatal:
@@ -146,6 +170,7 @@ class Session:
             for choice, (event, _) in enumerate(options(self.case.model, self.frame.state, a))
         ]
 
+    @_alone
     def blocked(self) -> list[str]:
         """Actors that have work left but cannot move now."""
         can = {option.actor for option in self.enabled()}
@@ -157,11 +182,22 @@ class Session:
             if a.key not in can and not a.program[cells[a.key].get(self.frame.state)].idle
         ]
 
-    def take(self, actor: str, choice: int = 0) -> Frame:
-        """Let `actor` take a step here; what followed in the run before is dropped.
+    @_alone
+    def take(self, actor: str, choice: int = 0, at: int | None = None) -> Frame:
+        """Let `actor` take a step here, or at another position; what followed in the run before is dropped.
 
-        InputError when that actor cannot move or has fewer choices.
+        InputError when that actor cannot move or has fewer choices, and the position is the old one.
         """
+        before = self.position
+        if at is not None:
+            self.jump(at)
+        try:
+            return self._take(actor, choice)
+        except InputError:
+            self.position = before
+            raise
+
+    def _take(self, actor: str, choice: int) -> Frame:
         found = next((o for o in self.enabled() if o.actor == actor and o.choice == choice), None)
         if found is None:
             can = sorted({o.actor for o in self.enabled()}) or ["nobody: the run has ended"]
@@ -171,6 +207,7 @@ class Session:
         self.by_hand = True
         return self.jump(len(schedule))
 
+    @_alone
     def so_far(self) -> dict[str, bool]:
         """For each property: whether it still holds in the run up to this position."""
         seen = {p for f in self.frames[: self.position + 1] if f.event for p in f.event.violations}

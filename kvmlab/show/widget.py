@@ -93,8 +93,8 @@ class Workbench(anywidget.AnyWidget):
                 )
             if do(self, message) is False:
                 return
-        except (DesignError, InputError, NotApplicable) as problem:
-            self.session.problem = str(problem)
+        except (DesignError, InputError, NotApplicable, MemoryError) as problem:
+            self.session.problem = str(problem) or "out of memory"
         except Exception as bug:  # in a callback nobody would see it otherwise
             self.session.problem = f"kvmlab has a bug here: {type(bug).__name__}: {bug}"
         self.view = self._view()
@@ -135,9 +135,8 @@ class Workbench(anywidget.AnyWidget):
     def _take(self, message: Message) -> None:
         at = _position(message, "at", self.session)
         actor, choice = _text(message, "actor"), _number(message, "choice")
-        self.session.jump(at)
         dropped = self.session.trace.steps - at
-        self.session.take(actor, choice)
+        self.session.take(actor, choice, at)
         self.said = f"Scheduled by hand from step {at + 1}."
         if dropped:
             self.said += f" The {dropped} steps that followed are dropped."
@@ -206,7 +205,7 @@ class Workbench(anywidget.AnyWidget):
 def _report(case: Case) -> Report | str:
     try:
         return check(case.design, case.platform, case.scenario, case.backing, case.switches)
-    except (DesignError, InputError, NotApplicable) as problem:
+    except (DesignError, InputError, NotApplicable, MemoryError) as problem:
         return str(problem)
 
 
@@ -221,6 +220,8 @@ def _number(message: Message, name: str) -> int:
     value = message.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
         raise InputError(f"{message.get('do')} needs a whole number {name!r}")
+    if abs(value) > 10**9:  # Python would not even print one of thousands of digits
+        raise InputError(f"{message.get('do')} needs a smaller number {name!r}")
     return value
 
 

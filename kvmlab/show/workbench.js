@@ -159,7 +159,8 @@ function comparison(send) {
   };
 }
 
-const LEGEND = "Keys: ← → step · Home End · n p next, previous turn · f next fault · c copy · ↑ ↓ choose a line, with Alt move it";
+const LEGEND = "Keys: ← → step · Home End · n p next, previous turn · f next fault · c copy";
+const MOVES = " · ↑ ↓ choose a line, with Alt move it";
 
 function render({ model, el }) {
   const live = typeof model.send === "function";
@@ -174,7 +175,7 @@ function render({ model, el }) {
   const bar = caseBar(send), order = ordering(send), verdict = verdictList(send), beside = comparison(send);
   const run = player(send, (step, hue) => order.at(step.line, hue));
   const root = h("div", { className: "kvmlab", tabIndex: 0, role: "group", "aria-label": "KVM conversion workbench" },
-    bar.el, h("div", { className: "kvmlab-desk" }, order.el, verdict.el, run.el), live ? beside.el : "", h("div", { className: "kvmlab-quiet kvmlab-legend" }, LEGEND));
+    bar.el, h("div", { className: "kvmlab-desk" }, order.el, verdict.el, run.el), live ? beside.el : "", h("div", { className: "kvmlab-quiet kvmlab-legend" }, live ? LEGEND + MOVES : LEGEND));
   let before = {};
 
   function update() {
