@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from kvmlab.emulator import InternalError, Vm, VmErrno
-from kvmlab.emulator.switches import PLATFORMS
+from kvmlab.design.calls import PLATFORMS
 
 P, M2, SMM = 4096, 1 << 21, 1 << 16
 
