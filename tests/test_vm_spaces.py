@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
-from kvmlab.emulator import InternalError, Vm, VmErrno
 from kvmlab.design.calls import PLATFORMS
+from kvmlab.emulator import InternalError, Vm, VmErrno
 
 P, M2, SMM = 4096, 1 << 21, 1 << 16
 

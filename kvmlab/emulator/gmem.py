@@ -152,7 +152,7 @@ class GuestMemfd:
                 yield max(lo, start), min(hi, end), slot.offset, slot
 
     def may_bind(self, vm: Vm, offset: int, npages: int) -> None:
-        """kvm_gmem_bind()'s checks: EINVAL for another VM's file, a wrong offset, beyond the end, or a bound range."""
+        """kvm_gmem_bind()'s checks: EINVAL for another VM's file, a wrong offset, its end, or a bound range."""
         self.check_open()
         if vm is not self.vm:
             raise VmErrno(errno.EINVAL, "guest_memfd of another VM")
@@ -209,8 +209,7 @@ class Mapping:
     def write(self, offset: int, data: bytes) -> None:
         """Store bytes."""
         for at, step in pagewise(offset, len(data)):
-            pfn = self._page(at)
-            self.gmem.vm.memory.write(pfn, at % PAGE, data[at - offset : at - offset + step])
+            self.gmem.vm.host.user_write(self._page(at), at % PAGE, data[at - offset : at - offset + step])
 
 
 def pagewise(start: int, n: int) -> Iterator[tuple[int, int]]:

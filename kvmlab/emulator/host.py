@@ -39,12 +39,14 @@ class Host:
     def write(self, gpa: int, data: bytes) -> None:
         """Store through the userspace mapping; RmpFault if it is the guest's page (in-place)."""
         for at, step in pagewise(gpa, len(data)):
-            pfn = self._page(at)
-            large = self.vm.huge(False)
-            if self.vm.has_rmp and self._check(pfn, large) != snp.OK:
-                self.vm.log.add("host-rmp-fault", "user", pfn)
-                raise RmpFault(pfn, "from user mode (SIGBUS in older patches)", 1 << 31 | 7)
-            self.vm.memory.write(pfn, at % PAGE, data[at - gpa : at - gpa + step])
+            self.user_write(self._page(at), at % PAGE, data[at - gpa : at - gpa + step])
+
+    def user_write(self, pfn: int, offset: int, data: bytes) -> None:
+        """A store of the VMM to a page that it has mapped."""
+        if self.vm.has_rmp and self._check(pfn, self.vm.huge(False)) != snp.OK:
+            self.vm.log.add("host-rmp-fault", "user", pfn)
+            raise RmpFault(pfn, "from user mode (SIGBUS in older patches)", 1 << 31 | 7)
+        self.vm.memory.write(pfn, offset, data)
 
     @takes(gpa=ADDRESS, n=BYTES, byte=BYTE)
     def fill(self, gpa: int, n: int, byte: int) -> None:
@@ -59,10 +61,25 @@ class Host:
 
     def _page(self, gpa: int) -> int:
         slot = self._slot(gpa // PAGE)
-        if self.vm.gmem_attributes and self.vm.attributes.is_private(gpa // PAGE):
-            raise SigBus(f"SIGBUS: gpa {gpa:#x} is private")
+        if self.vm.gmem_attributes and slot.gmem:
+            self._fault(slot, gpa // PAGE)
         self.vm.touch_backing(slot, gpa // PAGE, 1, self.vm.in_place)
         return self.vm.backing_pfn(slot, gpa // PAGE, False)
+
+    def _fault(self, slot: MemSlot, gfn: int) -> None:
+        """kvm_gmem_fault_user_mapping() where the VMM has no PTE: it waits for invalidate_lock, to share it.
+
+        A conversion to private takes the PTEs away and holds that lock alone, so until it is through the access
+        waits (Deadlock here, where nobody else goes on); then it is SIGBUS.
+        """
+        if slot.user.present[gfn - slot.base]:
+            return
+        thread = self.vm.new_thread("the VMM's page fault")
+        thread.take("invalidate_lock", shared=True)
+        thread.unwind()
+        if self.vm.attributes.is_private(gfn):
+            raise SigBus(f"SIGBUS: gpa {gfn * PAGE:#x} is private")
+        slot.user.present[gfn - slot.base] = 1
 
     @takes(gpa=PAGE_ADDRESS, size=PAGES)
     def discard(self, gpa: int, size: int) -> None:

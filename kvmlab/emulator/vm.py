@@ -21,6 +21,8 @@ from .arguments import (
     FUNCTION,
     GUEST_MEMORY,
     NUMBER,
+    PAGE_ADDRESS,
+    PAGES,
     PFN,
     SLOTS,
     VCPU,
@@ -42,6 +44,7 @@ from .ioctl import PRIVATE, Remainder, SetAttributes, check_input
 from .locks import Thread
 from .memory import HOST_PAGES, LIMIT, PAGE, PhysicalMemory
 from .mmu import Attributes, Mmu
+from .place import ATTRIBUTES, place, placed
 from .rmp import Rmp
 from .sev import DirectMap, Sev
 from .slots import GUEST_MEMFD, MemSlot, MemSlots, UserMemory
@@ -198,7 +201,8 @@ class Vm:
         value = attributes if attributes is not None else PRIVATE * private
         check_input(self, gpa, size, value, flags)
         start, end = (gpa or 0) // PAGE, ((gpa or 0) + size) // PAGE
-        if self.gmem_attributes and sum(hi - lo for _, lo, hi in self.slots.pieces(start, end)) < end - start:
+        in_files = sum(hi - lo for slot, lo, hi in self.slots.pieces(start, end) if slot.gmem)
+        if self.gmem_attributes and in_files < end - start:
             raise VmErrno(errno.EINVAL, "the range is not all in a guest_memfd")
         return SetAttributes(self, start, end, bool(value & PRIVATE)).run()
 
@@ -254,6 +258,23 @@ class Vm:
             self.rmp.failures[at] = code
         else:
             self.failures[what] = at
+
+    @takes(
+        gpa=PAGE_ADDRESS, state=instance(str, "the name of a state"), size=PAGES,
+        attribute=optional(one_of(*ATTRIBUTES)),
+    )  # fmt: skip
+    def place(self, gpa: int, state: str, size: int = PAGE, *, attribute: str | None = None) -> None:
+        """Bring pages into a named state (docs/emulator.md, "A page in a named state") by the calls that lead there.
+
+        `attribute`: what a wrong host's xarray says instead.  InputError for a state that the platform does not have,
+        VmError if the design ends elsewhere, and what the calls raise.
+        """
+        place(self, gpa, state, size, attribute)
+
+    @takes(gpa=ADDRESS)
+    def placed(self, gpa: int) -> tuple[str, str]:
+        """The state of the page at an address, in the words of `place`, and what its attribute says."""
+        return placed(self, gpa // PAGE)
 
     def repair(self) -> None:
         """Take back every injected failure."""
