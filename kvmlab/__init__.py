@@ -2,6 +2,7 @@
 
 Layers, low to high; nothing imports upward (tests/test_frame.py):
 
+    errors                  what is asked for and does not exist
     state  step             cells, packing, views; steps, programs, learned rows
     hw/                     SNP: the RMP, its instructions, access checks; page contents
     kernel/                 locks and context; the direct map
@@ -23,14 +24,22 @@ TYPE_CHECKING = False  # as typing's, whose import the command cannot wait for
 
 __version__ = "0.1.0"
 
+_EMULATOR = (
+    "Deadlock", "Event", "GpFault", "GuestSpins", "GuestTerminated", "InstructionError", "InternalError", "KernelBug",
+    "MachineCheck", "MapGpaError", "MemoryFaultExit", "MmioExit", "PlatformError", "PscError", "RmpFault",
+    "SetMemoryFailed", "ShutdownExit", "SigBus", "TdxError", "VcFault", "VeFault", "Vm", "VmDead", "VmErrno",
+    "VmError", "VmSwitches", "VmplFault",
+)  # fmt: skip
 _WHERE = {
+    **dict.fromkeys(_EMULATOR, "emulator"),
     "Design": "design",
     "DesignError": "design",
+    "InputError": "errors",
+    "NotApplicable": "errors",
     "Report": "report",
     "Session": "session",
     "Switches": "machine",
     "Trace": "trace",
-    "Vm": "emulator",
     "check": "report",
     "compare": "report",
     "matrix": "grid",
@@ -48,7 +57,9 @@ if TYPE_CHECKING:
     from .code import replay as replay
     from .design import Design as Design
     from .design import DesignError as DesignError
-    from .emulator import Vm as Vm
+    from .emulator import *  # noqa: F403
+    from .errors import InputError as InputError
+    from .errors import NotApplicable as NotApplicable
     from .grid import matrix as matrix
     from .machine import Switches as Switches
     from .report import Report as Report
@@ -73,3 +84,8 @@ def __getattr__(name: str) -> Any:
             raise
         message = f"kvmlab.workbench needs {missing.name}, which is not installed; {HOW_TO_INSTALL}"
         raise ImportError(message, name=missing.name) from None
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return [*__all__, "__version__"]

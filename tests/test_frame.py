@@ -20,7 +20,7 @@ from kvmlab import links
 # Low to high: a module may import what stands in its own line or above. A folder means all its modules, and
 # a name all names that go on after an underscore (design: design_rows, ...).
 LAYERS = [
-    ["console", "links", "nbrules", "pool"],
+    ["console", "errors", "links", "nbrules", "pool"],
     ["state", "step"],
     ["hw"],
     ["kernel"],

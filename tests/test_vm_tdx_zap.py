@@ -18,10 +18,18 @@ WBINVD = str(Leaf.PAGE_WBINVD)
 def td(pages=4, design="upstream", **more):
     """A TD that has accepted its memory; its vCPUs are inside."""
     vm = Vm("tdx", pages, design, private=True, **more)
-    vm.guest().accept_range(0, pages * P)
+    vm.place(0, "MAPPED", pages * P)
     for index in range(len(vm.tdx.vcpus)):
         vm.guest(index).read(0, 1)
     vm.log.events.clear()
+    return vm
+
+
+def stray_shared_leaf():
+    """A TD with a page that both roots map: a wrong host has stored the attribute and zapped nothing."""
+    vm = Vm("tdx", 4)
+    vm.place(0, "shared", attribute="private")
+    vm.place(0, "MAPPED")
     return vm
 
 
@@ -70,8 +78,7 @@ def test_going_private_zaps_the_shared_side_only_and_costs_no_seamcall():
 
 
 def test_going_shared_leaves_shared_leaves_alone():
-    vm = td()
-    vm.mmu.install(0, 1, vm.pfn(0, False), False)
+    vm = stray_shared_leaf()
     vm.set_memory_attributes(0, P, False)
     assert vm.mmu.leaves(0, 1)[0]
 
@@ -105,9 +112,8 @@ def test_a_vcpu_that_stays_inside_goes_on_with_its_old_translation_until_it_leav
 
 
 def test_both_ept_roots_may_map_one_gfn_at_once():
-    vm = td()
+    vm = stray_shared_leaf()
     vm.guest().write(0, b"mine")
-    vm.mmu.install(0, 1, vm.pfn(0, False), False)
     vm.guest().set_private(0, False)
     assert vm.guest().read(0, 4) == bytes(4)
     vm.guest().set_private(0, True)
@@ -264,3 +270,25 @@ def test_the_counts_side_by_side_differ_in_tracks_and_kicks_only():
 def test_its_text_gives_seconds_where_they_are_published_and_bounds_where_not():
     _, _, one, many = (line.split() for line in batching(1024, (1, 512)).text().splitlines())
     assert one[-1] == "0.0154" and many[-3:] == ["0.00522", "..", "0.0154"]
+
+
+def test_a_leaf_that_nobody_thawed_is_not_present_so_the_zap_leaves_its_entry_behind():
+    vm = Vm("tdx", 4, Design.parse(open_ended("write_spte(leaf)")))
+    vm.guest().set_memory_encrypted(0, 4 * P)
+    vm.guest().set_memory_decrypted(0, 4 * P)
+    assert vm.placed(0) == ("MAPPED", "shared") and BLOCK not in vm.counters
+
+
+def open_ended(row):
+    """upstream with an `aug:` that leaves out one row."""
+    rows = ["freeze_spte(table)", "tdh_mem_sept_add()", "write_spte(table)", "freeze_spte(leaf)", "clflush()",
+            "tdh_mem_page_aug()", "write_spte(leaf)"]  # fmt: skip
+    return "\n    ".join(["base: upstream\naug:", *(other for other in rows if other != row)]) + "\n"
+
+
+def test_a_dead_td_is_told_before_any_lock_is_tried():
+    vm = td(vcpus=2)
+    vm.tdx.module.fatal = True
+    vm.fail("TDH.MEM.RANGE.BLOCK")
+    with pytest.raises(PlatformError, match="tdh_mem_range_block = TDX_TD_FATAL"):
+        vm.set_memory_attributes(0, P, False)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from ..design import Row
 from ..design.calls import DIRECTMAP
 from ..hw.snp import PG_2M, PG_4K, Npf
-from .events import MEMORY_EXIT_FLAG_PRIVATE, InternalError, MemoryFaultExit, MmioExit
+from .events import MEMORY_EXIT_FLAG_PRIVATE, InternalError, MemoryFaultExit, MmioExit, VmErrno
 from .locks import Thread
 from .memory import PAGE, prefix
 from .rmpfault import Handler, rmp_work
@@ -163,6 +163,9 @@ def run_fault(
                 fault.thread.unwind()
                 break
         fault.thread.leave("enters the guest")
+    except VmErrno:  # KVM_RUN fails: every error path lets go of its locks
+        fault.thread.unwind()
+        raise
     finally:
         vm.log.amend(event, fault.taken)
     if rmp:
