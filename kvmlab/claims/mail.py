@@ -289,11 +289,16 @@ def _c17(b: Bench) -> Said:
         [b.most("spurious-npf", d, backing=backing) for backing in BACKINGS]
         for d in ("pre-post-directmap", "v8-post-hook")
     )
+    back = [
+        b.most("spurious-npf", d, "host-io", backing="in-place")
+        for d in ("pre-post-directmap", "v8-post-hook")
+    ]
     again = b.most("retry", "pre-post-directmap")
     return _if(
-        inside == [0, 0] and after == [None, None],
+        inside == [0, 0] and after == [None, None] and back[0] is not None and back[1] is None,
         "going private no fault finds its leaf there already and the RMP behind, while after the window any number "
-        f"does; instead it retries, {'without bound' if again is None else f'{again} times at most'}",
+        f"does; going shared in-place {back[0]} at most (two vCPUs fault at once), after the window any number; "
+        f"instead it retries, {'without bound' if again is None else f'{again} times at most'}",
     )
 
 
@@ -487,7 +492,7 @@ def _c29(b: Bench) -> Said:
     slipped, slipped_1g = b.bad("narrow-hull", "huge"), b.bad("hull-of-2m-only", "huge-1g")
     return _if(
         bool(kept and slipped and slipped_1g),
-        f"mapped huge while its attributes change, as in the merged code before May 2025, it ends in "
+        f"mapped huge while its attributes change, as in v6.8 to v6.15, it ends in "
         f"{listed(slipped)}, and a 1G page in {listed(slipped_1g)}; 2M and 1G shared pages, two backings",
         "nothing comes of it" if kept else "it is not kept",
     )

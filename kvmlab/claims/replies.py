@@ -251,7 +251,7 @@ def _c40(b: Bench) -> Said:
     calls = b.calls("upstream", "fault")
     own = "adjust_direct_map" in calls and "adjust_direct_map" not in b.calls("upstream", "ioctl")
     return SOURCE, (
-        "a decision, not a statement about behaviour. The merged code, as transcribed here, has it "
+        "a decision, not a statement about behaviour. v6.19 (upstream), as transcribed here, has it "
         f"{'in what SNP does to a page at its first fault, not in the ioctl' if own else 'elsewhere'}; "
         "what it breaks as a hook for every platform is C24"
     )
