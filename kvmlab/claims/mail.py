@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..design import Design
 from ..design.calls import BACKINGS
 from ..hw.snp import HOST_ACCESS, OK
 from ..report import ALWAYS, NEVER, SOMETIMES
@@ -213,10 +214,11 @@ def _c10(b: Bench) -> Said:
 @claim("C11", "ZW", "does SNP need to zap the NPT at all?")
 def _c11(b: Bench) -> Said:
     there, back = b.bad("no-zap", "tiny"), b.bad("no-zap", "host-io")
+    today = b.bad("upstream-no-zap", "tiny", "host-io")
     one_page = b.bad("no-zap", "tiny", "host-io", "round-trip", backing="in-place")
     return ANSWERED, (
-        f"with two backings: {'yes' if there or back else 'no'} (without it, going private {listed(there)}, going "
-        f"shared {listed(back)}); where one page serves both kinds, mapped 4K: "
+        f"with two backings: {'yes' if there or back else 'no'} (without it, in 2023, going private {listed(there)}, "
+        f"going shared {listed(back)}; in v6.19 {listed(today)}); where one page serves both kinds, mapped 4K: "
         f"{'yes, ' + listed(one_page) if one_page else 'no'}"
     )
 
@@ -261,14 +263,29 @@ def _c14(b: Bench) -> Said:
 
 @claim("C15", "ZW", "RMPUPDATE could wait for the next fault")
 def _c15(b: Bench) -> Said:
-    scenarios = ("tiny", "to-private", "host-io", "round-trip")
-    both, one_way = b.bad("defer-to-fault", *scenarios), b.bad("upstream", *scenarios)
-    if both and one_way:
-        return REFUTED, f"it cannot ({listed(both)})"
-    return (QUALIFIED if both else CONFIRMED), (
-        f"{'towards private, as upstream does' if both else 'it can, in both directions'}"
-        f"{f'; both ways it breaks {listed(both)}' if both else ''}"
+    both = b.bad("defer-to-fault", "tiny", "to-private", "host-io", "round-trip", "range")
+    if both:
+        return REFUTED, f"it cannot, even with two backings ({listed(both)})"
+    taken = b.bad("defer-to-fault-takes-back", "tiny", "host-io")
+    discard = b.bad("defer-to-fault", "discard")
+    late = b.bad(out_of_the_file_first(Design.load("defer-to-fault")), "discard")
+    one_page = b.bad("defer-in-place", "tiny", "round-trip", backing="in-place")
+    host = b.bad("defer-in-place", "host-io", backing="in-place")
+    return (QUALIFIED if taken or discard or host else CONFIRMED), (
+        "with two backings it can, in both directions, if the fault makes the RMP fit the page that it is about to "
+        "map. If it looks at the private page in any case, a stale shared fault has taken that back before the stale "
+        f"test says so, and an RMPUPDATE cannot be undone ({listed(taken)}). A discard must take the page out of the "
+        f"file before it makes it shared ({listed(late) if late else 'clean'}; v8 does it after: {listed(discard)}). "
+        "Where one page serves both kinds the attribute must be read again under a lock that the ioctl holds "
+        f"({listed(one_page) if one_page else 'clean'}), and even so the host may be the first to use a page that "
+        f"went shared ({listed(host)})"
     )
+
+
+def out_of_the_file_first(design: Design) -> Design:
+    """The design with a discard that takes the page out of the file before it makes it shared."""
+    line = next(n for n, text in enumerate(design.lines("punch")) if "truncate" in text)
+    return design.move("punch", line, -4)
 
 
 @claim("C16", "MR", "RMPUPDATE in the ioctl lets the MMU rely on the xarray; deferred, it must ask the RMP")
@@ -455,8 +472,15 @@ def _c25(b: Bench) -> Said:
 
 @claim("C26", "MR", "with pre/post hooks RMPUPDATE can run under mmu_lock, inside the window")
 def _c26(b: Bench) -> Said:
-    return _if(
-        b.clean("pre-post-directmap", "tiny", "to-private", "to-shared", "round-trip"), "nothing is violated"
+    alone = b.bad("pre-post-directmap", "tiny", "to-private", "to-shared", "round-trip")
+    looks_up = b.bad("pre-post-op-looks-up", "tiny", "host-io")
+    always = b.verdict("sleep-in-atomic", "pre-post-op-looks-up") == ALWAYS
+    if alone:
+        return REFUTED, f"not even the instruction alone ({listed(alone)})"
+    return (QUALIFIED if looks_up else CONFIRMED), (
+        "the instruction alone, on pages that were looked up before the lock: clean. The op of the series looks its "
+        f"pages up itself, and kvm_restrictedmem_get_pfn() may sleep ({listed(looks_up)}"
+        f"{', in every run' if always else ''})"
     )
 
 
