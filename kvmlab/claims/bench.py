@@ -35,6 +35,10 @@ class Bench:
         self.evidence.clear()
         self._cases.clear()
 
+    def design(self, name: str) -> Design:
+        """A design that ships."""
+        return Design.load(name)
+
     def report(
         self,
         design: str | Design,
@@ -45,7 +49,7 @@ class Bench:
     ) -> Report:
         """The report of one case; `odd` are switches that differ from their defaults."""
         if isinstance(design, str):
-            design = Design.load(design)
+            design = self.design(design)
         switches = Switches(**odd)
         key = (design.name, design.digest, platform, scenario, backing, switches)
         if key not in self._done:
@@ -84,7 +88,7 @@ class Bench:
 
     def calls(self, design: str, section: str, to: str = "private", platform: str = "snp") -> list[str]:
         """The calls of a design's section, in order, with the body of a composite one after it."""
-        rows = Design.load(design).rows(section, to=to, platform=platform)
+        rows = self.design(design).rows(section, to=to, platform=platform)
         found = [call.call for row in rows for call in (row, *(row.body or ()))]
         self.note(f"{design}, {section} to {to} on {platform}: {', '.join(found)}")
         return found
@@ -94,7 +98,7 @@ class Bench:
         from ..emulator import Vm
 
         self._cases.setdefault("one run of the emulator", [])
-        return Vm("snp", design=design, **kinds)
+        return Vm("snp", design=self.design(design), **kinds)
 
     def note(self, text: str) -> None:
         """Write down what was looked at."""

@@ -268,7 +268,7 @@ def _c15(b: Bench) -> Said:
         return REFUTED, f"it cannot, even with two backings ({listed(both)})"
     taken = b.bad("defer-to-fault-takes-back", "tiny", "host-io")
     discard = b.bad("defer-to-fault", "discard")
-    late = b.bad(out_of_the_file_first(Design.load("defer-to-fault")), "discard")
+    late = b.bad(out_of_the_file_first(b.design("defer-to-fault")), "discard")
     one_page = b.bad("defer-in-place", "tiny", "round-trip", backing="in-place")
     host = b.bad("defer-in-place", "host-io", backing="in-place")
     return (QUALIFIED if taken or discard or host else CONFIRMED), (

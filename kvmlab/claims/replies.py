@@ -5,7 +5,6 @@ MR is Michael Roth, ZW Zhi Wang.  The model was made from the mail of 22 March, 
 
 from __future__ import annotations
 
-from ..design import Design
 from ..design.calls import BACKINGS
 from ..hw import tdx_lines
 from ..hw.snp import HOST_ACCESS, HOST_PF, OK, PG_2M, PG_4K, Npf
@@ -81,7 +80,7 @@ def _first_access(b: Bench, private: bool, design: str = FLUSH) -> tuple[str, li
 
 @claim("C31", "MR", "perhaps the zap can be left out going private only; the gain would be lost in the noise")
 def _c31(b: Bench) -> Said:
-    one_way = Design.load("zap-to-shared-only")
+    one_way = b.design("zap-to-shared-only")
     today = one_way.replace_text(one_way.text.replace("\nbase: ", "\nlinux: v6.19\nbase: "))
     back = b.bad(FLUSH, "host-io", "to-shared")
     kept = b.clean(one_way, "host-io", "to-shared")
@@ -245,7 +244,7 @@ def _c38(b: Bench) -> Said:
 
 @claim("C39", "MR", "if the callback is SNP's alone, the work may be deferred to the fault, under C33")
 def _c39(b: Bench) -> Said:
-    design = Design.load("defer-to-fault")
+    design = b.design("defer-to-fault")
     bad = b.bad(design.name, "tiny", "to-private", "host-io", "round-trip")
     line = next(n for n, text in enumerate(design.lines("fault")) if "rmp_match" in text)
     locked = b.bad(design.move("fault", line, 2), "tiny")  # behind the stale test, so under mmu_lock
