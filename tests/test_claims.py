@@ -3,6 +3,7 @@
 import pytest
 
 from kvmlab.claims import ANSWERED, CLAIMS, CONFIRMED, QUALIFIED, REFUTED, SOURCE, Bench, answers
+from kvmlab.claims.mail import out_of_the_file_first
 from kvmlab.scenario import SCENARIOS, InputError
 
 ANSWERS = {
@@ -152,6 +153,13 @@ def test_deferral_saves_nothing_of_what_the_guest_accepts():
     assert (
         "0 where the guest accepts all memory at once, 0 where it accepts 2M at a time" in answer("C37").why
     )
+
+
+@pytest.mark.parametrize("scenario", ["discard", "discard-first", "discard-races"])
+def test_deferral_goes_with_a_discard_that_takes_the_page_out_of_the_file_before_it_makes_it_shared(scenario):
+    design = BENCH.design("defer-to-fault")
+    assert "host-rmp-fault" in BENCH.bad(design, scenario)
+    assert BENCH.clean(out_of_the_file_first(design), scenario)
 
 
 def test_a_price_that_is_not_published_is_not_guessed():
