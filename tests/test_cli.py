@@ -139,7 +139,7 @@ def test_the_matrix_as_json_has_an_element_a_cell(run):
 
 def test_claims_prints_every_claim_with_its_answer_and_evidence_when_asked_by_id(run):
     status, out, _ = run("claims")
-    assert status == 0 and len(re.findall(r"^C\d\d ", out, re.M)) == 29
+    assert status == 0 and len(re.findall(r"^C\d\d ", out, re.M)) == 40
     assert "no-zap, snp, tiny" in run("claims", "C12")[1]
     assert json.loads(run("claims", "C06", "--json")[1])[0]["answer"] == "confirmed"
     assert run("claims", "C99")[0] == 2

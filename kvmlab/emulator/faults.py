@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .vm import Vm
 
 DONE, RETRY = "done", "RET_PF_RETRY"
-LEAVE = "RET_PF_RETRY_INVALID_SLOT"  # retry as well, but leave KVM first
+LEAVE = "RET_PF_RETRY after leaving KVM"  # tdx since v6.18 (2bc2694fe20b): no loop inside
 FAULTS_2M = 512
 PREPARES = ("rmp_prepare", "rmp_match")
 
