@@ -2,6 +2,7 @@
 
 Layers, low to high; nothing imports upward (tests/test_frame.py):
 
+    errors                  what is asked for and does not exist
     state  step             cells, packing, views; steps, programs, learned rows
     hw/                     SNP: the RMP, its instructions, access checks; page contents
     kernel/                 locks and context; the direct map
@@ -12,38 +13,53 @@ Layers, low to high; nothing imports upward (tests/test_frame.py):
     assembly section program scenario  designs into programs; who acts
     emulator/               one VM at real size, by the same rules and the same text
     explore/                every interleaving: two engines, liveness, shortest runs
-    trace report session    runs and codes; verdicts; the workbench without a widget
+    trace code report session    runs and codes; verdicts; the workbench without a widget
     show/                   text, HTML, widget; the board of a secure EPT entry
-    cli
+    console pool commands cli  what is printed; processes; the command
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # as typing's, whose import the command cannot wait for
 
 __version__ = "0.1.0"
 
+_EMULATOR = (
+    "Deadlock", "Event", "GpFault", "GuestSpins", "GuestTerminated", "InstructionError", "InternalError", "KernelBug",
+    "MachineCheck", "MapGpaError", "MemoryFaultExit", "MmioExit", "PlatformError", "PscError", "RmpFault",
+    "SetMemoryFailed", "ShutdownExit", "SigBus", "TdxError", "VcFault", "VeFault", "Vm", "VmDead", "VmErrno",
+    "VmError", "VmSwitches", "VmplFault",
+)  # fmt: skip
 _WHERE = {
+    **dict.fromkeys(_EMULATOR, "emulator"),
     "Design": "design",
     "DesignError": "design",
+    "InputError": "errors",
+    "NotApplicable": "errors",
     "Report": "report",
     "Session": "session",
     "Switches": "machine",
     "Trace": "trace",
-    "Vm": "emulator",
     "check": "report",
     "compare": "report",
     "matrix": "grid",
-    "replay": "trace",
+    "replay": "code",
     "sept_board": "show.sept",
     "workbench": "show.widget",
 }
 __all__ = sorted(_WHERE)
 
+HOW_TO_INSTALL = "`make lab` in the repository sets everything up, and so does there: pip install -e '.[lab]'"
+
 if TYPE_CHECKING:
+    from typing import Any
+
+    from .code import replay as replay
     from .design import Design as Design
     from .design import DesignError as DesignError
-    from .emulator import Vm as Vm
+    from .emulator import *  # noqa: F403
+    from .errors import InputError as InputError
+    from .errors import NotApplicable as NotApplicable
     from .grid import matrix as matrix
     from .machine import Switches as Switches
     from .report import Report as Report
@@ -53,7 +69,6 @@ if TYPE_CHECKING:
     from .show.sept import sept_board as sept_board
     from .show.widget import workbench as workbench
     from .trace import Trace as Trace
-    from .trace import replay as replay
 
 
 def __getattr__(name: str) -> Any:
@@ -62,4 +77,15 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'kvmlab' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    try:
+        return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    except ModuleNotFoundError as missing:
+        if name != "workbench":
+            raise
+        message = f"kvmlab.workbench needs {missing.name}, which is not installed; {HOW_TO_INSTALL}"
+        raise ImportError(message, name=missing.name) from None
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return [*__all__, "__version__"]

@@ -1,7 +1,6 @@
 """`python -m kvmlab` is the command `kvmlab`."""
 
-import sys
-
 from .cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    raise SystemExit(main())

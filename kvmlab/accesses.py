@@ -80,11 +80,17 @@ def _fill_check(s: View, me: str, acc: Access, pfn: str) -> str:
 def _rmp_check(s: View, me: str, acc: Access, pfn: str) -> str:
     if not s.conf.has_rmp:
         return snp.OK
-    entry, size, enc = s.rmp.get(pfn, snp.HYPERVISOR), mapped_size(s, me), acc.kind == "private"
-    if size == snp.PG_2M and not enc and acc.op == "write" and any(s.rmp[p].assigned for p in s.rmp):
-        return snp.NPF_RMP  # through a large mapping every page of the region must be the host's
     op = "pvalidate" if acc.op.startswith("pvalidate") else acc.op
-    return snp.guest_access(entry, enc=enc, op=op, asid=ASID, gpa=acc.gfn, size=size)
+    return snp.guest_access(
+        s.rmp.get(pfn, snp.HYPERVISOR), enc=acc.kind == "private", op=op, asid=ASID, gpa=acc.gfn,
+        size=mapped_size(s, me), region_assigned=_region_assigned(s, me, acc),
+    )  # fmt: skip
+
+
+def _region_assigned(s: View, me: str, acc: Access) -> bool:
+    """Whether a page of the 2M region is assigned, where the check asks for more than the page itself."""
+    asked = mapped_size(s, me) != snp.PG_4K and acc.op == "write" and acc.kind == "shared"
+    return asked and any(s.rmp[p].assigned for p in s.rmp)
 
 
 def _refused(s: View, me: str, acc: Access, answer: str, pfn: str) -> str:
@@ -100,8 +106,10 @@ def _refused(s: View, me: str, acc: Access, answer: str, pfn: str) -> str:
 
 def _too_large(s: View, me: str, acc: Access, pfn: str) -> bool:
     """Whether nothing but the size of the mapping is wrong."""
-    entry, enc = s.rmp.get(pfn, snp.HYPERVISOR), acc.kind == "private"
-    return snp.fails_for_size(entry, enc=enc, op=acc.op, asid=ASID, gpa=acc.gfn, size=mapped_size(s, me))
+    return snp.fails_for_size(
+        s.rmp.get(pfn, snp.HYPERVISOR), enc=acc.kind == "private", op=acc.op, asid=ASID, gpa=acc.gfn,
+        size=mapped_size(s, me), region_assigned=_region_assigned(s, me, acc),
+    )  # fmt: skip
 
 
 def _npf(s: View, me: str, acc: Access, *, present: bool, rmp: bool, sizem: bool = False) -> str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any
 
-from .design import shipped
+from .design import Design, shipped
 from .design.calls import BACKINGS
 from .machine import PLATFORMS, Switches
+from .pool import spread
 from .properties import BY_NAME
 from .report import ALWAYS, SOMETIMES, as_design, check
 from .scenario import SCENARIOS, InputError, NotApplicable, check_names, find_scenario
@@ -72,6 +72,12 @@ class Matrix:
 
     squares: tuple[Square, ...]
 
+    @property
+    def legend(self) -> str:
+        """What the short verdicts in it stand for, gravest first."""
+        found = {square.worst for square in self.squares}
+        return ", ".join(f"{short} {name}" for name, short in SHORT.items() if name in found)
+
     def text(self) -> str:
         """One table a platform and backing; in each cell the gravest violation over the number of states."""
         from .show.text import matrix_text
@@ -87,65 +93,77 @@ class Matrix:
         return {"text/plain": self.text(), "text/html": matrix_html(self)}
 
 
+Progress = Callable[[str], Any]
+Where = tuple[tuple[str, str | None], str, str, str]  # a design (see `_named`), platform, scenario, backing
+
+
 def matrix(
-    designs: Iterable[str] | None = None,
+    designs: Iterable[Design | str] | None = None,
     platforms: Iterable[str] = tuple(PLATFORMS),
     scenarios: Iterable[str] = tuple(SCENARIOS),
     backings: Iterable[str] = BACKINGS,
-    progress: Callable[[str], Any] | None = None,
+    progress: Progress | None = None,
     elements: bool = False,
     jobs: int = 1,
+    limit: int | None = None,
 ) -> Matrix:
     """Check every design (default: those of the thread and their variants) in every scenario.
 
     `progress` is called with a line before each check (with `jobs` processes: when its result is awaited);
-    `elements` keeps what `--json` prints.  InputError for a name that does not exist, or no process at all.
+    `elements` keeps what `--json` prints; `limit` as for `check`.  InputError for a name that does not exist, or
+    no process at all.
     """
-    names = list(designs) if designs is not None else [*shipped("thread"), *shipped("variant")]
+    named = _named(designs)
     cases = [
-        (name, platform, scenario, backing)
+        (design, platform, scenario, backing)
         for platform, backing in product(platforms, backings)
-        for name, scenario in product(names, scenarios)
+        for design, scenario in product(named, scenarios)
     ]
     if not cases:
         raise InputError("nothing to check: a list of names is empty")
     if jobs < 1:
         raise InputError(f"a matrix needs at least one process, not {jobs}")
-    for name in names:
-        as_design(name)
     for _, platform, scenario, backing in cases:
         check_names(platform, backing)
         find_scenario(scenario)
     squares = []
-    with _workers(jobs) as work:
-        for case, square in zip(cases, work(partial(_square, elements=elements), cases), strict=True):
+    with spread(partial(_square, elements=elements, limit=limit), cases, jobs) as results:
+        waiting = iter(results)
+        for n, ((name, _), platform, scenario, backing) in enumerate(cases, 1):
             if progress:
-                progress(f"{case[1]} {case[3]} {case[0]} {case[2]}")
-            squares.append(square)
+                progress(f"{n} of {len(cases)}: {platform} {backing} {name} {scenario}")
+            squares.append(next(waiting))
     return Matrix(tuple(squares))
 
 
-@contextmanager
-def _workers(jobs: int) -> Iterator[Callable[..., Iterable[Square]]]:
-    """A map over cases: in this process, or in several (each check is independent)."""
-    if jobs == 1:
-        yield map
-        return
-    with ProcessPoolExecutor(jobs) as pool:
-        yield pool.map
+def _named(designs: Iterable[Design | str] | None) -> list[tuple[str, str | None]]:
+    """Each design by a name of its own, with its text unless it ships: what can be sent to another process."""
+    seen: Counter[str] = Counter()
+    named: list[tuple[str, str | None]] = []
+    for design in map(as_design, shipped() if designs is None else designs):
+        seen[design.name] += 1
+        name = design.name if seen[design.name] == 1 else f"{design.name} {seen[design.name]}"
+        ships = design.name in shipped("all") and design == Design.load(design.name)
+        named.append((name, None if ships else design.canonical()))
+    return named
 
 
 def _square(
-    where: tuple[str, str, str, str], elements: bool = False, switches: Switches | None = None
+    where: Where, elements: bool = False, switches: Switches | None = None, limit: int | None = None
 ) -> Square:
-    name, platform, scenario, backing = where
+    (name, text), platform, scenario, backing = where
+    design = Design.load(name) if text is None else Design.parse(text, name)
+    empty = Square(name, platform, scenario, backing)
     try:
-        report = check(as_design(name), platform, scenario, backing, switches)
+        report = check(design, platform, scenario, backing, switches, limit)
     except NotApplicable as reason:
-        return Square(*where, reason=str(reason))
-    verdicts = {v.name: v.verdict for v in report.verdicts.values()}
-    return Square(
-        *where, verdicts, report.states, report.complete, element=report.as_json() if elements else None
+        return replace(empty, reason=str(reason))
+    return replace(
+        empty,
+        verdicts={v.name: v.verdict for v in report.verdicts.values()},
+        states=report.states,
+        complete=report.complete,
+        element=report.as_json() if elements else None,
     )
 
 
@@ -165,26 +183,33 @@ ALTERNATIVES = (  # of the platform, in these scenarios
 
 def dependence(
     chosen: Switches,
-    designs: Iterable[str] | None = None,
+    designs: Iterable[Design | str] | None = None,
     scenarios: Iterable[str] = _SMALL,
     platform: str = "snp",
     jobs: int = 1,
+    progress: Progress | None = None,
 ) -> list[tuple[str, str, str, str, str, str]]:
     """The verdicts that depend on a switch: (design, scenario, backing, property, by default, as chosen).
 
-    Default: the designs of the thread and their variants, in a few small scenarios.
+    Default: the designs of the thread and their variants, in a few small scenarios.  `progress` as for `matrix`.
     """
-    names = list(designs) if designs is not None else [*shipped("thread"), *shipped("variant")]
-    cases = [(name, platform, *rest) for name, *rest in product(names, scenarios, BACKINGS)]
-    with _workers(jobs) as work:
-        squares = zip(work(_square, cases), work(partial(_square, switches=chosen), cases), strict=True)
-        pairs = list(squares)
+    every = product(_named(designs), scenarios, BACKINGS)
+    cases = [(design, platform, scenario, backing) for design, scenario, backing in every]
+    both: list[tuple[Where, Switches | None]] = [(case, switches) for case in cases for switches in (None, chosen)]
     changed = []
-    for before, after in pairs:
-        name, scenario, backing = before.design, before.scenario, before.backing
-        changed += [
-            (name, scenario, backing, prop, verdict, after.verdicts[prop])
-            for prop, verdict in before.verdicts.items()
-            if after.verdicts[prop] != verdict
-        ]
+    with spread(_switched, both, jobs) as results:
+        waiting = iter(results)
+        for n, ((name, _), _, scenario, backing) in enumerate(cases, 1):
+            if progress:
+                progress(f"{n} of {len(cases)}: {platform} {backing} {name} {scenario}")
+            before, after = next(waiting), next(waiting)
+            changed += [
+                (name, scenario, backing, prop, verdict, after.verdicts[prop])
+                for prop, verdict in before.verdicts.items()
+                if after.verdicts[prop] != verdict
+            ]
     return changed
+
+
+def _switched(what: tuple[Where, Switches | None]) -> Square:
+    return _square(what[0], switches=what[1])

@@ -19,12 +19,13 @@ per actor   pc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import permutations, product
 
 from . import machine_tdx
 from .accesses import Access
 from .actors import anything
+from .errors import InputError, shown
 from .hw.memory import EMPTY, GUEST_KEY, PLAIN, Content
 from .hw.snp import HYPERVISOR, PG_2M, RmpEntry, assigned_to
 from .kernel import locks
@@ -45,6 +46,9 @@ PLATFORMS = {
 }
 NEIGHBOUR = "N"
 TLB = "TLB"  # who drops entries of TLBs, where that is asked: scenario.with_forgetful_tlbs()
+
+
+WORDS: dict[str, tuple[object, object]] = {"rmp_checked_at": ("access", "fill")}  # not True or False
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,13 @@ class Switches:
     preempt_count: bool = True
     integrity: bool = True
     partial_write_erratum: bool = False
+
+    def __post_init__(self) -> None:
+        """InputError for a value that a switch does not have."""
+        for name in (switch.name for switch in fields(self)):
+            value, (on, off) = getattr(self, name), WORDS.get(name, (True, False))
+            if type(value) is not type(on) or value not in (on, off):
+                raise InputError(f"switch {name} cannot be {shown(value)}; allowed: {on}, {off}")
 
 
 @dataclass(frozen=True)

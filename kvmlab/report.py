@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from .design import Design
+from .design.files import is_text
 from .explore import liveness, paths, rows
 from .explore.graph import Graph, Hit, Watch
 from .machine import Switches
@@ -20,6 +22,7 @@ from .trace import Case, Trace
 
 NEVER, SOMETIMES, ALWAYS, UNJUDGED = "Never", "Sometimes", "Always", "not judged"
 HITS_TRIED = 40  # how many shortest violations are looked at for runs that differ
+LIMIT = 16_000_000  # states after which a search stops unless told otherwise: some 4 GB; what ships needs 12 million
 SMALL = 6_000  # states up to which the dict engine is the faster one
 
 
@@ -221,13 +224,13 @@ def _shape(run: Trace) -> tuple[object, ...]:
     return (turns, last.call if last else "", last.actor if last else "")
 
 
-def explore(model: Model, limit: int | None = None, watch: Watch | None = None) -> Graph:
+def explore(model: Model, limit: int = LIMIT, watch: Watch | None = None) -> Graph:
     """Explore a model with the engine that fits its size; complete unless `limit` states are exceeded.
 
     `watch` is told now and then how many states are known; what it raises ends the search.
     """
-    graph = rows.search(model, SMALL if limit is None else min(SMALL, limit), watch)
-    if graph.complete or (limit is not None and limit <= SMALL):
+    graph = rows.search(model, min(SMALL, limit), watch)
+    if graph.complete or limit <= SMALL:
         return graph
     from .explore import arrays
 
@@ -244,18 +247,29 @@ def check(
 ) -> Report:
     """Explore every interleaving of `design` in one scenario and return the verdicts.
 
-    `design` is a `Design`, the name of one that ships, a file, or a text with line breaks.  Raises DesignError
-    for a bad design, InputError for a name that does not exist, NotApplicable for a case that does not.
+    `design` is a `Design`, the name of one that ships, a file, or a text with line breaks.  After `limit` states
+    (default: LIMIT) the search stops, and the report is not `complete`.  Raises DesignError for a bad design,
+    InputError for a name that does not exist, NotApplicable for a case that does not, MemoryError in words.
     """
-    return check_case(Case(as_design(design), platform, scenario, backing, switches or Switches()), limit)
+    case = Case(as_design(design), platform, scenario, backing, switches or Switches())
+    return check_case(case, limit)
 
 
 def check_case(case: Case, limit: int | None = None, watch: Watch | None = None) -> Report:
     """Check a case as `check` does; `watch` as for `explore`."""
+    most = LIMIT if limit is None else limit
+    if not isinstance(most, int) or most < 1:
+        raise InputError("the limit is a positive whole number of states")
     began = time.perf_counter()
-    graph = explore(case.model, limit, watch)
-    report = Report(case, graph, 0.0, watch)
-    report.verdicts  # noqa: B018 - part of the check, so part of its time
+    report = None
+    try:
+        report = Report(case, explore(case.model, most, watch), 0.0, watch)
+        report.verdicts  # noqa: B018 - part of the check, so part of its time
+    except MemoryError:  # raised anew below, where the memory is free again
+        report = None
+    if report is None:
+        words = "out of memory; a limit on states, or a smaller scenario, takes less"
+        raise MemoryError(f"{case}: {words}")
     report.seconds = time.perf_counter() - began
     report.watch = None
     return report
@@ -265,7 +279,9 @@ def as_design(design: Design | str) -> Design:
     """Take a design, or parse a text, or load a name."""
     if isinstance(design, Design):
         return design
-    return Design.parse(design) if "\n" in design or "(" in design else Design.load(design)
+    if not isinstance(design, str | os.PathLike):
+        raise InputError(f"a design is a Design, a name, a file or a text; this is a {type(design).__name__}")
+    return Design.parse(design) if isinstance(design, str) and is_text(design) else Design.load(design)
 
 
 @dataclass

@@ -8,8 +8,9 @@ from typing import Any
 from .actors import may_begin
 from .design import Design
 from .design.calls import BACKINGS
-from .design.errors import Refusal
 from .design.rows import adds_ranges
+from .errors import InputError as InputError
+from .errors import NotApplicable as NotApplicable
 from .hw.memory import GUEST_KEY, PLAIN, Content
 from .hw.tdx_lines import HOST, Line
 from .kernel.keyids import HKID
@@ -28,14 +29,6 @@ from .program import (
 from .properties import FATAL
 from .step import Actor, Instr, Model, run_step
 from .sync import out_of_sync
-
-
-class InputError(Refusal, ValueError):
-    """What a user asked for does not exist: says what, and what would be allowed."""
-
-
-class NotApplicable(Refusal):
-    """This design has no such case; the text says why."""
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import wraps
+from threading import RLock
+from typing import Any, NamedTuple, TypeVar, cast
 
+from .code import replay
 from .design import Design
-from .design.errors import Refusal
+from .errors import Refusal
 from .explore.paths import Schedule
 from .machine import Switches
 from .properties import PROPERTIES
 from .report import Report, as_design, check, check_case
 from .scenario import InputError, check_names, find_scenario
-from .trace import Case, Event, Frame, Trace, options, replay
+from .trace import Case, Event, Frame, Trace, options
 
 BY_HAND = "by-hand"
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _alone(method: Method) -> Method:
+    """Let one thread at a time look at the walk or change it; a check is not waited for."""
+
+    @wraps(method)
+    def locked(self: Session, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return cast(Method, locked)
 
 
 class Option(NamedTuple):
@@ -31,7 +47,7 @@ class Session:
     """One reviewer's desk: a case, its report, and a run with a position in it.
 
     Every change re-explores the case.  A change that is refused (a bad text, a case that does not exist)
-    leaves everything as it was and says why in `problem`.
+    leaves everything as it was and says why in `problem`.  Several threads may use it.
     """
 
     def __init__(
@@ -42,6 +58,7 @@ class Session:
         backing: str = "split",
         switches: Switches | None = None,
     ) -> None:
+        self._lock = RLock()
         self.problem: str | None = None
         self.draft: str | None = None
         self.adopt(check(as_design(design), platform, scenario, backing, switches))
@@ -77,6 +94,7 @@ class Session:
         return self._trace.frames
 
     @property
+    @_alone
     def frame(self) -> Frame:
         """Where the run stands now."""
         return self.frames[self.position]
@@ -108,8 +126,8 @@ class Session:
         try:
             run = replay(text)
             report = check_case(run.case)
-        except Refusal as problem:
-            self.problem = str(problem)
+        except (Refusal, MemoryError) as problem:
+            self.problem = str(problem) or "out of memory"
         else:
             self.adopt(report, run)
         return self.report
@@ -117,12 +135,13 @@ class Session:
     def _try(self, change: Callable[[], Case]) -> Report:
         try:
             report = check_case(change())
-        except Refusal as problem:
-            self.problem = str(problem)
+        except (Refusal, MemoryError) as problem:
+            self.problem = str(problem) or "out of memory"
         else:
             self.adopt(report)
         return self.report
 
+    @_alone
     def adopt(self, report: Report, run: Trace | None = None) -> None:
         """Take a report, and a run of its case (default: that of the gravest property violated)."""
         self.report = report
@@ -131,10 +150,12 @@ class Session:
 
     # -- walking a run
 
+    @_alone
     def show(self, prop: str | None = None) -> Trace:
         """Walk the counterexample of a property (default: the gravest violated, or a sample run)."""
         return self.walk(self.report.trace(prop))
 
+    @_alone
     def walk(self, run: Trace) -> Trace:
         """Walk a run of this case from its start."""
         self._trace = run
@@ -142,14 +163,17 @@ class Session:
         self.by_hand = run.why == BY_HAND
         return run
 
+    @_alone
     def step(self) -> Frame:
         """Go one step forward, if there is one."""
         return self.jump(self.position + 1)
 
+    @_alone
     def back(self) -> Frame:
         """Go one step back."""
         return self.jump(self.position - 1)
 
+    @_alone
     def jump(self, position: int) -> Frame:
         """Go to a position; beyond either end means the end."""
         self.position = min(max(position, 0), len(self.frames) - 1)
@@ -157,6 +181,7 @@ class Session:
 
     # -- scheduling by hand
 
+    @_alone
     def enabled(self) -> list[Option]:
         """Every step that some actor can take at this position."""
         if self.frame.event is not None and self.frame.event.fatal:
@@ -167,6 +192,7 @@ class Session:
             for choice, (event, _) in enumerate(options(self.case.model, self.frame.state, a))
         ]
 
+    @_alone
     def blocked(self) -> list[str]:
         """Actors that have work left but cannot move now."""
         can = {option.actor for option in self.enabled()}
@@ -178,11 +204,22 @@ class Session:
             if a.key not in can and not a.program[cells[a.key].get(self.frame.state)].idle
         ]
 
-    def take(self, actor: str, choice: int = 0) -> Frame:
-        """Let `actor` take a step here; what followed in the run before is dropped.
+    @_alone
+    def take(self, actor: str, choice: int = 0, at: int | None = None) -> Frame:
+        """Let `actor` take a step here, or at another position; what followed in the run before is dropped.
 
-        InputError when that actor cannot move or has fewer choices.
+        InputError when that actor cannot move or has fewer choices, and the position is the old one.
         """
+        before = self.position
+        if at is not None:
+            self.jump(at)
+        try:
+            return self._take(actor, choice)
+        except InputError:
+            self.position = before
+            raise
+
+    def _take(self, actor: str, choice: int) -> Frame:
         found = next((o for o in self.enabled() if o.actor == actor and o.choice == choice), None)
         if found is None:
             can = sorted({o.actor for o in self.enabled()}) or ["nobody: the run has ended"]
@@ -192,6 +229,7 @@ class Session:
         self.by_hand = True
         return self.jump(len(schedule))
 
+    @_alone
     def so_far(self) -> dict[str, bool]:
         """For each property: whether it still holds in the run up to this position."""
         seen = {p for f in self.frames[: self.position + 1] if f.event for p in f.event.violations}

@@ -31,7 +31,7 @@ ODD: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 3, 10**9, 10**5000, -(10**5000), 0.5, float("nan"), float("inf"), "", " ", "-", "\0",
     "x" * 10_000, "no-zap", "ioctl", "<b>", "\ud800", "\u202e", [], [1], {}, {"do": "edit"}, b"x", ("ioctl", 1),
 )  # fmt: skip
-TYPED = ("", "(", ")", ":", "{", "if (", "else", "\t", "\0", "é", "\u202e", "kvmlab:1:", "//")
+TYPED = ("", "(", ")", ":", "{", "if (", "else", "\t", "\0", "é", "\u202e", "kvmlab:1:", "kvmlab:2:", "//")
 FIELDS = ("text", "section", "line", "by", "to", "platform", "scenario", "backing", "design", "property", "at",
           "actor", "choice", "position", "do")  # fmt: skip
 

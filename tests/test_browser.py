@@ -586,6 +586,9 @@ def test_the_exported_page_steps_without_kernel_and_network(page: Any, tmp_path:
     shot(page, "exported")
     assert asked == [(tmp_path / "report.html").as_uri()]
     assert first.get_by_role("button", name="Edit as text").count() == 0
+    assert "Alt" not in page.inner_text("body")
+    page.get_by_role("link", name=FAULTY).click()
+    assert page.locator(":target").inner_text().startswith(FAULTY)
 
 
 @pytest.mark.parametrize("width", [1100, 1300, 1600])

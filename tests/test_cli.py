@@ -1,14 +1,18 @@
 """The command line as scripts use it: what is printed, and the exit status."""
 
+import errno
 import io
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from bless_docs import BLOCK, pages
 
+import kvmlab
 from kvmlab import cli
 from kvmlab.design import shipped
 from kvmlab.properties import BY_NAME
@@ -93,7 +97,7 @@ def test_json_elements_have_the_promised_keys(run):
         "code": None,
     }
     assert bad["properties"]["kernel-bug"]["steps"] == 29
-    assert bad["properties"]["kernel-bug"]["code"].startswith("kvmlab:1:")
+    assert bad["properties"]["kernel-bug"]["code"].startswith("kvmlab:2:")
     assert good["measures"]["spurious-npf"] == {"least": 0, "most": None}
 
 
@@ -124,7 +128,7 @@ def test_the_matrix_has_a_row_of_verdicts_with_its_states_and_fits_the_screen(ru
     )
     assert row[-1] == f"{sum(square.get('states', 0) for square in states):,}"
     assert "all complete" in out
-    assert max(map(len, out.splitlines())) <= 150
+    assert max(map(len, out.splitlines())) <= 190
 
 
 def test_the_matrix_as_json_has_an_element_a_cell(run):
@@ -135,7 +139,7 @@ def test_the_matrix_as_json_has_an_element_a_cell(run):
 
 def test_claims_prints_every_claim_with_its_answer_and_evidence_when_asked_by_id(run):
     status, out, _ = run("claims")
-    assert status == 0 and len(re.findall(r"^C\d\d ", out, re.M)) == 29
+    assert status == 0 and len(re.findall(r"^C\d\d ", out, re.M)) == 40
     assert "no-zap, snp, tiny" in run("claims", "C12")[1]
     assert json.loads(run("claims", "C06", "--json")[1])[0]["answer"] == "confirmed"
     assert run("claims", "C99")[0] == 2
@@ -185,14 +189,32 @@ def test_a_diagram_of_an_edited_design_replays_from_a_mail_without_complaint(run
     assert (status, err) == (1, "") and "host-rmp-fault" in out
 
 
-def test_a_pasted_diagram_that_was_changed_is_told_apart_from_its_code(run):
+def test_a_pasted_diagram_that_says_more_than_its_run_is_bad_input(run):
     diagram = run("trace", "no-zap", "--scenario", "tiny")[1]
-    _, out, err = run(
-        "replay",
-        "-",
-        stdin=diagram.replace("rmpupdate(P0, private)", "nothing at all").replace("invalidate_end", "begin"),
-    )
-    assert out == diagram and "not what its code replays" in err
+    status, out, err = run("replay", "-", stdin=diagram.replace("=> kernel-bug", "=> confidentiality"))
+    assert (status, out) == (2, "") and "not what its code replays" in err and "=> confidentiality" in err
+
+
+def test_a_garbled_property_in_a_code_is_bad_input(run):
+    code = run("trace", "no-zap", "--scenario", "tiny", "--code")[1].strip()
+    status, out, err = run("replay", code.replace("/kb/", "/kc/"))
+    assert (status, out) == (2, "") and "damaged code" in err
+
+
+@pytest.mark.parametrize(("design", "status"), [("never-rmpupdate", 1), ("no-zap", 1), ("upstream", 0)])
+def test_the_status_of_a_replay_is_whether_the_run_shows_something_bad(run, design, status):
+    code = run("trace", design, "--scenario", "tiny", "--code")[1].strip()
+    assert run("replay", code)[0] == status
+
+
+def test_trace_takes_the_backing_that_a_design_knows_as_check_does(run):
+    status, out, _ = run("trace", "gmem-in-place", "--scenario", "tiny")
+    assert status == 0 and out.startswith("gmem-in-place, snp, tiny, in-place backing")
+
+
+@pytest.mark.parametrize(("prop", "status"), [("kernel-bug", 1), ("livelock", 0)])
+def test_the_status_of_a_trace_is_the_verdict_on_the_property_asked_for(run, prop, status):
+    assert run("trace", "no-zap", "--scenario", "tiny", "--property", prop)[0] == status
 
 
 def test_replay_can_show_the_machine_after_a_step(run):
@@ -201,8 +223,213 @@ def test_replay_can_show_the_machine_after_a_step(run):
     assert run("replay", code, "--step", "99")[0] == 2
 
 
+def test_without_a_command_there_is_help(run):
+    status, out, err = run()
+    assert (status, out) == (2, "") and "list the scenarios" in err and "Exit status" in err
+
+
+# -- exit status
+
+
+LIMITED = ["--scenario", "tiny", "--limit", "20"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["check", "no-zap", *LIMITED],
+        ["check", "no-zap", *LIMITED, "--json"],
+        ["trace", "no-zap", *LIMITED],
+        ["matrix", "--design", "no-zap", "--platform", "snp", "--backing", "split", *LIMITED],
+        ["report", "no-zap", *LIMITED, "-o", "/dev/null"],
+    ],
+)
+def test_nothing_bad_found_but_not_complete_is_3(run, command):
+    assert run(*command)[0] == 3
+
+
+def test_what_is_not_complete_never_says_never(run):
+    out = run("check", "no-zap", *LIMITED)[1]
+    assert "NOT complete" in out and "Never" not in out
+    assert "beyond the first" in run("trace", "no-zap", *LIMITED)[2]
+
+
+def test_every_search_has_a_limit_that_says_so_when_it_is_met(run, monkeypatch):
+    monkeypatch.setattr("kvmlab.report.LIMIT", 20)
+    status, out, _ = run("check", "v8-post-hook", "--scenario", "tiny")
+    assert status == 3 and "interleavings beyond the first" in out
+
+
+def test_a_case_that_does_not_exist_cannot_go_wrong(run):
+    assert run("check", "upstream", "no-zap", "--backing", "in-place", "--scenario", "tiny")[0] == 0
+    assert run("check", "no-zap", "--scenario", "seamcall-busy", "--scenario", "tiny")[0] == 1
+
+
+def test_out_of_memory_is_2_and_says_what_to_do(run, monkeypatch):
+    def exhausted(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("kvmlab.report.explore", exhausted)
+    status, out, err = run("check", "no-zap", "--scenario", "tiny")
+    assert (status, out) == (2, "") and "out of memory; a limit on states" in err
+
+
+def test_a_bug_is_told_in_one_line_and_is_no_verdict(run, monkeypatch):
+    monkeypatch.setattr("kvmlab.report.explore", lambda *_: 1 / 0)
+    status, out, err = run("check", "no-zap", "--scenario", "tiny")
+    assert (status, out) == (2, "") and err.startswith("kvmlab: this is a bug in kvmlab: ZeroDivisionError")
+
+
+def test_a_chain_of_bases_has_an_end(run, tmp_path):
+    for n in range(600):
+        (tmp_path / f"b{n}.kvm").write_text(f"base: b{n + 1}\n")
+    status, _, err = run("check", str(tmp_path / "b0.kvm"))
+    assert status == 2 and "more than 16 bases" in err
+
+
+def started(*arguments, **more):
+    command = [sys.executable, "-m", "kvmlab", *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **more)
+
+
+@pytest.mark.parametrize(("design", "status"), [("no-zap", 1), ("upstream", 0)])
+@pytest.mark.parametrize("command", ["check", "trace"])
+def test_a_closed_pipe_keeps_the_status_of_the_verdict(command, design, status):
+    process = started(command, design, "--scenario", "tiny", stdout=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", status)
+    process.stderr.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("command", [["check", "upstream", "--scenario", "tiny"], ["designs"], ["--help"]])
+def test_a_full_disk_is_2(command):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "kvmlab", *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (2, "kvmlab: cannot write to standard output: No space left on device\n")
+
+
+def test_what_an_output_cannot_show_is_2_in_words(tmp_path):
+    mine = tmp_path / "größe.kvm"
+    mine.write_text("// größer\nbase: no-zap\n", encoding="utf-8")
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C.UTF-8"}
+    shown, drawn = (
+        subprocess.run(
+            [sys.executable, "-m", "kvmlab", *command], env=ascii_only, capture_output=True, text=True, check=False
+        )
+        for command in (["show", str(mine)], ["trace", str(mine), "--scenario", "tiny"])
+    )
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr.startswith("kvmlab: standard output takes ascii only, and '\\xf6\\xdf' is none")
+    assert drawn.returncode == 1 and drawn.stdout.startswith("gr\\xf6\\xdfe.kvm, snp, tiny")
+
+
+# -- files and names
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(run, tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    write = Path.write_text
+
+    def half(path, text, **how):
+        write(path, text[:100], **how)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    status, _, err = run("report", "no-zap", "--scenario", "tiny", "-o", str(page))
+    assert status == 2 and "No space left" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"] and page.read_text() == "old"
+
+
+def test_a_new_report_takes_the_place_and_the_mode_of_the_old_one(run, tmp_path):
+    page, link = tmp_path / "page.html", tmp_path / "link.html"
+    page.write_text("old")
+    page.chmod(0o640)
+    link.symlink_to(page)
+    assert run("report", "no-zap", "--scenario", "tiny", "-o", str(link))[0] == 1
+    assert link.is_symlink() and page.stat().st_mode & 0o777 == 0o640
+    assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "no/such/folder"])
+def test_a_report_with_an_impossible_name_is_bad_input(run, tmp_path, name):
+    assert run("report", "no-zap", "--scenario", "tiny", "-o", f"{tmp_path}/{name}")[0] == 2
+
+
+def test_what_a_file_is_called_reaches_the_terminal_escaped(run, tmp_path):
+    mine = tmp_path / "a\x1b[31m\nb\u202e.kvm"
+    mine.write_text("base: no-zap\n")
+    page = tmp_path / "\x1b.html"
+    outputs = [
+        run("check", str(mine), "--scenario", "tiny"),
+        run("trace", str(mine), "--scenario", "tiny"),
+        run("report", str(mine), "--scenario", "tiny", "-o", str(page)),
+        run("matrix", "--design", str(mine), "--platform", "snp", "--scenario", "tiny"),
+        run("check", str(mine), "\x1b--\u202e"),
+        run("check", str(mine), "--\x1b"),
+    ]
+    assert [status for status, _, _ in outputs] == [1, 1, 1, 1, 2, 2]
+    assert not any(set("\x1b\u202e") & set(out + err) for _, out, err in outputs)
+    assert outputs[0][1].startswith(r"a\x1b[31m\nb\u202e.kvm, snp, tiny")
+
+
+def test_a_file_whose_name_has_parentheses_is_a_file(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine (1).kvm").write_text("base: no-zap\n")
+    out = run("matrix", "--design", "mine (1).kvm", "--platform", "snp", "--scenario", "tiny")[1]
+    assert "mine (1).kvm" in out and "BUG" in out
+    assert kvmlab.check("mine (1).kvm", scenario="tiny").case.design.name == "mine (1).kvm"
+
+
+# -- terminals
+
+
+@pytest.fixture
+def at_a_terminal(run, monkeypatch):
+    """A run whose standard output and error are a terminal of 80 columns."""
+
+    def call(*arguments):
+        monkeypatch.setenv("COLUMNS", "80")
+        for stream in (sys.stdout, sys.stderr):
+            monkeypatch.setattr(stream, "isatty", lambda: True)
+        return run(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("command", ["designs", "scenarios", "properties"])
+def test_lists_are_broken_at_word_ends_on_a_terminal_only(run, at_a_terminal, command):
+    plain = run(command)[1]
+    folded = at_a_terminal(command)[1]
+    assert folded.split() == plain.split()
+    assert max(map(len, folded.splitlines())) <= 80 <= max(map(len, plain.splitlines()))
+
+
+def test_claims_are_folded_and_show_how_far_they_are(at_a_terminal):
+    _, out, err = at_a_terminal("claims", "C04", "C06")
+    assert max(map(len, out.splitlines())) <= 80
+    assert "1 of 2: C04" in err and "2 of 2: C06" in err
+
+
+def test_a_matrix_says_how_far_it_is_and_what_its_short_words_mean(at_a_terminal):
+    arguments = ["--design", "no-zap", "--platform", "snp", "--backing", "split", "--scenario", "tiny"]
+    _, out, err = at_a_terminal("matrix", *arguments, "--scenario", "host-io", "--scenario", "huge")
+    assert "3 of 3: snp split no-zap huge" in err
+    assert "BUG kernel-bug" in out and "RMPF" not in out
+
+
+def test_check_and_switches_say_how_far_they_are(at_a_terminal, monkeypatch):
+    from kvmlab import grid
+
+    assert "2 of 2: no-zap snp to-shared split" in at_a_terminal("check", "no-zap")[2]
+    monkeypatch.setattr(grid, "ALTERNATIVES", [("snp", grid.Switches(preempt_count=False), ("tiny",))])
+    assert re.search(r"switch 1 of 1, preempt_count: (\d+) of \1: snp in-place", at_a_terminal("switches")[2])
+
+
 BAD = {
-    "no command": [],
     "unknown command": ["explode"],
     "unknown design": ["check", "v8-post-hok"],
     "unknown scenario": ["check", "v8-post-hook", "--scenario", "huge-ish"],
@@ -211,6 +438,9 @@ BAD = {
     "unknown switch": ["check", "v8-post-hook", "--switch", "warp=yes"],
     "bad switch value": ["check", "v8-post-hook", "--switch", "preempt_count=maybe"],
     "bad limit": ["check", "v8-post-hook", "--limit", "-3"],
+    "limit that is a digit, but no number": ["check", "v8-post-hook", "--limit", "²"],
+    "limit of 5,000 digits": ["check", "v8-post-hook", "--limit", "9" * 5000],
+    "no process": ["matrix", "--jobs", "0"],
     "unknown property": ["trace", "v8-post-hook", "--property", "beauty"],
     "foreign code": ["replay", "spin:1:abc"],
     "no code on standard input": ["replay", "-"],

@@ -243,3 +243,26 @@ DEPTHS = ["", "  ", "    "]
 @given(st.lists(st.tuples(st.sampled_from(DEPTHS), st.sampled_from(LINES)).map("".join), max_size=20))
 def test_lines_in_any_order_and_depth_are_a_design_or_an_error(lines):
     parses_or_says_why("\n".join(lines))
+
+
+HIDDEN = {
+    "reorders a call": ("ioctl:\n    rmpupdate(\u202eetavirp)\n", "U+202E"),
+    "reorders a comment, and what is seen of the code": ("// \u2067 //\nioctl:\n    rmpupdate()\n", "U+2067"),
+    "splits a word that carries meaning": ("ioctl:\n    rmpupdate(pri\u200dvate)\n", "U+200D"),
+    "hides in a quoted line": ("> ioctl:\n>     rmpupdate(pri\u00advate)\n", "U+00AD"),
+    "drives a terminal": ("// \x9b31m\nioctl:\n    rmpupdate()\n", "0x9b"),
+}
+
+
+@pytest.mark.parametrize("what", HIDDEN)
+def test_a_character_that_hides_what_is_read_is_refused(what):
+    text, told = HIDDEN[what]
+    with pytest.raises(DesignError) as refused:
+        Design.parse(text)
+    assert told in str(refused.value)
+    assert all(char.isprintable() or char == "\n" for char in str(refused.value))
+
+
+def test_a_comment_may_be_in_any_script():
+    title = "\u05e9\u05dc\u05d5\u05dd, gr\u00fc\u00dfe"
+    assert Design.parse(f"// {title}\nbase: no-zap\n").title == title

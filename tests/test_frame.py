@@ -20,7 +20,7 @@ from kvmlab import links
 # Low to high: a module may import what stands in its own line or above. A folder means all its modules, and
 # a name all names that go on after an underscore (design: design_rows, ...).
 LAYERS = [
-    ["links", "nbrules"],
+    ["console", "errors", "links", "nbrules", "pool"],
     ["state", "step"],
     ["hw"],
     ["kernel"],
@@ -35,16 +35,17 @@ LAYERS = [
     ["program"],
     ["scenario"],
     ["explore"],
-    ["trace"],
+    ["code", "trace"],
     ["claims", "grid", "report", "session", "vm"],
     ["show"],
-    ["__init__", "__main__", "cli", "nb", "nbfiles"],
+    ["__init__", "__main__", "cli", "commands", "nb", "nbfiles"],
 ]
 # What a function may import although it is higher, and why.
 LATE = {
     ("report.py", "show"): "a report renders itself, but only when somebody looks at it",
     ("grid.py", "show"): "as a report does",
     ("trace.py", "show"): "as a report does",
+    ("code.py", "show"): "a code vouches for what a replay shows",
     ("session.py", "show"): "as a report does",
     ("hw/rules.py", "show"): "as a report does",
 }

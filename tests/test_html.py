@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64encode
+from hashlib import sha256
 from html.parser import HTMLParser
 from typing import Any
 
@@ -269,3 +271,23 @@ def test_a_page_holds_every_run_and_asks_nothing_of_the_network() -> None:
     assert "://" not in page
     assert "<img" not in page
     assert page_html([report("no-zap"), report(hostile())]) == page
+
+
+def test_a_page_has_a_heading_and_a_row_a_check_that_leads_to_it() -> None:
+    page = page_html([report("no-zap"), report("v8-post-hook")])
+    text = Reader(page.partition("<body>")[2].partition("<h2")[0]).text
+    assert "kvmlab: no-zap, v8-post-hook" in text
+    assert "kernel-bug, out-of-sync" in text and "nothing is violated" in text
+    assert set(re.findall(r'href="#([^"]+)"', page)) == set(re.findall(r'<h2 id="([^"]+)"', page))
+
+
+def test_a_page_lets_no_script_run_but_its_own() -> None:
+    page = page_html([report("no-zap")])
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)[1]
+    script = page.rpartition('<script type="module">')[2].partition("</script>")[0]
+    digest = b64encode(sha256(script.encode()).digest()).decode()
+    assert policy.startswith(f"default-src 'none'; script-src 'sha256-{digest}'; style-src")
+
+
+def test_the_matrix_says_what_its_short_verdicts_mean() -> None:
+    assert "RMPF host-rmp-fault" in Reader(PICTURES["matrix"]).text

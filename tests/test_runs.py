@@ -2,29 +2,32 @@
 
 import contextlib
 import itertools
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvmlab
+from kvmlab.code import INITIALS, TEXT_DIGITS, _digits, decode, replay
+from kvmlab.design.patch import patch_of, patched
 from kvmlab.explore import arrays, liveness, paths, rows
 from kvmlab.explore.graph import Hit
 from kvmlab.report import check
 from kvmlab.scenario import SCENARIOS, build
-from kvmlab.trace import ReplayError, Trace, decode, options, play, replay
+from kvmlab.trace import ReplayError, Trace, options, play
 
 BAD = [
     ("rmp-under-lock-directmap-post", "tiny", "host-rmp-fault"),
     ("no-zap", "tiny", "kernel-bug"),
     ("v7-under-lock", "to-private", "sleep-in-atomic"),
-    ("defer-to-fault", "host-io", "integrity"),
+    ("defer-to-fault-takes-back", "host-io", "integrity"),
     ("never-rmpupdate", "tiny", "livelock"),
     ("keeps-mmu-lock", "tiny", "deadlock"),
     ("never-maps-back", "host-io", "out-of-sync"),
     ("punch-leaves-assigned", "discard", "host-rmp-fault"),
     ("v8-post-hook", "discard-first", "integrity"),
-    ("v8-post-hook", "vmm-punches", "platform-error"),
+    ("v8-post-hook", "vmm-punches", "warning"),
     ("reserved-read-as-attributes", "reserve-fails", "out-of-sync"),
 ]
 
@@ -56,20 +59,67 @@ def test_a_code_gives_the_same_run_back(design, scenario, prop):
     assert again.text() == trace.text()
 
 
+@pytest.mark.parametrize(("design", "scenario", "prop"), BAD)
+def test_a_code_is_one_mail_line_or_two_with_a_long_name_and_is_safe_in_a_shell_and_a_link(design, scenario, prop):
+    code = trace_of(design, scenario, prop).code
+    assert len(code) <= 75 * (1 if design in kvmlab.design.shipped("thread") else 2)
+    assert re.fullmatch(r"[a-z0-9:/@,.~_-]+", code)
+
+
 @pytest.mark.parametrize("quote", ["", "> ", "> > ", ">> "])
 def test_a_diagram_pasted_from_a_mail_replays(quote):
-    trace = trace_of("defer-to-fault", "host-io", "integrity")
-    mail = "\n".join(["Hi,", "", *trace.text().splitlines(), "", "Thanks"])
+    trace = trace_of("defer-to-fault-takes-back", "host-io", "integrity")
+    mail = "\n".join(["Hi,", "", *trace.text().splitlines(), "Thanks"])
     assert replay("\n".join(quote + line for line in mail.splitlines())).schedule == trace.schedule
 
 
-def test_an_edited_design_travels_inside_its_code():
-    text = kvmlab.Design.load("v8-post-hook").text.replace(
-        "static_call(kvm_x86_update_mem_attr)()", "rmpupdate()"
-    )
-    trace = check(text, scenario="tiny").trace()
-    assert trace.why == "host-rmp-fault"
-    assert replay(trace.text()).frames[-1].event.violations == ("host-rmp-fault",)
+def test_lines_that_a_mail_broke_or_indented_are_still_the_diagram():
+    text = trace_of("no-zap", "tiny", "kernel-bug").text()
+    assert replay(text.replace("BUG(): TDP MMU", "BUG():\n> TDP MMU")).text() == text
+    assert replay("\n".join(f"\t{line}  " for line in text.splitlines())).text() == text
+
+
+def edited(*changes):
+    """v8-post-hook as a file of the reader's, with these parts replaced."""
+    text = kvmlab.Design.load("v8-post-hook").text
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    return kvmlab.Design.parse(text, "mine.kvm")
+
+
+ONE = ("static_call(kvm_x86_update_mem_attr)()\n\n", "rmpupdate()\n\n")
+FIVE = (
+    ONE,
+    ("    kvm_vm_set_region_attr()\n", "    kvm_unmap_directmap()\n    kvm_vm_set_region_attr()\n"),
+    ("    kvm_update_lpage_mixed_flag()\n", ""),
+    ("kvm_mem_is_private()\n", "kvm_mem_is_private()\n    if (attr == private)\n        rmp_prepare()\n"),
+    ("    mutex_unlock", "    if (attr == shared)\n        kvm_map_directmap()\n    mutex_unlock"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "lines"), [((ONE,), 2), (FIVE, 3)])
+def test_an_edited_design_travels_inside_its_code_as_what_was_edited(changes, lines):
+    design = edited(*changes)
+    trace = check(design, scenario="tiny").trace()
+    again = replay(trace.text()).case.design
+    assert len(trace.code) <= 75 * lines
+    assert (again.digest, again.name) == (design.digest, "mine.kvm")
+
+
+def test_what_inherits_from_a_file_needs_no_file_to_replay(tmp_path):
+    (tmp_path / "mine.kvm").write_text(edited(ONE).text)
+    (tmp_path / "yours.kvm").write_text("base: mine\n\nrmp_fault:\n    return\n")
+    trace = check(str(tmp_path / "yours.kvm"), scenario="tiny").trace()
+    assert replay(trace.code).case.design.digest == kvmlab.Design.load(tmp_path / "yours.kvm").digest
+
+
+@pytest.mark.parametrize("name", kvmlab.design.shipped("all"))
+def test_any_ordering_is_written_as_an_edit_of_one_that_ships_and_read_back(name):
+    design = kvmlab.Design.parse(kvmlab.Design.load(name).canonical(), "mine (1).kvm")
+    base, edit = patch_of(design)
+    again = patched(base, edit)
+    assert (again.digest, again.backing, again.name) == (design.digest, design.backing, "mine (1).kvm")
 
 
 def test_the_run_that_closes_a_cycle_comes_back_to_where_the_cycle_began():
@@ -181,36 +231,143 @@ def test_both_engines_agree_on_liveness_and_on_shortest_runs(design):
         assert (len(a), paths.switches(a)) == (len(b), paths.switches(b))
 
 
+def sealed(code):
+    """The code with the digits that vouch for its characters, as another version could have made it."""
+    return code + _digits(code, TEXT_DIGITS)
+
+
+def refusal(code):
+    with pytest.raises(ReplayError) as refused:
+        replay(code)
+    return str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("code", "told"),
     [
-        ("spin:1:x", "not a kvmlab code"),
-        ("kvmlab:1:snp", "damaged code"),
-        ("kvmlab:2:snp/tiny/split/v8-post-hook@00000000/a1", "not a kvmlab code"),
-        ("kvmlab:1:snp/tiny/split/v8-post-hook@00000000/a1", "has changed since this code was made"),
-        ("kvmlab:1:snp/tiny/split/nobody@00000000/a1", "nobody"),
-        ("kvmlab:1:snp/tiny/split/~AAAA/a1", "cannot be read"),
-        ("kvmlab:1:cca/tiny/split/{v8}/a1", "unknown platform 'cca'"),
-        ("kvmlab:1:snp/tiny,rmp_checked_at=never/split/{v8}/a1", "damaged code"),
-        ("kvmlab:1:snp/tiny/split,rmp_checked_at=never/{v8}/a1", "cannot be 'never'; allowed: access, fill"),
-        ("kvmlab:1:snp/tiny/split/{v8}/z1", "there is no actor 'z'"),
-        ("kvmlab:1:snp/tiny/split/{v8}/a999999", "more than 10000 steps"),
-        ("kvmlab:1:snp/tiny/split/{v8}/a'7", "step 1: CPU0 cannot take choice 7; it has 1 possible steps"),
-        ("kvmlab:1:snp/tiny/split/{v8}/1a", "cannot read the steps at '1a'"),
-        ("no code at all", "there is no kvmlab code in this text"),
+        ("spin:1:x", "there is no kvmlab code in this text"),
+        ("kvmlab:3:snp/tiny/a1/v8-post-hook@aaaaaaaaaa", "not a kvmlab code"),
+        ("kvmlab:2:snp", "damaged code"),
+        ("kvmlab:2:snp/tiny/a1/v8-post-hook@aaaaaaaaaa", "damaged code"),
+        (sealed("kvmlab:2:snp"), "cannot read code"),
+        (sealed("kvmlab:2:snp/tiny/a1/nobody@aaaaaaaa"), "there is no design nobody"),
+        (sealed("kvmlab:2:snp/tiny/a1/upstream~0000a@aaaaaaaa"), "edited in upstream, which has changed since"),
+        (sealed("kvmlab:2:cca/tiny/a1/upstream@aaaaaaaa"), "unknown platform 'cca'"),
+        (sealed("kvmlab:2:snp/tinz/a1/upstream@aaaaaaaa"), "unknown scenario 'tinz'"),
+        (
+            sealed("kvmlab:2:snp/tiny,rmp_checked_at.never/a1/upstream@aaaaaaaa"),
+            "cannot be 'never'; allowed: access, fill",
+        ),
+        (sealed("kvmlab:2:snp/tiny,in-place/a1/upstream@aaaaaaaa"), "split backing"),
+        (sealed("kvmlab:2:snp/tiny/z1/upstream@aaaaaaaa"), "there is no actor 'z'"),
+        (sealed("kvmlab:2:snp/tiny/a999999/upstream@aaaaaaaa"), "more than 10000 steps"),
+        (sealed("kvmlab:2:snp/tiny/a-7/upstream@aaaaaaaa"), "step 1: CPU0 cannot take choice 7; it has 1 possible"),
+        (sealed("kvmlab:2:snp/tiny/1a/upstream@aaaaaaaa"), "cannot read the steps at '1a'"),
+        (sealed("kvmlab:2:snp/tiny/a1/beauty/upstream@aaaaaaaa"), "neither a property nor a measure"),
+        (sealed("kvmlab:2:snp/tiny/a1/upstream@aaaaaaaa"), "its run is another one today"),
+    ],
+)  # fmt: skip
+def test_a_foreign_or_damaged_code_is_refused_with_the_reason(code, told):
+    assert told in refusal(code)
+
+
+def test_a_code_of_version_1_is_refused_with_the_command_that_searches_anew():
+    told = refusal("kvmlab:1:snp/tiny/split,preempt_count=no/v8-post-hook@a673d112/a29/confidentiality")
+    assert told.endswith(
+        "kvmlab trace v8-post-hook --platform snp --scenario tiny --switch preempt_count=no "
+        "--property confidentiality"
+    )
+
+
+def test_when_a_rule_has_changed_the_code_of_an_edit_tells_how_to_search_anew():
+    design = edited(ONE)
+    code = sealed(re.sub(r"@.*", "@aaaaaaaa", check(design, scenario="tiny").trace().code))
+    told = refusal(code)
+    command, _, text = told.partition("to search anew: ")[2].partition("\n")
+    assert command == "kvmlab trace - --platform snp --scenario tiny --property host-rmp-fault <<'END'"
+    assert kvmlab.Design.parse(text.removesuffix("END")).digest == design.digest
+
+
+CLAIMS = {
+    "confidentiality": "the run does not violate confidentiality",
+    "out-of-sync": "the run does not violate out-of-sync",
+    "deadlock": "the run does not violate deadlock",
+    "livelock": "no fair cycle of faults",
+    "kicks": "the run does not count kicks",
+    "residue": "the run does not count residue",
+}
+
+
+@pytest.mark.parametrize("why", CLAIMS)
+def test_a_code_cannot_claim_what_its_run_does_not_show(why):
+    case = check("v8-post-hook", scenario="tiny").case
+    assert CLAIMS[why] in refusal(Trace(case, ((0, 0),) * 5, why).code)
+
+
+def test_a_property_that_is_not_judged_cannot_be_claimed():
+    trace = check("v8-post-hook", scenario="careless").sample()
+    assert "not judged in careless" in refusal(Trace(trace.case, trace.schedule, "integrity").code)
+
+
+def test_a_cycle_has_to_come_back_to_where_it_began():
+    trace = trace_of("never-rmpupdate", "tiny", "livelock")
+    late = Trace(trace.case, trace.schedule, "livelock", trace.cycle + 1)
+    assert "no fair cycle of faults" in refusal(late.code)
+
+
+def test_a_cycle_in_which_somebody_who_could_go_on_never_does_is_not_fair():
+    run = check("v8-post-hook", scenario="tiny").example("spurious-npf")  # CPU0 has RMPUPDATE still to do
+    model, schedule = run.case.model, run.schedule
+    states = [frame.state for frame in run.frames]
+    while states[-1] not in states[:-1]:
+        schedule = (*schedule, (schedule[-1][0], 0))
+        states.append(play(model, schedule)[-1].state)
+    spinning = Trace(run.case, schedule, "livelock", states.index(states[-1]))
+    assert spinning.frames[-1].state == spinning.frames[spinning.cycle].state
+    assert "no fair cycle of faults" in refusal(spinning.code)
+
+
+def test_every_property_has_initials_of_its_own():
+    assert len(INITIALS) == len(kvmlab.properties.BY_NAME)
+
+
+@pytest.mark.parametrize(
+    ("said", "changed"),
+    [
+        ("no-zap, snp", "no-zap, tdx"),
+        ("CPU1 (vCPU)", "CPU2 (vCPU)"),
+        ("CPU0 (asks for the conversion)       CPU1", "CPU0 (asks for the conversion)      CPU1"),
+        ("=> kernel-bug", "=> livelock"),
+        ("29 steps", "28 steps"),
+        ("2 switches", "3 switches"),
+        ("                                     PVALIDATE(0, 1)", "PVALIDATE(0, 1)"),
+        ("PVALIDATE(0, 1)\n", ""),
+        ("                                           replaces present leaf", "          replaces present leaf"),
     ],
 )
-def test_a_foreign_or_damaged_code_is_refused_with_the_reason(code, told):
-    v8 = f"v8-post-hook@{kvmlab.Design.load('v8-post-hook').digest}"
-    with pytest.raises(ReplayError, match=told.replace("(", r"\(")):
-        (replay if "no code" in code else decode)(code.replace("{v8}", v8))
+def test_a_pasted_diagram_that_says_anything_else_than_its_code_is_refused(said, changed):
+    text = trace_of("no-zap", "tiny", "kernel-bug").text()
+    assert said in text
+    assert "the pasted diagram is not what its code replays" in refusal(text.replace(said, changed))
+
+
+def test_the_first_line_that_differs_is_told():
+    text = trace_of("no-zap", "tiny", "kernel-bug").text()
+    told = refusal(text.replace("kvm_mem_is_private", "is_private").replace("asks: to", "asks:"))
+    assert "  pasted:  is_private()\n  the run: kvm_mem_is_private()\n" in told
+
+
+def test_a_code_alone_in_a_mail_claims_no_diagram():
+    trace = trace_of("no-zap", "tiny", "kernel-bug")
+    assert replay(f"See {trace.code}, it is\nfatal.\n----\nme").schedule == trace.schedule
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=120))
 def test_any_text_after_the_prefix_replays_or_is_refused(text):
-    with contextlib.suppress(ReplayError):
-        replay("kvmlab:1:" + text)
+    for prefix in ("kvmlab:1:", "kvmlab:2:"):
+        with contextlib.suppress(ReplayError):
+            replay(sealed(prefix + text))
 
 
 @settings(max_examples=30, deadline=None)

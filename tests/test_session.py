@@ -1,5 +1,7 @@
 """The workbench without a browser."""
 
+from threading import Thread
+
 import pytest
 
 import kvmlab
@@ -117,3 +119,45 @@ def test_another_counterexample_can_be_asked_for():
     session = kvmlab.Session("no-zap", scenario="tiny")
     assert session.trace.why == "kernel-bug"
     assert session.show("out-of-sync").why == "out-of-sync"
+
+
+def test_a_step_that_cannot_be_taken_elsewhere_leaves_the_position_where_it_was(session):
+    session.jump(2)
+    with pytest.raises(InputError):
+        session.take("CPU1", choice=99, at=5)
+    assert session.position == 2
+
+
+def test_a_check_that_runs_out_of_memory_leaves_everything_and_says_so(session, monkeypatch):
+    def exhausted(*_):
+        raise MemoryError
+
+    before = session.report
+    monkeypatch.setattr("kvmlab.report.explore", exhausted)
+    session.choose(scenario="to-private")
+    assert session.report is before
+    assert "out of memory; a limit on states" in session.problem
+
+
+def test_several_threads_may_use_one_session(session):
+    failed = []
+
+    def use(seed):
+        try:
+            for n in range(60):
+                session.jump(n * seed % 40)
+                session.show()
+                for option in session.enabled()[:1]:
+                    session.take(option.actor, option.choice, at=0)
+                session.blocked(), session.so_far(), session.frame
+        except InputError:
+            pass  # another thread has moved the run meanwhile
+        except Exception as problem:
+            failed.append(problem)
+
+    threads = [Thread(target=use, args=(seed,)) for seed in (1, 3, 7, 11)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []

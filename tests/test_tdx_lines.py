@@ -30,6 +30,69 @@ def test_a_read_gets_what_its_key_and_the_line_allow(line, keyid, integrity, got
     assert tdx_lines.read(line, keyid, integrity=integrity).got == got
 
 
+def effect(write, key, line, erratum):
+    """What one write does to a line in memory, in the words of the table."""
+    if write == "store":
+        return tdx_lines.MERGED if tdx_lines.store(line, key, "x").line.cached(key) else tdx_lines.POISONED
+    after = (
+        tdx_lines.direct_store(line, key, "x")
+        if write == "direct"
+        else tdx_lines.partial_write(line, key, "x", erratum=erratum)
+    )
+    return tdx_lines.POISONED if after.poison else tdx_lines.FULL if after == Line("x", key) else after
+
+
+@pytest.mark.parametrize("erratum", [False, True])
+@pytest.mark.parametrize("owner", ["TD", "host"])
+@pytest.mark.parametrize("key", ["private", "shared"])
+@pytest.mark.parametrize("write", ["direct", "partial"])
+@pytest.mark.parametrize("poison", [False, True])
+def test_every_row_about_writes_to_memory_is_what_they_do(write, key, owner, erratum, poison):
+    line = Line("old", TD if owner == "TD" else HOST, poison)
+    said = tdx_lines.WRITES(write=write, key=key, owner=owner, erratum=erratum, poison=poison)
+    assert effect(write, TD if key == "private" else HOST, line, erratum) == said
+
+
+@pytest.mark.parametrize("keyid", [HOST, TD])
+@pytest.mark.parametrize("erratum", [False, True])
+def test_a_cached_store_merges_into_its_line_with_or_without_the_erratum(keyid, erratum):
+    key, owner = ("shared", "host") if keyid == HOST else ("private", "TD")
+    said = tdx_lines.WRITES(write="store", key=key, owner=owner, erratum=erratum, poison=False)
+    assert effect("store", keyid, Line("old", keyid), erratum) == said == tdx_lines.MERGED
+
+
+def test_a_partial_write_drops_only_its_own_keys_cached_line():
+    line = Line("old", TD, False, ((HOST, "a"), (TD, "b")))
+    assert tdx_lines.partial_write(line, HOST, "x", erratum=True) == Line("old", TD, True, ((TD, "b"),))
+    assert tdx_lines.partial_write(line, HOST, "x", erratum=False) == Line("x", HOST, False, ((TD, "b"),))
+
+
+def test_a_write_back_of_a_clean_line_does_nothing():
+    assert tdx_lines.write_back(PRIVATE, TD) == PRIVATE and not PRIVATE.cached(TD)
+
+
+def test_a_dirty_line_is_read_by_its_own_key_only():
+    line = Line("old", HOST, False, ((TD, "mine"),))
+    assert tdx_lines.read(line, TD) == (DATA, "mine", line)
+    assert tdx_lines.read(line, HOST) == (DATA, "old", line)
+
+
+def test_noise_and_data_are_told_apart():
+    assert tdx_lines.read(PRIVATE, OTHER, integrity=False) == (NOISE, NOISE, PRIVATE)
+    assert tdx_lines.read(SHARED, HOST) == (DATA, "hello", SHARED)
+    assert tdx_lines.store(PRIVATE, OTHER, "x", integrity=False).got == NOISE
+    assert tdx_lines.store(PRIVATE, OTHER, "x").got == POISON
+
+
+def test_who_owns_a_line_is_who_wrote_it_last():
+    assert PRIVATE.td_owner and not SHARED.td_owner and Line() == Line(ZERO, HOST, False, ())
+    assert (HOST, ZERO) == (0, 0)
+
+
+def test_a_machine_check_in_a_td_spares_the_host_by_default():
+    assert tdx_lines.consumed("TD") == tdx_lines.TD_LOST
+
+
 def test_a_td_that_reads_a_line_of_the_host_leaves_new_poison_in_memory():
     assert tdx_lines.read(SHARED, TD).line.poison
 

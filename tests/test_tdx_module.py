@@ -150,6 +150,38 @@ def test_page_add_ends_with_finalize(world):
     assert world.add(GPA, HPA).rax == 0xC000060800000000
 
 
+@pytest.mark.parametrize("gpa", [GPA + 1, GPA | 1 << 47])
+def test_the_op_state_is_asked_before_the_gpa(world, gpa):
+    assert world.add(gpa, HPA).rax == 0xC000060800000000
+
+
+def test_the_gpa_is_asked_before_the_tree_lock(world):
+    world.module.hold(Lock.TREE, TDR)
+    assert world.aug(GPA + 1, HPA).rax == 0xC000010000000001
+
+
+def test_aug_track_block_and_remove_are_legal_before_finalize():
+    world = World(finalize=False)
+    assert world.aug(GPA, HPA).ok and world.block(GPA).ok and world.track().ok and world.remove(GPA).ok
+
+
+def test_removing_a_page_leaves_owner_and_epoch_in_the_pamt(private):
+    private.block_and_track()
+    private.remove(GPA)
+    assert private.module.pamt_of(HPA) == (PageType.NDA, TDR // 4096, 1)
+
+
+def test_the_first_entry_of_a_vcpu_on_its_processor_drops_no_translations(private):
+    private.touch()
+    private.out()
+    private.vcpu.associated = False
+    private.track()
+    assert private.vp_enter(private.vcpu).ok and private.vcpu.tlb
+    private.out()
+    private.track()
+    assert private.vp_enter(private.vcpu).ok and not private.vcpu.tlb
+
+
 def test_before_finalize_a_page_goes_without_block_and_track():
     world = World(finalize=False)
     world.add(GPA, HPA)
@@ -441,6 +473,125 @@ def test_a_busy_pamt_entry_of_the_page_removed_is_operand_rcx(private):
     private.block_and_track()
     private.module.hold(Lock.PAMT, (Level.PT, HPA), SHARED)
     assert private.remove(GPA).rax == busy(Operand.RCX)
+
+
+def test_demote_wants_the_large_pages_pamt_entry_last_of_all():
+    world = large()
+    world.block_and_track(Level.PD)
+    world.module.hold(Lock.PAMT, (Level.PD, LARGE), SHARED)
+    world.module.hold(Lock.PAMT, (Level.PT, HPA), SHARED)
+    assert world.demote(GPA, HPA).rax == busy(Operand.R8)
+    world.module.release(Lock.PAMT, (Level.PT, HPA))
+    assert world.demote(GPA, HPA)[:3] == (busy(Operand.RCX), 0, 0)
+    world.module.interrupt_pending = True
+    assert world.demote(GPA, HPA).rax == Status.INTERRUPTED_RESTARTABLE
+    assert world.state(Level.PD) == State.BLOCKED
+
+
+def split():
+    """A world whose 2M page is split, its table blocked and tracked."""
+    world = large()
+    world.block_and_track(Level.PD)
+    assert world.demote(GPA, HPA).ok
+    world.block_and_track(Level.PD)
+    return world
+
+
+def test_promote_wants_the_large_pages_pamt_entry_and_leaves_the_table_alone():
+    world = split()
+    world.module.hold(Lock.PAMT, (Level.PD, LARGE), SHARED)
+    assert world.promote(GPA).rax == busy(Operand.RCX)
+    world.module.release(Lock.PAMT, (Level.PD, LARGE))
+    assert world.promote(GPA).ok
+
+
+def test_promote_wants_the_tables_pamt_entry():
+    world = split()
+    world.module.hold(Lock.PAMT, (Level.PT, HPA), SHARED)
+    assert world.promote(GPA).rax == busy(Operand.RCX)
+
+
+def test_promote_meets_a_child_that_is_locked_and_asks_for_priority_there():
+    world = split()
+    world.td.below(GPA, Level.PD)[7].lock = EntryLock(taken=True)
+    assert world.promote(GPA)[:3] == (busy(Operand.RCX), 0, 129 << 8 | 1)
+    assert world.td.below(GPA, Level.PD)[7].lock == EntryLock(taken=True, host_priority=True)
+    assert world.state(Level.PD) == State.NL_BLOCKED
+
+
+@pytest.mark.parametrize(("unfit", "status"), [(8, 0x8000020000000001), (6, 0xC0000B0900000001)])
+def test_promote_stops_at_the_first_child_that_is_locked_or_unfit(unfit, status):
+    world = split()
+    children = world.td.below(GPA, Level.PD)
+    children[7].lock, children[unfit].state = EntryLock(taken=True), State.FREE
+    assert world.promote(GPA).rax == status
+
+
+def test_promote_meets_a_locked_first_child_before_it_looks_at_it():
+    world = split()
+    first = world.td.below(GPA, Level.PD)[0]
+    first.lock, first.state = EntryLock(taken=True), State.FREE
+    assert world.promote(GPA).rax == busy(Operand.RCX)
+
+
+@pytest.mark.parametrize(
+    ("lock", "where", "says"),
+    [
+        (Lock.TREE, HPA, "is a TD's, named by its tdr \\(0x1000\\), not by 65536"),
+        (Lock.EPOCH, (Level.PT, TDR), "is a TD's"),
+        (Lock.ENTRY, TDR, "hold_entry"),
+        (Lock.PARENTS, (Level.PD, LARGE), "at the larger size"),
+        (Lock.LARGE, (Level.PD, LARGE), "at the larger size"),
+        (Lock.PAMT, HPA, "a PAMT key is"),
+        (Lock.PAMT, (Level.PD, HPA), "an aligned HPA"),
+        (Lock.PAMT, (Level.PT, 1 << 40), "below 0x10000000000"),
+        (Lock.PAMT, (Level.PT, -4096), "a PAMT key is"),
+        (Lock.PAMT, (Level.PML4, 0), "Level.PT, PD or PDPT"),
+        (Lock.PAMT, (Level.PT, TDR), "Lock.TDR"),
+    ],
+)
+def test_a_place_that_has_no_such_lock_is_refused_in_words(world, lock, where, says):
+    with pytest.raises(ValueError, match=says):
+        world.module.hold(lock, where)
+    assert world.module.held == {}
+
+
+@pytest.mark.parametrize("size", [Level.PT, Level.PD, Level.PDPT])
+def test_a_pamt_entry_of_any_size_can_be_held_from_0_on(world, size):
+    world.module.hold(Lock.PAMT, (size, 0))
+    assert world.module.held == {(Lock.PAMT, (size, 0)): EXCLUSIVE}
+
+
+def test_a_lock_is_held_shared_or_exclusive_once_and_released_once(world):
+    with pytest.raises(ValueError, match="shared or exclusive, not 'read'"):
+        world.module.hold(Lock.TREE, TDR, "read")
+    world.module.hold(Lock.TREE, TDR, SHARED)
+    with pytest.raises(ValueError, match="is held shared already"):
+        world.module.hold(Lock.TREE, TDR)
+    with pytest.raises(ValueError, match="epoch at 4096 is not held; S-EPT tree at 4096"):
+        world.module.release(Lock.EPOCH, TDR)
+    world.module.release(Lock.TREE, TDR)
+    with pytest.raises(ValueError, match="is not held; nothing is"):
+        world.module.release(Lock.TREE, TDR)
+
+
+@pytest.mark.parametrize(
+    ("gpa", "level"), [(GPA | 1 << 47, 0), (GPA + 1, 0), (GPA + 4096, 1), (1 << 48, 0), (0, 4)]
+)
+def test_an_entry_that_is_not_there_cannot_be_held(world, gpa, level):
+    with pytest.raises(ValueError, match="no S-EPT entry"):
+        world.module.hold_entry(world.td, gpa, Level(level))
+
+
+def test_a_parent_of_the_page_given_that_is_taken_is_operand_r8(world):
+    world.module.hold(Lock.PAMT, (Level.PDPT, 0), EXCLUSIVE)
+    assert world.aug(GPA, HPA).rax == busy(Operand.R8)
+
+
+def test_a_vcpu_that_is_inside_holds_the_tdrs_pamt_entry_shared(world):
+    world.vp_enter(world.vcpu)
+    assert world.module.tdh_phymem_page_rdmd(TDR).ok
+    assert world.module.tdh_phymem_page_reclaim(TDR).rax == busy(Operand.RCX)
 
 
 def test_a_track_under_way_makes_vp_enter_busy(world):

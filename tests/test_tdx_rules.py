@@ -1,10 +1,14 @@
 """The TDX module's rules, row by row, without a TD."""
 
+import importlib
+import pkgutil
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmlab.hw import tdx, tdx_entry, tdx_lines, tdx_locks, tdx_pamt, tdx_sept, tdx_td, tdx_tlb
+from kvmlab import hw
+from kvmlab.hw import tdx, tdx_entry, tdx_lines, tdx_locks, tdx_pamt, tdx_sept, tdx_td, tdx_tlb, tdx_words
 from kvmlab.hw.rules import Rules
 from kvmlab.hw.tdx import Guest, Leaf, Level, Operand, Status
 from kvmlab.hw.tdx_entry import State
@@ -13,7 +17,10 @@ from kvmlab.hw.tdx_pamt import NDA, PageType, PamtEntry
 from kvmlab.hw.tdx_sept import Children, seamcall
 from kvmlab.hw.tdx_tlb import CALM, Age, Epochs
 
-MODULES = (tdx, tdx_sept, tdx_locks, tdx_pamt, tdx_td, tdx_tlb, tdx_lines)
+MODULES = (tdx_words, tdx_sept, tdx_locks, tdx_pamt, tdx_td, tdx_tlb, tdx_lines)
+WRITTEN_IN = [
+    found.name for found in pkgutil.iter_modules(hw.__path__, "kvmlab.hw.") if ".tdx_" in found.name
+]
 TABLES = [table for module in MODULES for table in vars(module).values() if isinstance(table, Rules)]
 
 
@@ -21,6 +28,18 @@ TABLES = [table for module in MODULES for table in vars(module).values() if isin
 def test_every_table_names_its_source_and_prints_every_row(table):
     assert table.source.startswith("TDX")
     assert len(table.text().splitlines()) == len(table.rows) + 3
+
+
+@pytest.mark.parametrize("name", WRITTEN_IN)
+def test_every_rule_can_be_imported_from_the_face(name):
+    module = importlib.import_module(name)
+    rules = {
+        name: rule
+        for name, rule in vars(module).items()
+        if isinstance(rule, Rules) or getattr(rule, "__module__", "") == module.__name__
+    }
+    public = [name for name in rules if not name.startswith("_")]
+    assert public and all(getattr(tdx, name) is rules[name] for name in public)
 
 
 # Interface: names and numbers.
@@ -45,6 +64,10 @@ def test_every_table_names_its_source_and_prints_every_row(table):
         (Leaf.CACHE_WB, 40),
         (Leaf.PAGE_WBINVD, 41),
         (Leaf.ACCEPT, 6),
+        (Leaf.MR_FINALIZE, 17),
+        (Leaf.VP_FLUSH, 18),
+        (Leaf.MNG_VPFLUSHDONE, 19),
+        (Leaf.MNG_KEY_FREEID, 20),
     ],
 )
 def test_a_leaf_has_its_number(leaf, number):
@@ -72,6 +95,17 @@ def test_a_leaf_has_its_number(leaf, number):
         ("EPT_ENTRY_STATE_INCORRECT", 0xC0000B0D00000000, tdx.ERROR),
         ("EPT_PAGE_NOT_FREE", 0xC0000B0E00000000, tdx.ERROR),
         ("INTERRUPTED_RESTARTABLE", 0x8000000400000000, tdx.RETRY),
+        ("INTERRUPTED_RESUMABLE", 0x8000000300000000, tdx.RETRY),
+        ("TD_ASSOCIATED_PAGES_EXIST", 0xC000040000000000, tdx.ERROR),
+        ("TD_FATAL", 0xE000060400000000, tdx.ERROR),
+        ("LIFECYCLE_STATE_INCORRECT", 0xC000060700000000, tdx.ERROR),
+        ("OP_STATE_INCORRECT", 0xC000060800000000, tdx.ERROR),
+        ("NO_VCPUS", 0xC000060900000000, tdx.ERROR),
+        ("VCPU_NOT_ASSOCIATED", 0x8000070200000000, tdx.RETRY),
+        ("TD_KEYS_NOT_CONFIGURED", 0x8000081000000000, tdx.RETRY),
+        ("WBCACHE_NOT_COMPLETE", 0x8000081700000000, tdx.RETRY),
+        ("NO_HKID_READY_TO_WBCACHE", 0x0000082100000000, tdx.WARNING),
+        ("FLUSHVP_NOT_DONE", 0x8000082400000000, tdx.RETRY),
         ("NON_RECOVERABLE_TD", 0x6000000200000000, tdx.LOST),
         ("NON_RECOVERABLE_TD_NON_ACCESSIBLE", 0x6000000500000000, tdx.LOST),
     ],
@@ -91,6 +125,8 @@ def test_a_completion_code_has_its_value_and_class(status, value, kind):
         ("SEPT_ENTRY", 147),
         ("TD_EPOCH", 0xA9),
         ("OP_STATE", 172),
+        ("RAX", 0),
+        ("R9", 9),
     ],
 )
 def test_an_operand_id_has_its_number(operand, number):
@@ -109,6 +145,11 @@ def test_an_operand_id_has_its_number(operand, number):
         (48, "TDX_SUCCESS | EXIT_REASON_EPT_VIOLATION"),
         (0xC0000B0800000055, "TDX_TLB_TRACKING_NOT_DONE | 0x55"),
         (0xC00012340000000A, "0xc000123400000000 | 0xa"),
+        (0x00000B0A00000004, "TDX_PAGE_ALREADY_ACCEPTED | 256T"),
+        (0x00000B0A00000005, "TDX_PAGE_ALREADY_ACCEPTED | 0x5"),
+        (0xC0000B0B00000000, "TDX_PAGE_SIZE_MISMATCH | 4K"),
+        (0, "TDX_SUCCESS"),
+        (0x8000020000000030, "TDX_OPERAND_BUSY | 0x30"),
     ],
 )
 def test_a_completion_is_named_with_its_operand(rax, text):
@@ -122,6 +163,41 @@ def test_linux_and_the_module_differ_in_the_value_of_non_recoverable_td():
 def test_the_epoch_busy_code_is_not_the_one_that_kvm_retries():
     assert tdx.status_part(tdx.busy(Operand.TD_EPOCH)) == Status.OPERAND_BUSY
     assert tdx.status_part(Status.PREVIOUS_TLB_EPOCH_BUSY) != Status.OPERAND_BUSY
+
+
+def test_levels_cover_powers_of_512_pages_and_have_names():
+    assert [level.pages for level in Level] == [1, 512, 512**2, 512**3, 512**4]
+    assert [str(level) for level in Level] == ["4K", "2M", "1G", "512G", "256T"]
+    assert [level.value for level in Level] == [0, 1, 2, 3, 4] and tdx.CHILDREN == 512
+
+
+def test_a_status_and_its_operand_come_apart_again():
+    rax = tdx.with_operand(Status.OPERAND_BUSY, Operand.SEPT_TREE)
+    assert (tdx.status_part(rax), tdx.operand_part(rax)) == (Status.OPERAND_BUSY, Operand.SEPT_TREE)
+    assert tdx.operand_part(0x80000200FFFFFFFF) == 0xFFFFFFFF and tdx.SEPT_VE_DISABLE == 0x10000000
+
+
+def test_a_gpa_is_shared_by_bit_47_unless_it_is_wide():
+    assert tdx.is_shared(1 << 47) and not tdx.is_shared(1 << 51)
+
+
+@pytest.mark.parametrize("leaf", tdx_sept.LEAVES)
+@pytest.mark.parametrize("top", [Level.PML4, Level.PML5])
+def test_each_leaf_takes_these_levels(leaf, top):
+    up_to_top = range(top + 1)
+    taken = {
+        Leaf.PAGE_ADD: (0,),
+        Leaf.PAGE_AUG: (0, 1),
+        Leaf.ACCEPT: (0, 1),
+        Leaf.PAGE_REMOVE: (0, 1, 2),
+        Leaf.PAGE_DEMOTE: (1, 2),
+        Leaf.PAGE_PROMOTE: (1, 2),
+        Leaf.SEPT_ADD: up_to_top[1:],
+        Leaf.SEPT_REMOVE: up_to_top[1:],
+        Leaf.RANGE_BLOCK: up_to_top,
+        Leaf.RANGE_UNBLOCK: up_to_top,
+    }
+    assert [level for level in Level if tdx_sept.LEVELS(leaf=leaf, level=level, top=top)] == list(taken[leaf])
 
 
 @pytest.mark.parametrize(("gpaw", "bit"), [(False, 47), (True, 51)])
@@ -279,11 +355,54 @@ def test_a_level_that_a_leaf_does_not_take_is_an_invalid_operand(leaf, level):
     assert (seamcall(leaf, FREE, level=level).rax == 0xC000010000000001) == (level not in allowed[leaf])
 
 
+@pytest.mark.parametrize("level", tuple(Level))
+@pytest.mark.parametrize("state", tuple(State))
+def test_the_op_state_is_asked_before_the_level_and_the_entry(state, level):
+    assert seamcall(Leaf.PAGE_ADD, state, level=level).rax == 0xC000060800000000
+
+
+def test_before_finalize_a_level_that_page_add_does_not_take_is_an_invalid_operand():
+    assert seamcall(Leaf.PAGE_ADD, FREE, running=False, level=Level.PD).rax == 0xC000010000000001
+
+
+def test_the_level_is_asked_before_the_entry():
+    assert seamcall(Leaf.PAGE_AUG, MAPPED, level=Level.PDPT).rax == 0xC000010000000001
+
+
+@pytest.mark.parametrize("leaf", [Leaf.TRACK, Leaf.VP_ENTER, Leaf.PAGE_WBINVD])
+def test_a_leaf_that_works_on_no_entry_is_refused_in_words(leaf):
+    with pytest.raises(ValueError, match=f"no leaf is {leaf}; it is one of TDH.MEM.PAGE.ADD"):
+        seamcall(leaf, FREE)
+
+
 @pytest.mark.parametrize("state", tuple(State))
 def test_a_seamcall_walks_on_only_through_a_table_that_is_not_blocked(state):
     answer = tdx_sept.walk("SEAMCALL", state, Level.PD)
     assert (answer is None) == (state == NL_MAPPED)
     assert answer is None or answer.rax == 0xC0000B0000000001
+
+
+def test_what_an_answer_says_in_words():
+    assert str(tdx_sept.Outcome(Status.SUCCESS, None, PENDING)) == "-> PENDING"
+    assert str(tdx_sept.Outcome(Status.GPA_RANGE_NOT_BLOCKED, Operand.RCX)) == "TDX_GPA_RANGE_NOT_BLOCKED RCX"
+    assert str(tdx_sept.Outcome(Status.PAGE_ALREADY_ACCEPTED, "level")) == "TDX_PAGE_ALREADY_ACCEPTED level"
+
+
+def test_only_success_is_ok():
+    assert seamcall(Leaf.PAGE_AUG, FREE).ok and not seamcall(Leaf.PAGE_AUG, MAPPED).ok
+    assert not seamcall(Leaf.RANGE_BLOCK, BLOCKED).ok  # a warning is not success
+
+
+@pytest.mark.parametrize("state", tuple(State))
+def test_a_leaf_entry_is_one_that_maps_a_page(state):
+    assert state.leaf == (state in (MAPPED, BLOCKED, PENDING, PENDING_BLOCKED))
+
+
+@pytest.mark.parametrize(
+    ("state", "then"), [(BLOCKED, MAPPED), (PENDING_BLOCKED, PENDING), (MAPPED, MAPPED), (PENDING, PENDING)]
+)
+def test_demote_leaves_512_entries_that_are_not_blocked(state, then):
+    assert tdx_sept.demoted(state) == then
 
 
 # ACCEPT.
@@ -353,6 +472,15 @@ def test_an_access_finds_its_page_or_a_ve_or_leaves_the_td(state, ve_disable, ou
     assert tdx_sept.access(state, ve_disable=ve_disable) == outcome
 
 
+def test_a_pending_page_exits_by_default():
+    assert tdx_sept.access(PENDING) == Guest.EXIT_PENDING
+
+
+@pytest.mark.parametrize(("counter", "after"), [(0, (1, False)), (510, (511, False)), (511, (0, True))])
+def test_a_2m_accept_counts_to_511_and_ends_at_0(counter, after):
+    assert tdx_entry.accept_chunk(counter) == after
+
+
 def test_an_access_to_a_pending_page_exits_with_type_6_and_other_violations_with_type_0():
     assert Guest.EXIT_PENDING.extended_qualification == 6 and Guest.EXIT.extended_qualification == 0
 
@@ -384,6 +512,42 @@ OURS = PamtEntry(PageType.REG, 7, 3)
 
 
 @pytest.mark.parametrize(
+    ("page_type", "number"),
+    [("NDA", 0), ("RSVD", 1), ("REG", 3), ("TDR", 4), ("TDCX", 5), ("TDVPR", 6), ("EPT", 8)],
+)
+def test_a_page_type_has_its_number(page_type, number):
+    assert PageType[page_type] == number
+
+
+def test_a_2m_page_is_refused_for_its_own_entry_a_larger_one_or_none_at_all():
+    big = dict(size=Level.PD, entry=NDA)
+    for wrong in ({"entry": OURS}, {"larger": True}, {"children": False}):
+        assert tdx_pamt.is_free(**big | wrong) == Status.PAGE_METADATA_INCORRECT
+    assert tdx_pamt.is_free(**big, in_tdmr=False) == Status.OPERAND_ADDR_RANGE_ERROR
+    assert tdx_pamt.is_free(Level.PT, NDA, children=False) == Status.SUCCESS
+    assert NDA == (PageType.NDA, 0, 0)
+
+
+def test_the_register_that_named_the_page_is_the_operand():
+    assert tdx_pamt.PAGE_OPERAND == {
+        Leaf.PAGE_ADD: 8, Leaf.PAGE_AUG: 8, Leaf.SEPT_ADD: 8, Leaf.PAGE_DEMOTE: 8, Leaf.PAGE_WBINVD: 1,
+        Leaf.PAGE_RECLAIM: 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (tdx_pamt.Change(), "kept"),
+        (tdx_pamt.Change(PageType.REG, "TD", "0"), "PT REG, OWNER TD, BEPOCH 0"),
+        (tdx_pamt.Change(bepoch="TD_EPOCH"), "PT kept, OWNER kept, BEPOCH TD_EPOCH"),
+    ],
+)
+def test_a_change_of_the_pamt_in_words(change, text):
+    assert str(change) == text
+
+
+@pytest.mark.parametrize(
     ("leaf", "of", "before", "after"),
     [
         (Leaf.PAGE_AUG, "page", PamtEntry(bepoch=5), PamtEntry(PageType.REG, 7, 0)),
@@ -397,6 +561,21 @@ OURS = PamtEntry(PageType.REG, 7, 3)
         (Leaf.PAGE_PROMOTE, "children", OURS, OURS._replace(type=PageType.NDA)),
         (Leaf.PAGE_PROMOTE, "page", NDA, PamtEntry(PageType.REG, 7, 0)),
         (Leaf.ACCEPT, "page", OURS, OURS),
+        (Leaf.RANGE_BLOCK, "table", OURS, OURS._replace(bepoch=9)),
+        (Leaf.RANGE_BLOCK, "children", OURS, OURS),
+        (Leaf.RANGE_UNBLOCK, "table", OURS, OURS),
+        (Leaf.PAGE_AUG, "children", OURS, OURS),
+        (Leaf.PAGE_ADD, "table", OURS, OURS),
+        (Leaf.SEPT_ADD, "page", OURS, OURS),
+        (Leaf.SEPT_ADD, "children", OURS, OURS),
+        (Leaf.PAGE_REMOVE, "table", OURS, OURS),
+        (Leaf.PAGE_DEMOTE, "table", NDA._replace(bepoch=4), PamtEntry(PageType.EPT, 7, 4)),
+        (Leaf.PAGE_PROMOTE, "table", OURS, OURS._replace(type=PageType.NDA)),
+        (Leaf.SEPT_REMOVE, "table", OURS, OURS._replace(type=PageType.NDA)),
+        (Leaf.SEPT_REMOVE, "page", OURS, OURS),
+        (Leaf.PAGE_RECLAIM, "page", OURS, OURS._replace(type=PageType.NDA)),
+        (Leaf.PAGE_RECLAIM, "table", OURS, OURS._replace(type=PageType.NDA)),
+        (Leaf.PAGE_RECLAIM, "children", OURS, OURS),
     ],
 )
 def test_a_leaf_leaves_its_mark_in_the_pamt(leaf, of, before, after):
@@ -433,6 +612,99 @@ def test_a_leaf_takes_a_lock_shared_or_exclusive(leaf, lock, mode):
     assert tdx_locks.wanted(leaf, lock) == mode
 
 
+# Every lock of every leaf, as one file a leaf of the module has it; what is not here is not taken.
+WORKS_ON_AN_ENTRY = (*_SHARED_TREE, *_EXCLUSIVE_TREE)
+ALL_LOCKS = {
+    **{
+        leaf: {"TDR": SHARED, "OP_STATE": SHARED, "TREE": SHARED, "ENTRY": EXCLUSIVE} for leaf in _SHARED_TREE
+    },
+    **{
+        leaf: {"TDR": SHARED, "OP_STATE": SHARED, "TREE": EXCLUSIVE, "ENTRY": EXCLUSIVE}
+        for leaf in _EXCLUSIVE_TREE
+    },
+    Leaf.PAGE_ADD: {"TDR": EXCLUSIVE},
+    Leaf.MR_FINALIZE: {"TDR": EXCLUSIVE},
+    Leaf.MNG_VPFLUSHDONE: {"TDR": EXCLUSIVE},
+    Leaf.MNG_KEY_FREEID: {"TDR": EXCLUSIVE},
+    Leaf.TRACK: {"TDR": SHARED, "OP_STATE": SHARED, "EPOCH": EXCLUSIVE},
+    Leaf.VP_ENTER: {"TDR": SHARED, "OP_STATE": SHARED, "EPOCH": SHARED},
+    Leaf.VP_FLUSH: {"TDR": SHARED},
+    Leaf.PAGE_RECLAIM: {"TDR": SHARED},
+    Leaf.ACCEPT: {"ENTRY": EXCLUSIVE},
+}
+PAGE_LOCKS = {
+    Leaf.PAGE_ADD: {"PARENTS": SHARED, "PAMT": EXCLUSIVE},
+    Leaf.SEPT_ADD: {"PARENTS": SHARED, "PAMT": EXCLUSIVE},
+    Leaf.PAGE_AUG: {"PARENTS": SHARED, "PAMT": EXCLUSIVE},
+    Leaf.PAGE_DEMOTE: {"PARENTS": SHARED, "PAMT": EXCLUSIVE, "LARGE": EXCLUSIVE},
+    Leaf.PAGE_PROMOTE: {"PAMT": EXCLUSIVE, "LARGE": EXCLUSIVE},
+    Leaf.PAGE_REMOVE: {"PAMT": EXCLUSIVE},
+    Leaf.SEPT_REMOVE: {"PAMT": EXCLUSIVE},
+    Leaf.PAGE_RECLAIM: {"PARENTS": SHARED, "PAMT": EXCLUSIVE},
+    Leaf.PAGE_WBINVD: {"PARENTS": SHARED, "PAMT": SHARED},
+    Leaf.PAGE_RDMD: {"PARENTS": SHARED, "PAMT": SHARED},
+}
+
+
+@pytest.mark.parametrize("leaf", tuple(Leaf))
+def test_a_leaf_takes_these_locks_and_no_others(leaf):
+    taken = {lock.name: tdx_locks.wanted(leaf, lock) for lock in Lock if tdx_locks.wanted(leaf, lock)}
+    assert taken == ALL_LOCKS.get(leaf, {}) | PAGE_LOCKS.get(leaf, {})
+
+
+TDR_NAMED_BY = {
+    **dict.fromkeys((Leaf.VP_ENTER, Leaf.VP_FLUSH, Leaf.PAGE_RECLAIM), Operand.TDR),
+    **dict.fromkeys((Leaf.TRACK, Leaf.MR_FINALIZE, Leaf.MNG_VPFLUSHDONE, Leaf.MNG_KEY_FREEID), Operand.RCX),
+}
+
+
+@pytest.mark.parametrize("leaf", [leaf for leaf in Leaf if tdx_locks.wanted(leaf, Lock.TDR)])
+def test_a_busy_tdr_goes_by_the_register_that_names_it(leaf):
+    operand = TDR_NAMED_BY.get(leaf, Operand.RDX)
+    assert tdx_locks.contended(leaf, Lock.TDR, EXCLUSIVE) == tdx.busy(operand)
+
+
+@pytest.mark.parametrize("leaf", [leaf for leaf in Leaf if tdx_locks.wanted(leaf, Lock.PAMT)])
+def test_a_busy_pamt_entry_goes_by_the_register_that_names_the_page(leaf):
+    given = leaf in (Leaf.PAGE_ADD, Leaf.SEPT_ADD, Leaf.PAGE_AUG, Leaf.PAGE_DEMOTE)
+    assert tdx_locks.contended(leaf, Lock.PAMT, EXCLUSIVE) == tdx.busy(Operand.R8 if given else Operand.RCX)
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted", "gets"),
+    [
+        (NONE, EXCLUSIVE, True),
+        (NONE, SHARED, True),
+        (SHARED, SHARED, True),
+        (SHARED, EXCLUSIVE, False),
+        (EXCLUSIVE, SHARED, False),
+        (EXCLUSIVE, EXCLUSIVE, False),
+        (EXCLUSIVE, NONE, True),
+    ],
+)
+def test_two_share_a_lock_only_as_sharers(held, wanted, gets):
+    assert tdx_locks.COMPATIBLE(held=held, wanted=wanted) is gets
+
+
+@pytest.mark.parametrize(
+    ("side", "taken", "priority", "status", "after"),
+    [
+        ("host", False, False, Status.SUCCESS, (True, False)),
+        ("host", True, False, Status.OPERAND_BUSY, (True, True)),
+        ("host", True, True, Status.OPERAND_BUSY, (True, True)),
+        ("guest", False, False, Status.SUCCESS, (True, False)),
+    ],
+)
+def test_who_gets_an_entrys_lock_and_what_is_left_there(side, taken, priority, status, after):
+    assert tdx_locks.acquire_entry(side, EntryLock(taken, priority)) == (status, after)
+
+
+def test_a_guest_that_gets_the_lock_is_told_success():
+    assert tdx_locks.told_to_guest(Status.SUCCESS) == 0
+    assert tdx_locks.told_to_guest(Status.OPERAND_BUSY) == 0x8000020000000001
+    assert tdx_locks.UNLOCKED == (False, False)
+
+
 def test_vp_enter_takes_the_tree_only_when_zero_step_mitigation_is_armed():
     assert tdx_locks.wanted(Leaf.VP_ENTER, Lock.TREE, armed=True) == EXCLUSIVE
 
@@ -453,6 +725,19 @@ def test_vp_enter_takes_the_tree_only_when_zero_step_mitigation_is_armed():
         (Leaf.VP_ENTER, {Lock.TDR: EXCLUSIVE}, 0x8000020000000080),
         (Leaf.PAGE_AUG, {Lock.OP_STATE: EXCLUSIVE}, 0x80000200000000AC),
         (Leaf.PAGE_AUG, {Lock.TREE: EXCLUSIVE, Lock.ENTRY: EXCLUSIVE}, 0x8000020000000092),
+        (Leaf.PAGE_DEMOTE, {Lock.LARGE: SHARED}, 0x8000020000000001),
+        (Leaf.PAGE_DEMOTE, {Lock.PAMT: SHARED, Lock.LARGE: SHARED}, 0x8000020000000008),
+        (Leaf.PAGE_PROMOTE, {Lock.LARGE: SHARED}, 0x8000020000000001),
+        (Leaf.PAGE_REMOVE, {Lock.LARGE: EXCLUSIVE, Lock.PARENTS: EXCLUSIVE}, None),
+        (Leaf.ACCEPT, {Lock.ENTRY: EXCLUSIVE}, 0x8000020000000001),
+        (Leaf.ACCEPT, {Lock.TREE: EXCLUSIVE}, None),
+        (Leaf.MR_FINALIZE, {Lock.TDR: SHARED}, 0x8000020000000001),
+        (Leaf.PAGE_ADD, {Lock.TDR: SHARED}, 0x8000020000000002),
+        (Leaf.PAGE_RECLAIM, {Lock.TDR: EXCLUSIVE}, 0x8000020000000080),
+        (Leaf.VP_FLUSH, {Lock.TDR: EXCLUSIVE}, 0x8000020000000080),
+        (Leaf.PAGE_RDMD, {Lock.PAMT: SHARED}, None),
+        (Leaf.PAGE_RDMD, {Lock.PARENTS: EXCLUSIVE}, 0x8000020000000001),
+        (Leaf.SEPT_ADD, {Lock.PARENTS: EXCLUSIVE}, 0x8000020000000008),
     ],
 )
 def test_a_leaf_that_meets_a_taken_lock_is_busy_with_that_operand(leaf, held, rax):

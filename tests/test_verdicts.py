@@ -48,6 +48,21 @@ def test_without_the_zap_the_version_decides_between_a_bug_a_silent_loop_and_one
     assert violated(f"base: upstream-no-zap\nlinux: {linux}\n") == wrong
 
 
+@pytest.mark.parametrize(
+    ("planted", "scenario"),
+    [
+        ("narrow-hull", "huge"),
+        ("late-memslot", "slot-added"),
+        ("hull-of-2m-only", "huge-1g"),
+        ("upstream-no-zap", "tiny"),
+    ],
+)
+def test_what_today_s_kernel_warns_of_and_repeats_for_ever_was_a_crash_in_2023(planted, scenario):
+    today, then = violated(planted, "snp", scenario), violated(f"base: {planted}\nlinux: v6.2\n", "snp", scenario)
+    assert {"warning", "livelock"} <= today and "kernel-bug" not in today
+    assert "kernel-bug" in then and not {"warning", "livelock"} & then
+
+
 def test_the_designs_of_the_thread_speak_of_the_kernel_of_2023():
     assert {Design.load(name).linux for name in shipped("thread")} == {"v6.2", "v6.19"}
     assert [name for name in shipped("thread") if Design.load(name).linux == "v6.19"] == ["upstream"]

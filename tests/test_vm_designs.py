@@ -39,7 +39,7 @@ def test_every_ordering_runs_a_round_trip_or_fails_as_its_text_says(name, platfo
     assert bad == EXPECTED.get((name, platform), set())
 
 
-SLEEPERS = ("v7-under-lock", "set-mem-attr-op", "pre-post-as-typed")
+SLEEPERS = ("v7-under-lock", "set-mem-attr-op", "pre-post-as-typed", "pre-post-op-looks-up")
 EXPECTED = {
     **{(name, "snp"): {"sleep-in-atomic"} for name in SLEEPERS},
     ("no-zap", "snp"): {"KernelBug"},

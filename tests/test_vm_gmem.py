@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from kvmlab.emulator import GuestSpins, RmpFault, SigBus, Vm, VmErrno
+from kvmlab.emulator import Deadlock, GuestSpins, RmpFault, SigBus, Vm, VmErrno
 from kvmlab.emulator.gmem import FLAG_INIT_SHARED, FLAG_MMAP
 
 P, M2 = 4096, 1 << 21
@@ -228,6 +228,86 @@ def test_in_place_a_page_that_somebody_holds_cannot_go_private(in_place):
     assert refusal(lambda: in_place.set_memory_attributes(0, 4 * P, True)) == "EAGAIN"
     in_place.host.pin(2 * P, False)
     in_place.set_memory_attributes(0, 4 * P, True)
+
+
+def waits_at(vm, gpa, private):
+    """The rows of a conversion of the first page before which a host write at `gpa` waits for a lock."""
+    rows = []
+
+    def write(row):
+        try:
+            vm.host.write(gpa, b"host")
+        except Deadlock:
+            rows.append(row.call)
+
+    vm.on_row = lambda row: None if row.call == "filemap_invalidate_lock" else write(row)
+    vm.set_memory_attributes(0, P, private)
+    vm.on_row = None
+    return rows
+
+
+BEHIND_THE_LOCK = [
+    "write_lock", "kvm_mmu_invalidate_begin", "kvm_mmu_invalidate_range_add", "kvm_unmap_gfn_range",
+    "kvm_flush_remote_tlbs", "write_unlock", "kvm_vm_set_region_attr",
+    "write_lock", "kvm_mmu_invalidate_end", "write_unlock", "filemap_invalidate_unlock",
+]  # fmt: skip
+
+
+def test_in_place_from_the_moment_its_pte_goes_a_host_write_waits_for_the_conversion_to_private():
+    vm = Vm("snp", 8, "gmem-in-place")
+    vm.host.write(0, b"host")
+    assert waits_at(vm, 0, True) == BEHIND_THE_LOCK[1:]
+
+
+def test_in_place_a_host_write_beside_the_range_waits_only_if_it_has_no_pte():
+    mapped, fresh = Vm("snp", 8, "gmem-in-place"), Vm("snp", 8, "gmem-in-place")
+    mapped.host.write(4 * P, b"host")
+    assert (waits_at(mapped, 4 * P, True), waits_at(fresh, 4 * P, True)) == ([], BEHIND_THE_LOCK)
+
+
+def test_in_place_after_the_conversion_to_private_the_host_has_lost_its_mapping():
+    vm = Vm("snp", 8, "gmem-in-place")
+    vm.host.write(0, b"host")
+    vm.set_memory_attributes(0, P, True)
+    with pytest.raises(SigBus):
+        vm.host.write(0, b"host")
+
+
+def test_in_place_a_host_write_waits_for_the_conversion_to_shared(in_place):
+    def write(row):
+        if row.call == "rmpupdate":
+            with pytest.raises(Deadlock, match="waits for invalidate_lock, held by ioctl"):
+                in_place.host.write(0, b"host")
+
+    in_place.on_row = write
+    in_place.guest().set_memory_decrypted(0, P)
+    in_place.host.write(0, b"host")
+    assert in_place.guest().read(0, 4) == b"host"
+
+
+def test_in_place_a_refused_conversion_leaves_the_page_to_the_host():
+    vm = Vm("snp", 8, "gmem-in-place")
+    vm.host.write(0, b"host")
+    vm.host.pin(0)
+    assert refusal(lambda: vm.set_memory_attributes(0, P, True)) == "EAGAIN"
+    vm.host.write(0, b"more")
+    assert vm.host.read(0, 4) == b"more"
+
+
+def test_in_place_a_punched_page_comes_back_as_zeros_to_the_host():
+    vm = Vm("snp", 8, "gmem-in-place")
+    vm.host.write(0, b"host")
+    vm.gmem.punch_hole(0, P)
+    assert vm.host.read(0, 4) == bytes(4) and vm.counters["gmem-alloc"] == 2
+
+
+def test_the_vmm_writing_a_private_page_through_a_mapping_of_the_file_takes_an_rmp_fault():
+    vm = Vm("snp", slots=[])
+    file = vm.create_guest_memfd(P, FLAG_MMAP | FLAG_INIT_SHARED)
+    vm.set_user_memory_region2(0, 0, P, file)
+    vm.guest().set_memory_encrypted(0, P)
+    with pytest.raises(RmpFault):
+        file.mmap().write(0, b"host")
 
 
 def test_in_place_a_range_beyond_the_file_is_einval(in_place):

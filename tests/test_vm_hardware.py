@@ -131,6 +131,10 @@ def test_a_write_of_a_guest_that_is_not_snp_needs_a_hypervisor_page(page, mappin
     assert snp_pages.other_guest_write(page, mapping=mapping, region_assigned=region) == answer
 
 
+def test_another_guest_is_asked_for_its_page_alone_unless_the_region_has_more():
+    assert snp_pages.other_guest_write(HYPERVISOR, mapping=PG_2M) == snp.OK
+
+
 @pytest.mark.parametrize("op", ["write", "page-table"])
 def test_host_page_table_accesses_are_checked_as_host_writes(op):
     assert snp.host_access(op, mapping=PG_4K, page=OURS, region_assigned=True) == snp.HOST_PF

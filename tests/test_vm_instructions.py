@@ -31,6 +31,18 @@ from kvmlab.hw.snp_pages import SIZEM, rmpupdate_at
         (HYPERVISOR, OURS._replace(size=PG_2M), {"part": True}, "FAIL_INPUT"),
         (HYPERVISOR, RmpEntry(assigned=True), {}, "FAIL_INPUT"),
         (HYPERVISOR, OURS._replace(validated=True), {}, "FAIL_INPUT"),
+        (HYPERVISOR, OURS._replace(vmsa=True), {}, "FAIL_INPUT"),
+        (VALID, RmpEntry(immutable=True), {}, "FAIL_INPUT"),
+        (HYPERVISOR, OURS, {"covered": False}, "FAIL_INPUT"),
+        (HYPERVISOR, HYPERVISOR, {"covered": False, "locked": True}, "FAIL_INPUT"),
+        (HYPERVISOR, OURS, {"aligned": False}, "FAIL_INPUT"),
+        (HYPERVISOR, OURS, {"part": True}, "OK"),
+        (OURS, OURS, {"others": True}, "OK"),
+        (BIG, BIG._replace(validated=False), {"others": True}, "FAIL_OVERLAP"),
+        (BIG, BIG._replace(validated=False), {}, "OK"),
+        (OURS, BIG._replace(validated=False), {}, "OK"),
+        (VALID._replace(immutable=True), OURS._replace(vmsa=True), {"locked": True}, "FAIL_INPUT"),
+        (VALID._replace(immutable=True), OURS, {"locked": True}, "FAIL_INUSE"),
     ],
 )
 def test_rmpupdate_answers(old, new, more, code):
@@ -44,6 +56,17 @@ def test_reassigning_deassigning_and_a_new_gpa_clear_validated(new):
 
 def test_a_page_size_change_clears_validated():
     assert not rmpupdate_at(VALID, OURS._replace(size=PG_2M))[1].validated
+
+
+def test_an_identical_rmpupdate_keeps_validated_unless_told_otherwise():
+    assert rmpupdate_at(VALID, OURS) == (Rmpupdate.OK, VALID)
+
+
+def test_a_2m_entry_cannot_begin_within_another():
+    assert (
+        snp_pages.OVERLAP(asked=PG_2M, under="part of 2M", others=False, resizes=False)
+        == Rmpupdate.FAIL_INPUT
+    )
 
 
 @pytest.mark.parametrize("keeps", [True, False])
@@ -76,6 +99,19 @@ def test_2m_over_an_assigned_4k_entry_overlaps():
     assert vm.rmp.update(1024, 512, 512, PG_2M) == (512, Rmpupdate.OK)
 
 
+def test_beyond_the_rmps_end_a_page_is_the_hypervisors_and_cannot_be_assigned():
+    vm = Vm("snp", 8)
+    end = len(vm.rmp.state)
+    assert vm.rmp.entry(end) == vm.rmp.entry(-1) == HYPERVISOR
+    assert vm.rmp.update(end - 2, 4, 0) == (2, Rmpupdate.FAIL_INPUT)
+    assert vm.rmp.update(end, 1, 0) == vm.rmp.update(-1, 1, 0) == (0, Rmpupdate.FAIL_INPUT)
+    assert vm.rmp.psmash(end + 512 - end % 512) == Rmpupdate.FAIL_INPUT
+
+
+def test_a_2m_rmpupdate_within_a_region_is_fail_input():
+    assert Vm("snp", 2048).rmp.update(513, 512, 1, PG_2M) == (0, Rmpupdate.FAIL_INPUT)
+
+
 # PSMASH
 
 
@@ -90,7 +126,8 @@ def test_psmash_keeps_validated_and_gives_consecutive_gpas():
 @pytest.mark.parametrize(
     ("entry", "more", "code"),
     [(BIG, {}, "OK"), (BIG, {"locked": True}, "FAIL_INUSE"), (VALID, {}, "FAIL_INPUT"),
-     (BIG, {"part": True}, "FAIL_INPUT"), (HYPERVISOR, {}, "FAIL_INPUT")],
+     (BIG, {"part": True}, "FAIL_INPUT"), (HYPERVISOR, {}, "FAIL_INPUT"),
+     (BIG, {"covered": False}, "FAIL_INPUT"), (BIG, {"aligned": False, "locked": True}, "FAIL_INPUT")],
 )  # fmt: skip
 def test_psmash_answers(entry, more, code):
     assert snp_pages.psmash_at(entry, **more)[0].name == code
@@ -117,6 +154,15 @@ def test_psmash_answers(entry, more, code):
         (BIG, {"asked": PG_2M, "mapping": PG_2M, "validate": False}, Pvalidate.OK),
         (BIG, {"asked": PG_2M, "mapping": PG_2M, "part": True}, Pvalidate.FAIL_INPUT),
         (OURS, {"vmpl": 1}, snp_pages.GP),
+        (OURS, {"enc": False}, snp.NPF_RMP),
+        (HYPERVISOR, {"enc": False}, snp.NPF_RMP),
+        (OURS, {"mapping": snp.PG_1G}, snp.NPF_RMP),
+        (BIG, {"mapping": snp.PG_1G}, SIZEM),
+        (BIG, {"asked": PG_2M, "mapping": snp.PG_1G, "validate": False}, Pvalidate.OK),
+        (OURS, {"asked": PG_2M, "mapping": PG_2M}, Pvalidate.FAIL_SIZEMISMATCH),
+        (OURS, {"part": True}, Pvalidate.OK),
+        (HYPERVISOR, {"asked": PG_2M, "part": True}, Pvalidate.FAIL_INPUT),
+        (OURS, {"asked": PG_2M, "part": True, "vmpl": 3}, snp_pages.GP),
     ],
 )
 def test_pvalidate_answers(entry, more, answer):
@@ -177,11 +223,60 @@ def test_v8s_handler_acts_on_sizem_only():
         (dict(own=1, target=2, mask=1), "FAIL_PERMISSION"),
         (dict(own=0, target=4, mask=1), "FAIL_INPUT"),
         (dict(own=0, target=1, mask=1, asked=PG_2M), "FAIL_SIZEMISMATCH"),
-        (dict(own=1, target=2, mask=0, vmsa=True), "FAIL_PERMISSION"),
+        (dict(own=0, target=1, mask=1, asked=PG_2M, part=True), "FAIL_INPUT"),
+        (dict(own=0, target=-1, mask=1), "FAIL_INPUT"),
+        (dict(own=0, target=1, mask=16), "FAIL_INPUT"),
+        (dict(own=0, target=3, mask=15), "OK"),
+        (dict(own=2, target=1, mask=0, asked=PG_2M), "FAIL_PERMISSION"),
     ],
 )
 def test_rmpadjust_answers(more, code):
-    assert snp_pages.rmpadjust(VALID, snp_pages.AFTER_RMPUPDATE, **more)[0].name == code
+    answer, entry, permissions = snp_pages.rmpadjust(VALID, snp_pages.AFTER_RMPUPDATE, **more)
+    assert answer.name == code
+    assert answer == 0 or (entry, permissions) == (VALID, snp_pages.AFTER_RMPUPDATE)
+
+
+def test_rmpadjust_changes_the_targets_permissions_and_no_others():
+    before = (snp_pages.ALL, 3, 5, 9)
+    after = [snp_pages.rmpadjust(VALID, before, own=0, target=t, mask=7)[2] for t in (1, 2, 3)]
+    assert after == [(15, 7, 5, 9), (15, 3, 7, 9), (15, 3, 5, 7)]
+
+
+def test_4k_rmpadjust_inside_a_2m_entry_is_a_nested_fault_with_sizem():
+    answer, entry, permissions = snp_pages.rmpadjust(BIG, snp_pages.AFTER_RMPUPDATE, own=0, target=1, mask=1)
+    assert (answer, entry, permissions) == (SIZEM, BIG, snp_pages.AFTER_RMPUPDATE)
+    asked = snp_pages.rmpadjust(BIG, snp_pages.AFTER_RMPUPDATE, own=0, target=1, mask=1, asked=PG_2M)
+    assert asked[0] == Rmpupdate.OK
+
+
+def test_4k_rmpadjust_inside_a_2m_entry_is_run_again_after_the_hosts_psmash():
+    vm = private_vm(512, private_2m=True)
+    vm.guest().rmpadjust(3 * P, 1, snp_pages.READ)
+    codes = [Npf(e.code) for e in vm.events if e.kind == "npf-rmp"]
+    assert [bool(code & Npf.SIZEM) for code in codes] == [True] and vm.counters["psmash"] == 1
+    vm.guest(0, vmpl=1).read(3 * P, 1)
+
+
+@pytest.mark.parametrize(("own", "vmsa"), [(0, True), (1, False)])
+def test_rmpadjust_makes_a_vmsa_for_vmpl0_and_ignores_others(own, vmsa):
+    held = (snp_pages.ALL,) * 4
+    answer, entry, _ = snp_pages.rmpadjust(VALID, held, own=own, target=2, mask=1, vmsa=True)
+    assert (answer, entry.vmsa) == (Rmpupdate.OK, vmsa)
+
+
+@pytest.mark.parametrize(("op", "bit"), [("read", 1), ("write", 2), ("execute as user", 4), ("execute", 8)])
+def test_each_permission_is_a_bit_that_allows_one_kind_of_access(op, bit):
+    for vmpl in range(4):
+        held = [0, 0, 0, 0]
+        held[vmpl] = bit
+        assert snp_pages.vmpl_allows(tuple(held), vmpl, op)
+        held = [15, 15, 15, 15]
+        held[vmpl] = 15 - bit
+        assert not snp_pages.vmpl_allows(tuple(held), vmpl, op)
+
+
+def test_after_rmpupdate_vmpl0_may_do_all_and_the_others_nothing():
+    assert snp_pages.AFTER_RMPUPDATE == (15, 0, 0, 0)
 
 
 def test_another_vmpl_may_do_nothing_until_rmpadjust_allows_it():

@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
+from kvmlab.design.calls import PLATFORMS
 from kvmlab.emulator import InternalError, Vm, VmErrno
-from kvmlab.emulator.switches import PLATFORMS
 
 P, M2, SMM = 4096, 1 << 21, 1 << 16
 

@@ -39,10 +39,10 @@ def test_a_shared_page_is_the_same_bytes_to_both_sides():
 
 
 def test_from_inside_a_td_too_a_shared_read_of_a_td_owned_page_gives_zeros():
-    vm = Vm("tdx", 4, "v8-post-hook", "in-place", private=True, vmm="rerun")
-    vm.guest().accept(0)
+    vm = Vm("tdx", 4, "v8-post-hook", "in-place", vmm="rerun")
+    vm.place(0, "shared", attribute="private")  # a stray shared leaf
+    vm.place(0, "MAPPED")
     vm.guest().write(0, b"secret")
-    vm.mmu.install(0, 1, vm.pfn(0, False), False)  # a stray shared leaf
     vm.guest().set_private(0, False)
     assert vm.guest().read(0, 6) == bytes(6)
 

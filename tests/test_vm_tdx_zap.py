@@ -2,8 +2,10 @@
 
 import pytest
 
+from kvmlab.design import Design
 from kvmlab.emulator import GuestSpins, PlatformError, Vm
 from kvmlab.emulator.locks import Deadlock
+from kvmlab.emulator.switches import VmSwitches
 from kvmlab.emulator.tdx_load import batching
 from kvmlab.hw.tdx import Leaf
 from kvmlab.hw.tdx_sept import State
@@ -16,10 +18,18 @@ WBINVD = str(Leaf.PAGE_WBINVD)
 def td(pages=4, design="upstream", **more):
     """A TD that has accepted its memory; its vCPUs are inside."""
     vm = Vm("tdx", pages, design, private=True, **more)
-    vm.guest().accept_range(0, pages * P)
+    vm.place(0, "MAPPED", pages * P)
     for index in range(len(vm.tdx.vcpus)):
         vm.guest(index).read(0, 1)
     vm.log.events.clear()
+    return vm
+
+
+def stray_shared_leaf():
+    """A TD with a page that both roots map: a wrong host has stored the attribute and zapped nothing."""
+    vm = Vm("tdx", 4)
+    vm.place(0, "shared", attribute="private")
+    vm.place(0, "MAPPED")
     return vm
 
 
@@ -30,11 +40,19 @@ def calls(vm):
 # As merged
 
 
-def test_one_private_leaf_goes_by_block_track_kick_remove_wbinvd_clear():
+def test_one_private_leaf_goes_by_block_track_kick_remove_wbinvd():
     vm = td()
     vm.set_memory_attributes(0, P, False)
-    assert calls(vm) == [BLOCK, TRACK, "kick", REMOVE, WBINVD, "tdx-clear-page"]
+    assert calls(vm) == [BLOCK, TRACK, "kick", REMOVE, WBINVD]
     assert vm.tdx.module.entry(0) == State.FREE and not vm.tdx.mirror_of(0, 1)[0]
+
+
+@pytest.mark.parametrize(("linux", "erratum"), [("v6.17", False), ("v6.17", True), ("v6.19", True)])
+def test_the_page_is_cleared_before_v6_18_and_on_parts_with_the_erratum(linux, erratum):
+    design = Design.parse(f"base: upstream\nlinux: {linux}\n")
+    vm = td(design=design, switches=VmSwitches(partial_write_erratum=erratum))
+    vm.set_memory_attributes(0, P, False)
+    assert calls(vm) == [BLOCK, TRACK, "kick", REMOVE, WBINVD, "tdx-clear-page"]
 
 
 def test_each_leaf_has_its_own_track_and_kick():
@@ -60,8 +78,7 @@ def test_going_private_zaps_the_shared_side_only_and_costs_no_seamcall():
 
 
 def test_going_shared_leaves_shared_leaves_alone():
-    vm = td()
-    vm.mmu.install(0, 1, vm.pfn(0, False), False)
+    vm = stray_shared_leaf()
     vm.set_memory_attributes(0, P, False)
     assert vm.mmu.leaves(0, 1)[0]
 
@@ -95,9 +112,8 @@ def test_a_vcpu_that_stays_inside_goes_on_with_its_old_translation_until_it_leav
 
 
 def test_both_ept_roots_may_map_one_gfn_at_once():
-    vm = td()
+    vm = stray_shared_leaf()
     vm.guest().write(0, b"mine")
-    vm.mmu.install(0, 1, vm.pfn(0, False), False)
     vm.guest().set_private(0, False)
     assert vm.guest().read(0, 4) == bytes(4)
     vm.guest().set_private(0, True)
@@ -254,3 +270,25 @@ def test_the_counts_side_by_side_differ_in_tracks_and_kicks_only():
 def test_its_text_gives_seconds_where_they_are_published_and_bounds_where_not():
     _, _, one, many = (line.split() for line in batching(1024, (1, 512)).text().splitlines())
     assert one[-1] == "0.0154" and many[-3:] == ["0.00522", "..", "0.0154"]
+
+
+def test_a_leaf_that_nobody_thawed_is_not_present_so_the_zap_leaves_its_entry_behind():
+    vm = Vm("tdx", 4, Design.parse(open_ended("write_spte(leaf)")))
+    vm.guest().set_memory_encrypted(0, 4 * P)
+    vm.guest().set_memory_decrypted(0, 4 * P)
+    assert vm.placed(0) == ("MAPPED", "shared") and BLOCK not in vm.counters
+
+
+def open_ended(row):
+    """upstream with an `aug:` that leaves out one row."""
+    rows = ["freeze_spte(table)", "tdh_mem_sept_add()", "write_spte(table)", "freeze_spte(leaf)", "clflush()",
+            "tdh_mem_page_aug()", "write_spte(leaf)"]  # fmt: skip
+    return "\n    ".join(["base: upstream\naug:", *(other for other in rows if other != row)]) + "\n"
+
+
+def test_a_dead_td_is_told_before_any_lock_is_tried():
+    vm = td(vcpus=2)
+    vm.tdx.module.fatal = True
+    vm.fail("TDH.MEM.RANGE.BLOCK")
+    with pytest.raises(PlatformError, match="tdh_mem_range_block = TDX_TD_FATAL"):
+        vm.set_memory_attributes(0, P, False)

@@ -157,6 +157,12 @@ def test_taking_over_drops_the_future_and_says_so(bench: Workbench) -> None:
     assert "The 8 steps that followed are dropped." in seen["said"]
 
 
+def test_a_step_that_cannot_be_taken_does_not_move_the_position(bench: Workbench) -> None:
+    say(bench, "position", position=2)
+    say(bench, "take", at=5, actor="CPU0", choice=99)
+    assert bench.session.position == 2
+
+
 def test_every_option_that_is_offered_can_be_taken(bench: Workbench) -> None:
     for position, step in enumerate(bench.view["trace"]["steps"]):
         for option in step["options"]:
@@ -220,6 +226,8 @@ def test_an_ordering_that_has_no_such_case_says_why(bench: Workbench) -> None:
         {"do": "take", "at": 0, "actor": "CPU0", "choice": -1},
         {"do": "position", "position": -1},
         {"do": "position", "position": 1.5},
+        {"do": "position", "position": 10**5000},
+        {"do": "take", "at": -(10**5000), "actor": "CPU0", "choice": 0},
         {"do": "versus", "design": "no-such"},
         {"do": "versus", "design": 3},
         {"do": "undo"},
@@ -243,6 +251,17 @@ def test_a_bug_is_told_too(bench: Workbench, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(bench.session, "undo", None, raising=False)
     monkeypatch.setattr(bench, "history", [object()])
     assert "kvmlab has a bug here: AttributeError" in say(bench, "undo")["problem"]
+
+
+def test_out_of_memory_is_told_in_words(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object) -> None:
+        raise MemoryError
+
+    before = bench.report
+    monkeypatch.setattr("kvmlab.report.explore", exhausted)
+    assert "out of memory; a limit on states" in say(bench, "choose", scenario="to-private")["problem"]
+    assert "out of memory" in say(bench, "versus", design="upstream")["versus"]["problem"]
+    assert bench.report is before
 
 
 def test_the_next_message_clears_the_problem(bench: Workbench) -> None:

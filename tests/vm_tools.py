@@ -13,9 +13,8 @@ BIG = VALID._replace(size=PG_2M)
 
 def private_vm(pages=4, **more):
     """A VM whose guest has accepted all its memory."""
-    vm = Vm("snp", pages, private=True, **more)
-    for gpa in range(0, pages * P, M2):
-        vm.guest().set_memory_encrypted(gpa, min(M2, pages * P - gpa))
+    vm = Vm("snp", pages, **more)
+    vm.place(0, "validated", pages * P)
     return vm
 
 

@@ -25,6 +25,8 @@ from .tree import Condition, Node, as_written, calls_in, commented, shown, subst
 __all__ = ["Condition", "Design", "DesignError", "Row", "shipped"]
 
 DEFAULT_BASE = "v8-post-hook"
+LONGEST_NAME = 80  # signs of a design's name; one that cannot be printed, as in a file's, stands as its number
+DEEPEST_BASE = 16  # bases of a base
 REPLACED = "kvm_mem_attrs_changed"  # the call whose place a fragment takes
 
 
@@ -51,6 +53,7 @@ class Design:
     backing: str | None = None
     linux: str = ""
     own: tuple[str, ...] = field(default=(), repr=False)
+    _says_linux: bool = field(default=False, repr=False, compare=False)
     _trees: Mapping[str, tuple[Node, ...]] = field(
         default_factory=dict, repr=False, compare=False, hash=False
     )
@@ -111,14 +114,18 @@ class Design:
         out += ["", f"linux: {self.linux}"]
         out += ["", f"backing: {self.backing}"] if self.backing else []
         for name in (name for name in SECTIONS if self._trees[name]):
-            out += ["", f"{name}:"]
-            out += ["    " * (line.depth + 1) + line.text for line in shown(self._trees[name], spelled)]
+            out += ["", self.spelled(name)]
         for platform, scenarios in self.expect.items():
             out += ["", f"expect {platform}:"]
             for scenario, verdicts in scenarios.items():
                 said = ", ".join(f"{name} {verdict}" for name, verdict in verdicts.items())
                 out.append(f"    {scenario}: {said or 'all Never'}")
         return "\n".join(out).strip() + "\n"
+
+    def spelled(self, section: str) -> str:
+        """A section with its header in canonical spelling, without comments; empty if it has no line."""
+        lines = ["    " * (line.depth + 1) + line.text for line in shown(self._trees[section], spelled)]
+        return "\n".join([f"{section}:", *lines]) if lines else ""
 
     @cached_property
     def digest(self) -> str:
@@ -167,7 +174,7 @@ class Design:
         blocks = ["\n".join(f"// {line}".rstrip() for line in self._header)] if self._header else []
         if self.base:
             blocks.append(f"base: {self.base}")
-        if "linux" in self.own:
+        if self._says_linux:
             blocks.append(f"linux: {self.linux}")
         if self.backing:
             blocks.append(f"backing: {self.backing}")
@@ -190,6 +197,7 @@ def _parse(
     """Read a text and what it inherits; `chain` are the bases on the way here."""
     from .syntax import read  # brings lark: only those pay for it who read a design
 
+    name = quoted(name, LONGEST_NAME)
     source = Source(name, text)
     parsed = read(source)
     for section, nodes in parsed.sections.items():
@@ -219,7 +227,8 @@ def _parse(
         about=about,
         backing=parsed.backing or (base.backing if base else None),
         linux=parsed.linux or (base or _shipped(DEFAULT_BASE)).linux,
-        own=(*(s for s in SECTIONS if s in parsed.sections), *(["linux"] if parsed.linux else [])),
+        own=tuple(section for section in SECTIONS if section in parsed.sections),
+        _says_linux=parsed.linux is not None,
         _trees=MappingProxyType(trees),
         _header=tuple(source.header),
         _loader=loader,
@@ -238,6 +247,8 @@ def _base(
         raise source.error(message, place, shipped(), "a base that ships")
     if name in shipped("all"):
         return _shipped(name)
+    if len(chain) >= DEEPEST_BASE:
+        raise source.error(f"more than {DEEPEST_BASE} bases, each of the other", place)
     text = loader(name) if loader else None
     if text is None:
         raise source.error(f"unknown base '{quoted(name)}'", place, nearest(name, shipped()), "nearest known")

@@ -102,7 +102,7 @@ CALLS = (
     ),
     KnownCall(
         "memslot_invalid", FAULT,
-        "the memslot is being deleted: retry; (leave): and leave tdx's local loop (RET_PF_RETRY_INVALID_SLOT)",
+        "the memslot is being deleted: retry; (leave): and leave tdx's local loop, since v6.18",
     ),
     KnownCall("kvm_gmem_is_private", FAULT, "the same comparison again, under invalidate_lock"),
     KnownCall("is_page_fault_stale", FAULT, "a fault that raced with an invalidation retries"),

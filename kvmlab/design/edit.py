@@ -65,10 +65,13 @@ def move(nodes: Nodes, line_index: int, step: int) -> tuple[Nodes, int]:
 
 def stuck(nodes: Nodes, line_index: int, step: int) -> str:
     """Why the statement shown at a line cannot move up (`step` -1) or down (1); empty if it can."""
-    if move(nodes, line_index, step)[0] is not nodes:
+    moved = move(nodes, line_index, step)[0]
+    if moved != nodes:
         return ""
     lines = list(shown(nodes, as_written))
     line, way = lines[line_index], "up" if step < 0 else "down"
+    if moved is not nodes:
+        return f"{line.text} moved {way} changes nothing: the line there is the same."
     where = line.where
     while where and _is_open(_at(nodes, where[:-1])[where[-1][0]]):
         where = where[:-1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ..errors import Refusal
+
 WIDTH = 75  # columns of a quoted source line: it is pasted into mails
 
 
@@ -17,14 +19,6 @@ class Place(NamedTuple):
 
 
 NOWHERE = Place("(text)", 0, 0)
-
-
-class Refusal(Exception):
-    """What a user asked for is refused, and `str()` says all there is to say; a notebook shows that alone."""
-
-    def _render_traceback_(self) -> list[str]:
-        """What IPython prints in place of a traceback: the lines of the code that refused help nobody."""
-        return [f"{type(self).__name__}: {self}"]
 
 
 class DesignError(Refusal, ValueError):

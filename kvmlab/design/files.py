@@ -51,6 +51,16 @@ def shipped_text(name: str) -> str:
     return (folder / f"{name}.kvm").read_text(encoding="utf-8")
 
 
+def is_text(design: str) -> bool:
+    """Whether this is the text of a design itself, not a name or a file's path."""
+    if "\n" in design:
+        return True
+    try:
+        return "(" in design and not Path(design).exists()
+    except (OSError, ValueError):  # longer than a path can be
+        return True
+
+
 def siblings(folder: Path) -> BaseLoader:
     """Bases that are files beside a design; shipped ones come first."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from unicodedata import category
 
 from .calls import SECTIONS
 from .errors import DesignError, Place
@@ -16,7 +17,8 @@ _BLANK = dict.fromkeys(map(ord, "\u00a0\u2007\u202f\u200b\ufeff"), " ")  # what 
 _ELLIPSIS = frozenset(("...", "\u2026", "[...]", "[\u2026]"))
 _COMMENT = re.compile(r"//|/\*")
 _HEADER = re.compile(rf"\s*(?:{'|'.join(SECTIONS)}|expect\s+[\w-]+|base|backing|linux)\s*:")
-_BINARY = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_BINARY = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_REORDERS = re.compile("[\u202a-\u202e\u2066-\u2069]")  # bidirectional: what is shown is not what is read
 
 
 class Source:
@@ -40,9 +42,13 @@ class Source:
         if len(text) > LIMIT:
             raise DesignError(f"more than {LIMIT // 1024} kB: not a design", Place(self.name, 0, 0))
         if found := _BINARY.search(text):
-            line = len(re.findall(r"\r\n|\n|\r", text[: found.start()])) + 1
-            message = f"a control character (0x{ord(found[0]):02x}): not a text"
-            raise DesignError(message, Place(self.name, line, 1))
+            raise self._hidden(found, f"a control character (0x{ord(found[0]):02x}): not a text")
+        if found := _REORDERS.search(text):
+            raise self._hidden(found, f"an invisible character (U+{ord(found[0]):04X}) that reorders what is shown")
+
+    def _hidden(self, found: re.Match[str], message: str) -> DesignError:
+        before = re.split(r"\r\n|\n|\r", found.string[: found.start()])
+        return self.error(message, Place(self.name, len(before), len(before[-1]) + 1))
 
     def _read(self) -> None:
         above: list[str] = []
@@ -55,6 +61,9 @@ class Source:
             code, comment, open_ = _split(line[self.shift[-1] :], bool(in_comment))
             in_comment = (in_comment or number) if open_ else 0
             blank = not code.strip()
+            if hidden := next((c for c in code if category(c) == "Cf"), None):
+                place = Place(self.name, number, self.shift[-1] + code.index(hidden) + 1)
+                raise self.error(f"an invisible character (U+{ord(hidden):04X})", place)
             if in_header and blank and comment is not None:
                 self.header.append(comment)
             elif blank and comment is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from ..design import Row
 from ..design.calls import DIRECTMAP
 from ..hw.snp import PG_2M, PG_4K, Npf
-from .events import MEMORY_EXIT_FLAG_PRIVATE, InternalError, MemoryFaultExit, MmioExit
+from .events import MEMORY_EXIT_FLAG_PRIVATE, InternalError, MemoryFaultExit, MmioExit, VmErrno
 from .locks import Thread
 from .memory import PAGE, prefix
 from .rmpfault import Handler, rmp_work
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .vm import Vm
 
 DONE, RETRY = "done", "RET_PF_RETRY"
-LEAVE = "RET_PF_RETRY_INVALID_SLOT"  # retry as well, but leave KVM first
+LEAVE = "RET_PF_RETRY after leaving KVM"  # tdx since v6.18 (2bc2694fe20b): no loop inside
 FAULTS_2M = 512
 PREPARES = ("rmp_prepare", "rmp_match")
 
@@ -163,6 +163,9 @@ def run_fault(
                 fault.thread.unwind()
                 break
         fault.thread.leave("enters the guest")
+    except VmErrno:  # KVM_RUN fails: every error path lets go of its locks
+        fault.thread.unwind()
+        raise
     finally:
         vm.log.amend(event, fault.taken)
     if rmp:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from .arguments import BYTES, DATA, FLAG, NUMBER, takes, whole
 from .events import SigBus, VmErrno
 from .locks import Deadlock
-from .memory import PAGE, U8, runs
+from .memory import LIMIT, PAGE, U8, runs
 from .punch import Punch
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 FLAG_MMAP, FLAG_INIT_SHARED = 1 << 0, 1 << 1
 KEEP_SIZE, PUNCH_HOLE = 1, 2  # FALLOC_FL_*
+OFFSET = whole(0, (1 << 63) - 1, "an offset into the file, from 0 on")
 _inodes = count(1)
 
 
@@ -38,7 +40,7 @@ class GuestMemfd:
             raise VmErrno(errno.EINVAL, "KVM_CREATE_GUEST_MEMFD: unknown flags")
         if size <= 0 or size % PAGE:
             raise VmErrno(errno.EINVAL, f"KVM_CREATE_GUEST_MEMFD: size {size}")
-        if size // PAGE > 1 << 30:
+        if size // PAGE > LIMIT:
             raise VmErrno(errno.ENOMEM, "the emulator holds 4 TiB of a guest_memfd")
         self.vm, self.pages, self.flags, self.inode = vm, size // PAGE, flags, next(_inodes)
         self.base = vm.new_pfns(self.pages)
@@ -62,18 +64,20 @@ class GuestMemfd:
         """write() and pwrite() do not exist for this file."""
         raise VmErrno(errno.EINVAL, "write to a guest_memfd")
 
+    @takes(offset=NUMBER, size=NUMBER)
     def allocate(self, offset: int, size: int) -> None:
         """fallocate(KEEP_SIZE): allocate the pages that are missing, zeroed."""
         self.fallocate(KEEP_SIZE, offset, size)
 
+    @takes(offset=NUMBER, size=NUMBER)
     def punch_hole(self, offset: int, size: int) -> None:
         """fallocate(KEEP_SIZE | PUNCH_HOLE): unmap the pages from every VM, then free them."""
         self.fallocate(KEEP_SIZE | PUNCH_HOLE, offset, size)
 
+    @takes(mode=NUMBER, offset=NUMBER, size=NUMBER)
     def fallocate(self, mode: int, offset: int, size: int) -> None:
         """fallocate() with its checks in order: EOPNOTSUPP for the mode, EINVAL for the range."""
-        if self.closed:
-            raise VmErrno(errno.EBADF, "the guest_memfd is closed")
+        self.check_open()
         if not mode & KEEP_SIZE or mode & ~(KEEP_SIZE | PUNCH_HOLE):
             raise VmErrno(errno.EOPNOTSUPP, f"fallocate mode {mode:#x}")
         if offset < 0 or size <= 0 or offset % PAGE or size % PAGE:
@@ -85,6 +89,11 @@ class GuestMemfd:
             raise VmErrno(errno.EINVAL, "fallocate beyond the end of the guest_memfd")
         else:
             self.get_pages(start, end - start)
+
+    def check_open(self) -> None:
+        """EBADF for a file that is closed."""
+        if self.closed:
+            raise VmErrno(errno.EBADF, "the guest_memfd is closed")
 
     def close(self) -> None:
         """close(), the last one (kvm_gmem_release()): all is freed as by a punch; memslots lose their file."""
@@ -142,24 +151,33 @@ class GuestMemfd:
             if max(lo, start) < min(hi, end):
                 yield max(lo, start), min(hi, end), slot.offset, slot
 
-    def bind(self, slot: MemSlot, vm: Vm, offset: int) -> None:
-        """kvm_gmem_bind(): EINVAL for another VM's file, a misaligned offset, beyond the end, or bound already."""
-        if vm is not self.vm or offset % PAGE or offset < 0:
-            raise VmErrno(errno.EINVAL, "guest_memfd of another VM, or misaligned offset")
-        lo, hi = offset // PAGE, offset // PAGE + slot.npages
+    def may_bind(self, vm: Vm, offset: int, npages: int) -> None:
+        """kvm_gmem_bind()'s checks: EINVAL for another VM's file, a wrong offset, its end, or a bound range."""
+        self.check_open()
+        if vm is not self.vm:
+            raise VmErrno(errno.EINVAL, "guest_memfd of another VM")
+        if offset < 0 or offset % PAGE:
+            why = "negative" if offset < 0 else "not a multiple of 4096"
+            raise VmErrno(errno.EINVAL, f"offset {offset:#x} into the guest_memfd is {why}")
+        lo, hi = offset // PAGE, offset // PAGE + npages
         if hi > self.pages:
             raise VmErrno(errno.EINVAL, "binding beyond the end of the guest_memfd")
         if any(True for _ in self.slots(lo, hi)):
             code = errno.EEXIST if vm.switches.bound_range_is_eexist else errno.EINVAL
             raise VmErrno(code, "range of the guest_memfd is bound already")
-        self.bindings.append((lo, hi, slot))
+
+    def bind(self, slot: MemSlot) -> None:
+        """kvm_gmem_bind(), once it may be."""
+        self.bindings.append((slot.offset, slot.offset + slot.npages, slot))
 
     def unbind(self, slot: MemSlot) -> None:
         """kvm_gmem_unbind(), when the slot goes."""
         self.bindings = [b for b in self.bindings if b[2] is not slot]
 
+    @takes(shared=FLAG)
     def mmap(self, *, shared: bool = True) -> Mapping:
-        """mmap(): ENODEV without the MMAP flag, EINVAL unless MAP_SHARED."""
+        """mmap(): ENODEV without the MMAP flag, EINVAL unless MAP_SHARED, EBADF once it is closed."""
+        self.check_open()
         if not self.flags & FLAG_MMAP:
             raise VmErrno(errno.ENODEV, "mmap of a guest_memfd without GUEST_MEMFD_FLAG_MMAP")
         if not shared:
@@ -180,17 +198,18 @@ class Mapping:
         self.gmem.get_pages(page, 1)
         return self.gmem.base + page
 
+    @takes(offset=OFFSET, n=BYTES)
     def read(self, offset: int, n: int) -> bytes:
         """Load `n` bytes."""
         return b"".join(
             self.gmem.vm.memory.read(self._page(at), at % PAGE, step) for at, step in pagewise(offset, n)
         )
 
+    @takes(offset=OFFSET, data=DATA)
     def write(self, offset: int, data: bytes) -> None:
         """Store bytes."""
         for at, step in pagewise(offset, len(data)):
-            pfn = self._page(at)
-            self.gmem.vm.memory.write(pfn, at % PAGE, data[at - offset : at - offset + step])
+            self.gmem.vm.host.user_write(self._page(at), at % PAGE, data[at - offset : at - offset + step])
 
 
 def pagewise(start: int, n: int) -> Iterator[tuple[int, int]]:

@@ -11,14 +11,28 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..errors import InputError, shown
 from ..hw import snp, snp_pages
 from ..hw.snp import PG_2M, PG_4K, Pvalidate, Rmpupdate
 from . import alike, linux, psc, tdx_guest, tdx_linux
 from .access import Walker
+from .arguments import (
+    ADDRESS,
+    BUFFER,
+    BYTE,
+    BYTES,
+    DATA,
+    FLAG,
+    PAGE_ADDRESS,
+    PAGES,
+    REGISTER,
+    one_of,
+    takes,
+    whole,
+)  # fmt: skip
 from .events import GpFault, InstructionError, MmioExit, PscError, VmError
 from .gmem import pagewise
-from .memory import PAGE, U8, grown
-from .mmu import LIMIT
+from .memory import LIMIT, PAGE, U8, grown
 from .psc import U64
 from .tdx_kvm import TdxKvm
 from .tdx_walk import TdWalker
@@ -27,6 +41,9 @@ if TYPE_CHECKING:
     from .vm import Vm
 
 SIZES = {4096: PG_4K, 1 << 21: PG_2M}
+SIZE = one_of(*SIZES)
+ENTRY = whole(0, 0xFFFF, "what 16 bits of a buffer's header hold")
+OPS = one_of("read", "write")
 
 
 class PageTable:
@@ -36,9 +53,7 @@ class PageTable:
         self.private, self._bits = private, np.zeros(0, np.uint8)
 
     def c_bits(self, lo: int, hi: int) -> U8:
-        """The C-bits of gfns [lo, hi), as a view; ValueError beyond what the emulator holds."""
-        if not 0 <= lo <= hi <= LIMIT:
-            raise ValueError("guest addresses go from 0 to 4 TiB here")
+        """The C-bits of gfns [lo, hi), as a view."""
         if hi > (old := len(self._bits)):
             self._bits = grown(self._bits, hi)
             if self.private:
@@ -49,12 +64,14 @@ class PageTable:
 class Guest:
     """vCPU `index` of a Vm.  The page table belongs to the guest: all vCPUs see the same C-bits.
 
-    Addresses and sizes are in bytes.  `vmpl` is the privilege level at which this vCPU runs.
+    Addresses and sizes are in bytes; InputError for those that do not exist.  `vmpl` is the privilege level at which
+    this vCPU runs.
     """
 
     def __init__(self, vm: Vm, index: int, vmpl: int = 0) -> None:
         self.vm, self.index, self.vmpl = vm, index, vmpl
 
+    @takes(gpa=ADDRESS, n=BYTES)
     def read(self, gpa: int, n: int) -> bytes:
         """Load `n` bytes.  VcFault, GuestSpins, and the exits that the VMM does not resolve."""
         out = bytearray(n)
@@ -65,19 +82,22 @@ class Guest:
         except MmioExit:
             if self.vm.mmio is None:
                 raise
-            return self.vm.mmio.to_bytes(n, "little")
+            return (self.vm.mmio & (1 << 8 * n) - 1).to_bytes(n, "little")
         return bytes(out)
 
+    @takes(gpa=ADDRESS, data=DATA)
     def write(self, gpa: int, data: bytes) -> None:
         """Store bytes; errors as for `read`."""
         for gfn, pfn, enc in self._pages(gpa, len(data), "write"):
             for at, step in _overlap(gfn, gpa, len(data)):
                 store(self.vm, pfn, at % PAGE, data[at - gpa : at - gpa + step], enc)
 
+    @takes(gpa=ADDRESS, n=BYTES, byte=BYTE)
     def fill(self, gpa: int, n: int, byte: int) -> None:
         """memset()."""
         self.write(gpa, bytes([byte]) * n)
 
+    @takes(gpa=ADDRESS, n=whole(0, LIMIT * PAGE, "bytes, from 0 to 4 TiB"), op=OPS)
     def touch(self, gpa: int, n: int, op: str = "write") -> None:
         """Access each page without moving bytes: what faults, faults.  For sizes where contents do not matter."""
         for _ in self._runs(gpa // PAGE, (gpa + n + PAGE - 1) // PAGE, op):
@@ -112,10 +132,14 @@ class Guest:
         for a, b in pairwise(edges):
             yield lo + a, lo + b, bool(bits[a])
 
+    @takes(gpa=PAGE_ADDRESS, private=FLAG, size=PAGES)
     def set_private(self, gpa: int, private: bool, size: int = PAGE) -> None:
         """Set or clear the C-bit in the guest's page table, and nothing else."""
         self.vm.page_table.c_bits(gpa // PAGE, (gpa + size) // PAGE)[:] = private
 
+    @takes(
+        gpa=PAGE_ADDRESS, size=PAGES, private=FLAG, page_size=SIZE, batch=whole(1, 0xFFFF, "entries, from 1 to 253")
+    )
     def page_state_change(
         self, gpa: int, size: int, private: bool, *, page_size: int = 1 << 21, batch: int = psc.MAX_ENTRIES
     ) -> None:
@@ -138,29 +162,34 @@ class Guest:
             unit = 512 if large else 1
             alike.run(self.vm, gfn, gfn + count * unit, batch * unit, ask)
 
+    @takes(cur_entry=ENTRY, end_entry=ENTRY, buffer=BUFFER)
     def psc_buffer(self, cur_entry: int, end_entry: int, buffer: U64) -> int:
         """One PSC buffer as it is; returns SW_EXITINFO2."""
         self._snp("a page state change")
         return psc.buffer_protocol(self.vm, cur_entry, end_entry, buffer)
 
+    @takes(request=REGISTER)
     def psc_msr(self, request: int) -> int:
         """One request by the GHCB MSR; returns the response."""
         self._snp("a page state change")
         return psc.msr_protocol(self.vm, request)
 
+    @takes(gpa=REGISTER, size=whole(0, 1 << 64, "pages, in bytes: a multiple of 4096", PAGE), private=FLAG)
     def map_gpa_range(self, gpa: int, size: int, private: bool) -> int:
-        """KVM_HC_MAP_GPA_RANGE itself, as a guest of a software-protected VM asks; hypercall.ret."""
+        """KVM_HC_MAP_GPA_RANGE itself, as a guest of a software-protected VM asks; hypercall.ret, 0 or an errno."""
         return self.vm.vmm.map_gpa_range(gpa, size // PAGE, private)
 
+    @takes(gpa=PAGE_ADDRESS, validate=FLAG, size=SIZE)
     def pvalidate(self, gpa: int, validate: bool, size: int = PAGE) -> None:
         """PVALIDATE of one page (4096 or 2 MiB); InstructionError with rAX, or 255 for the carry flag."""
         self.pvalidate_range(gpa, size, validate, size)
 
+    @takes(gpa=PAGE_ADDRESS, length=PAGES, validate=FLAG, size=SIZE)
     def pvalidate_range(self, gpa: int, length: int, validate: bool, size: int = PAGE) -> None:
-        """PVALIDATE page after page of one size; stops at the first that fails."""
+        """PVALIDATE page after page of one size, of which `length` is a multiple; stops at the first that fails."""
         self._snp("PVALIDATE")
-        if size not in SIZES:
-            raise ValueError(f"PVALIDATE takes 4096 or {1 << 21}, not {size}")
+        if length % size:
+            raise InputError(f"Guest.pvalidate_range(length={shown(length)}): a multiple of the size, {size}")
         if self.vmpl:
             raise GpFault("#GP: PVALIDATE at another VMPL than 0")
         asked, gfn, end = SIZES[size], gpa // PAGE, (gpa + length) // PAGE
@@ -188,38 +217,47 @@ class Guest:
             self._answer("PVALIDATE", gfn + done, answer)
         return gfn + done
 
+    @takes(gpa=PAGE_ADDRESS, target_vmpl=BYTE, mask=BYTE, vmsa=FLAG)
     def rmpadjust(self, gpa: int, target_vmpl: int, mask: int, *, vmsa: bool = False) -> None:
         """RMPADJUST of one 4K page; InstructionError for a failure code, VcFault if it is not validated."""
         self._snp("RMPADJUST")
-        pfn = int(
-            Walker(self.vm, self.index, "read", True, self.vmpl).run(gpa // PAGE, gpa // PAGE + 1)[0][0]
-        )
-        held = self.vm.rmp.permissions.get(pfn, snp_pages.AFTER_RMPUPDATE)
-        code, entry, after = snp_pages.rmpadjust(
-            self.vm.rmp.entry(pfn), held, own=self.vmpl, target=target_vmpl, mask=mask, vmsa=vmsa
-        )
+        walker, gfn = Walker(self.vm, self.index, "read", True, self.vmpl), gpa // PAGE
+        while True:
+            pfn = int(walker.run(gfn, gfn + 1)[0][0])
+            held = self.vm.rmp.permissions.get(pfn, snp_pages.AFTER_RMPUPDATE)
+            code, entry, after = snp_pages.rmpadjust(
+                self.vm.rmp.entry(pfn), held, own=self.vmpl, target=target_vmpl, mask=mask, vmsa=vmsa
+            )
+            if not isinstance(code, str):
+                break
+            walker.fault(gfn, 1, present=True, rmp=True, sizem=code == snp_pages.SIZEM)
         self.vm.log.add("rmpadjust", page=gpa // PAGE, code=int(code))
         if code != Rmpupdate.OK:
             raise InstructionError("RMPADJUST", gpa, int(code), code.name)
         self.vm.rmp.put(pfn, entry)
         self.vm.rmp.permissions[pfn] = after
 
+    @takes(gpa=PAGE_ADDRESS, size=PAGES)
     def set_memory_encrypted(self, gpa: int, size: int) -> None:
         """What a Linux guest does to go private; GuestTerminated, or tdx: SetMemoryFailed, if it gives up."""
         linux.set_memory_encrypted(self, gpa, size)
 
+    @takes(gpa=PAGE_ADDRESS, size=PAGES)
     def set_memory_decrypted(self, gpa: int, size: int) -> None:
         """What a Linux guest does to go shared; errors as for `set_memory_encrypted`."""
         linux.set_memory_decrypted(self, gpa, size)
 
+    @takes(gpa=REGISTER, size=one_of(*tdx_guest.SIZES))
     def accept(self, gpa: int, size: int = PAGE) -> None:
         """TDG.MEM.PAGE.ACCEPT of one page (4096, 2 MiB or 1 GiB); TdxError with RAX unless that is 0."""
         tdx_guest.accept(self, self._tdx("ACCEPT"), gpa, size)
 
+    @takes(gpa=PAGE_ADDRESS, length=PAGES)
     def accept_range(self, gpa: int, length: int) -> None:
         """ACCEPT 4K page after page; stops at the first that fails."""
         tdx_guest.accept_4k(self, self._tdx("ACCEPT"), gpa // PAGE, (gpa + length) // PAGE)
 
+    @takes(r12=REGISTER, r13=REGISTER)
     def map_gpa(self, r12: int, r13: int) -> tdx_guest.MapGpa:
         """TDG.VP.VMCALL<MapGPA> itself: start (with the SHARED bit, 47, to go shared) and size; R10 and R11."""
         return tdx_guest.map_gpa(self, self._tdx("MapGPA"), r12, r13)

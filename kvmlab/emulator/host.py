@@ -6,39 +6,49 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..errors import InputError
 from ..hw import snp
 from ..hw.snp import PG_2M, PG_4K
+from .arguments import ADDRESS, BYTE, BYTES, DATA, FLAG, PAGE_ADDRESS, PAGES, PFN, takes, whole
 from .caches import CachedMemory
 from .events import KernelBug, RmpFault, SigBus, VmError
 from .gmem import pagewise
 from .memory import PAGE, runs
 from .slots import MemSlot
-from .tdx_memory import TdMemory
+from .tdx_memory import LINE, TdMemory
 
 if TYPE_CHECKING:
     from .vm import Vm
 
 
 class Host:
-    """What the VMM and the host kernel can do to guest memory.  Reads never fault; they give raw bytes."""
+    """What the VMM and the host kernel can do to guest memory.  Reads never fault; they give raw bytes.
+
+    InputError for an address, a PFN or a length that does not exist, VmError for what has no meaning on this Vm.
+    """
 
     def __init__(self, vm: Vm) -> None:
         self.vm = vm
 
+    @takes(gpa=ADDRESS, n=BYTES)
     def read(self, gpa: int, n: int) -> bytes:
         """Load through the userspace mapping of the memslot (the shared backing)."""
         return b"".join(self.vm.memory.read(self._page(at), at % PAGE, step) for at, step in pagewise(gpa, n))
 
+    @takes(gpa=ADDRESS, data=DATA)
     def write(self, gpa: int, data: bytes) -> None:
         """Store through the userspace mapping; RmpFault if it is the guest's page (in-place)."""
         for at, step in pagewise(gpa, len(data)):
-            pfn = self._page(at)
-            large = self.vm.huge(False)
-            if self.vm.has_rmp and self._check(pfn, large) != snp.OK:
-                self.vm.log.add("host-rmp-fault", "user", pfn)
-                raise RmpFault(pfn, "from user mode (SIGBUS in older patches)", 1 << 31 | 7)
-            self.vm.memory.write(pfn, at % PAGE, data[at - gpa : at - gpa + step])
+            self.user_write(self._page(at), at % PAGE, data[at - gpa : at - gpa + step])
 
+    def user_write(self, pfn: int, offset: int, data: bytes) -> None:
+        """A store of the VMM to a page that it has mapped."""
+        if self.vm.has_rmp and self._check(pfn, self.vm.huge(False)) != snp.OK:
+            self.vm.log.add("host-rmp-fault", "user", pfn)
+            raise RmpFault(pfn, "from user mode (SIGBUS in older patches)", 1 << 31 | 7)
+        self.vm.memory.write(pfn, offset, data)
+
+    @takes(gpa=ADDRESS, n=BYTES, byte=BYTE)
     def fill(self, gpa: int, n: int, byte: int) -> None:
         """memset()."""
         self.write(gpa, bytes([byte]) * n)
@@ -51,17 +61,35 @@ class Host:
 
     def _page(self, gpa: int) -> int:
         slot = self._slot(gpa // PAGE)
-        if self.vm.gmem_attributes and self.vm.attributes.is_private(gpa // PAGE):
-            raise SigBus(f"SIGBUS: gpa {gpa:#x} is private")
+        if self.vm.gmem_attributes and slot.gmem:
+            self._fault(slot, gpa // PAGE)
         self.vm.touch_backing(slot, gpa // PAGE, 1, self.vm.in_place)
         return self.vm.backing_pfn(slot, gpa // PAGE, False)
 
+    def _fault(self, slot: MemSlot, gfn: int) -> None:
+        """kvm_gmem_fault_user_mapping() where the VMM has no PTE: it waits for invalidate_lock, to share it.
+
+        A conversion to private takes the PTEs away and holds that lock alone, so until it is through the access
+        waits (Deadlock here, where nobody else goes on); then it is SIGBUS.
+        """
+        if slot.user.present[gfn - slot.base]:
+            return
+        thread = self.vm.new_thread("the VMM's page fault")
+        thread.take("invalidate_lock", shared=True)
+        thread.unwind()
+        if self.vm.attributes.is_private(gfn):
+            raise SigBus(f"SIGBUS: gpa {gfn * PAGE:#x} is private")
+        slot.user.present[gfn - slot.base] = 1
+
+    @takes(gpa=PAGE_ADDRESS, size=PAGES)
     def discard(self, gpa: int, size: int) -> None:
         """madvise(MADV_DONTNEED) on the shared backing: the MMU notifier zaps, the pages go, zeros come back."""
-        vm = self.vm
-        for slot, lo, hi in vm.slots.pieces(gpa // PAGE, (gpa + size) // PAGE):
-            if vm.in_place:
-                raise VmError("in-place, the shared backing is the guest_memfd: punch it")
+        vm, pieces = self.vm, self.vm.slots.pieces(gpa // PAGE, (gpa + size) // PAGE)
+        if vm.in_place:
+            raise VmError("in-place, the shared backing is the guest_memfd: punch it")
+        if sum(hi - lo for _, lo, hi in pieces) * PAGE < size:
+            raise VmError(f"not all of gpa {gpa:#x}, size {size:#x} is in memslots: the VMM has nothing mapped there")
+        for slot, lo, hi in pieces:
             thread = vm.new_thread("MMU notifier")
             thread.take("mmu_lock")
             vm.mmu.begin((lo, hi))
@@ -74,15 +102,21 @@ class Host:
                 vm.memory.zero(slot.user.base + a, b - a)
                 vm.log.add("user-free", page=slot.user.base + a, times=b - a)
 
+    @takes(gpa=ADDRESS, pinned=FLAG)
     def pin(self, gpa: int, pinned: bool = True) -> None:
-        """Take (or drop) a reference to a guest_memfd page, as a device or GUP would."""
+        """Take (or drop) the one reference to a guest_memfd page that somebody else has: a device, GUP."""
         slot = self._slot(gpa // PAGE)
-        if slot.gmem is not None:
-            page = slot.offset + gpa // PAGE - slot.base
-            (slot.gmem.pinned.add if pinned else slot.gmem.pinned.discard)(page)
+        if slot.gmem is None:
+            raise VmError(f"no guest_memfd behind gpa {gpa:#x}: there is no page to hold")
+        page = slot.offset + gpa // PAGE - slot.base
+        if pinned == (page in slot.gmem.pinned):
+            raise VmError(f"the page at gpa {gpa:#x} is {'held already' if pinned else 'not held'}")
+        (slot.gmem.pinned.add if pinned else slot.gmem.pinned.remove)(page)
 
+    @takes(pfn=PFN, data=DATA)
     def directmap_write(self, pfn: int, data: bytes = b"host") -> None:
-        """A kernel store through the direct map; RmpFault or KernelBug (an oops) end the host."""
+        """A kernel store to the beginning of a page through the direct map; RmpFault or KernelBug (an oops)."""
+        _within(pfn, 0, len(data), PAGE, "page")
         self.may_write(pfn)
         self.vm.memory.write(pfn, 0, data)
 
@@ -97,22 +131,29 @@ class Host:
             where = "its 2M entry covers an assigned page" if large else "the page is assigned"
             raise RmpFault(pfn, f"{where}; snp_dump_hva_rmpentry(), then the oops")
 
+    @takes(pfn=PFN, data=DATA, offset=whole(0, PAGE - 1, "an offset in the page, from 0 to 4095"))
     def partial_write(self, pfn: int, data: bytes, offset: int = 0) -> None:
         """Less than a line at the memory controller (MOVNTI, an uncached mapping, a device): tdx's erratum.
 
-        VmError on platforms where nothing is special about it.
+        VmError on platforms where nothing is special about it; InputError for a line (64 bytes) or more.
         """
         if self.vm.tdx is None:
             raise VmError("partial writes matter on tdx only")
+        _within(pfn, offset % LINE, len(data), LINE, "line")
+        if len(data) in (0, LINE):
+            raise InputError(f"a partial write is 1 to {LINE - 1} bytes, not {len(data)}")
         self.vm.directmap.oops_if_absent(np.array([pfn], np.uint32), "a write")
         self.vm.tdx.memory.partial_write(pfn, offset, data)
 
+    @takes(pfn=PFN, n=BYTES)
     def directmap_read(self, pfn: int, n: int = PAGE) -> bytes:
-        """A kernel load through the direct map: raw bytes, no RMP check."""
+        """A kernel load from the beginning of a page through the direct map: raw bytes, no RMP check."""
+        _within(pfn, 0, n, PAGE, "page")
         if self.vm.directmap.absent[pfn]:
             raise KernelBug(f"oops: PFN {pfn:#x} is not present in the direct map")
         return self.vm.memory.read(pfn, 0, n)
 
+    @takes(pfn=PFN, private=FLAG)
     def evict(self, pfn: int, private: bool) -> int:
         """Let the cache write back its dirty lines of a PFN with (or without) the C-bit, as it may at any time.
 
@@ -132,3 +173,9 @@ class Host:
             page=self.vm.rmp.entry(pfn),
             region_assigned=large and self.vm.rmp.region_assigned(pfn),
         )
+
+
+def _within(pfn: int, offset: int, n: int, size: int, what: str) -> None:
+    """InputError if bytes do not lie in one page or one line."""
+    if offset + n > size:
+        raise InputError(f"{n} bytes from offset {offset} do not fit into a {what} of PFN {pfn:#x}: it has {size}")

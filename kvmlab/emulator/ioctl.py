@@ -95,11 +95,13 @@ class SetAttributes:
         return Remainder(self.stored * PAGE, (self.end - self.stored) * PAGE)
 
     def _nobody_holds(self) -> None:
-        """In-place, to private, before anything is done: EAGAIN if somebody else holds a page."""
+        """In-place, to private, before anything is done: no PTEs of the VMM, EAGAIN if somebody else holds a page."""
         if self.asked or not (self.vm.merged and self.vm.in_place and self.private):
             return
         self.asked = True
         for slot, lo, hi in self.pieces:
+            if self.vm.gmem_attributes:
+                slot.user.present[lo - slot.base : hi - slot.base] = 0
             held = slot.gmem.pinned if slot.gmem else set()
             for page in sorted(held):
                 if lo <= (gfn := page - slot.offset + slot.base) < hi:
@@ -110,6 +112,8 @@ class SetAttributes:
     def _row(self, row: Row) -> str | None:
         nowhere = self.vm.merged and not self.pieces  # no memslot, no mmu_lock, no invalidation
         if row.lock:
+            if row.lock == "mmu_lock":
+                self._nobody_holds()
             if row.lock != "mmu_lock" or not nowhere:
                 self.thread.row(row)
             return None

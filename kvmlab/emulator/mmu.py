@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 from ..kvm import versions
 from ..kvm.attributes import hull, must_retry
 from .events import KernelBug, VmErrno
-from .memory import U8, U32, grown
+from .memory import LIMIT, U8, U32, grown
 
 if TYPE_CHECKING:
     from .events import Log
-
-LIMIT = 1 << 30  # gfns (4 TiB) whose attributes the emulated host has memory for
 
 
 class Attributes:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import InputError
+
 if TYPE_CHECKING:
     from .vm import Vm
 
@@ -63,13 +65,13 @@ def buffer_protocol(vm: Vm, cur_entry: int, end_entry: int, buffer: U64) -> int:
     Adjacent entries of the same operation and size make one exit to userspace; a partly done 2M entry goes on
     as 4K; other operations count as done.
     """
+    if cur_entry <= end_entry < MAX_ENTRIES and end_entry >= len(buffer):
+        raise InputError(f"Guest.psc_buffer(end_entry={end_entry}): the buffer has {len(buffer)} entries")
     vm.log.add("psc-buffer", times=1)
     if not vm.hypercall_exits:
         return GENERIC
     if end_entry >= MAX_ENTRIES:
         return BAD_HEADER
-    if end_entry >= len(buffer):
-        raise ValueError(f"entry {end_entry} of a buffer of {len(buffer)}")
     if cur_entry > end_entry:
         return 0
     part = buffer[cur_entry : end_entry + 1]

@@ -58,6 +58,8 @@ class Punch:
         elif row.call == "truncate_inode_pages_range":
             self.thread.might_sleep("truncate_inode_pages_range()")
             self.taken += self.file.take_out(self.start, self.end)
+            for slot, lo, hi in self.bound if self.vm.gmem_attributes else ():  # with its PTEs in the VMM
+                slot.user.present[lo - slot.base : hi - slot.base] = 0
         elif row.call == "folio_put":
             self._give_back()
         elif row.call in DIRECTMAP:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from ..errors import InputError
 from .events import VmErrno
 from .gmem import GuestMemfd
 from .lpage import init_mixed
-from .memory import PAGE
-from .mmu import LIMIT
+from .memory import LIMIT, PAGE
 from .slots import (
     GUEST_MEMFD,
     KVM_USER_MEM_SLOTS,
@@ -50,14 +50,17 @@ def set_region(
         raise VmErrno(errno.EBADF if gmem is None else errno.EINVAL, "not a guest_memfd")
     if any(other.id != number for other, _, _ in space.pieces(gpa // PAGE, (gpa + size) // PAGE)):
         raise VmErrno(errno.EEXIST, f"memslot {number} overlaps another one in guest addresses")
-    file = gmem if isinstance(gmem, GuestMemfd) else None
+    file = gmem if flags & GUEST_MEMFD and isinstance(gmem, GuestMemfd) else None
+    if user is not None and (user.pages < pages or (vm.in_place and file)):
+        why = "the guest_memfd is mapped in its stead" if vm.in_place and file else f"it has {user.pages} pages"
+        raise InputError(f"this `user` memory cannot be that of a memslot of {pages} pages: {why}")
+    if file:
+        file.may_bind(vm, offset, pages)
     if user is None:
         user = old.user if old else _user_memory(vm, pages, file, offset)
-    if user.pages < pages:
-        raise ValueError(f"{user.pages} pages of user memory for a memslot of {pages}")
-    new = MemSlot(number, gpa // PAGE, pages, user, file, offset // PAGE, flags, as_id)
+    new = MemSlot(number, gpa // PAGE, pages, user, file, offset // PAGE if file else 0, flags, as_id)
     if file:
-        file.bind(new, vm, offset)
+        file.bind(new)
     if old is not None:
         delete(vm, as_id, number)
     space.add(new)

@@ -68,11 +68,19 @@ class Rmp:
         self.state, self.gfn = grown(self.state, pfns), grown(self.gfn, pfns)
 
     def entry(self, pfn: int) -> RmpEntry:
-        """The entry that covers one PFN, with its GPA as a gfn (that of the head for a 2M entry)."""
+        """The entry that covers one PFN, with its GPA as a gfn (that of the head for a 2M entry).
+
+        A PFN beyond the RMP's end counts as the hypervisor's.
+        """
+        if not self._covers(pfn):
+            return snp.HYPERVISOR
         state = int(self.state[pfn])
         head = pfn - pfn % PAGES_2M if state & BIG else pfn
         found = decode(state)
         return found._replace(gpa=int(self.gfn[head])) if found.assigned else found
+
+    def _covers(self, pfn: int) -> bool:
+        return 0 <= pfn < len(self.state)
 
     def put(self, pfn: int, entry: RmpEntry) -> None:
         """Overwrite one entry (firmware, tests): no rule is asked."""
@@ -104,6 +112,13 @@ class Rmp:
         Stops at the first that fails.  Returns how many PFNs were done, and the last code.
         """
         step = PAGES_2M if size == PG_2M else 1
+        room = (len(self.state) - pfn) // step * step
+        covered = self._covers(pfn) and room > 0
+        if snp_pages.address_fails(size, covered=covered, aligned=True, part=pfn % PAGES_2M > 0):
+            return 0, Rmpupdate.FAIL_INPUT
+        if n > room:
+            done, code = self.update(pfn, room, gfn, size)
+            return done, Rmpupdate.FAIL_INPUT if code == Rmpupdate.OK else code
         state = self.state[pfn : pfn + n]
         keys = state.astype(np.uint16) | self._same(pfn, n, gfn or 0)
         if step == 1:
@@ -147,7 +162,9 @@ class Rmp:
 
     def psmash(self, pfn: int) -> Rmpupdate:
         """PSMASH at a PFN: its 2M entry becomes 512 of 4K with consecutive GPAs, Validated kept."""
-        code, after = snp_pages.psmash_at(decode(int(self.state[pfn]) | SAME), part=pfn % PAGES_2M > 0)
+        covered = self._covers(pfn)
+        entry = decode(int(self.state[pfn]) | SAME) if covered else snp.HYPERVISOR
+        code, after = snp_pages.psmash_at(entry, covered=covered, part=pfn % PAGES_2M > 0)
         if code == Rmpupdate.OK:
             self.state[pfn : pfn + PAGES_2M] = encode(after)
         return code
@@ -221,10 +238,10 @@ Check = Callable[..., str]
 
 @lru_cache(None)
 def _answer(key: int, enc: bool, op: str) -> str:
-    """One access check; a C=0 write through a large mapping asks for the whole region (APM, 15.36.10)."""
-    entry = decode(key & ~(MAP_BIG | REGION))
-    if key & REGION:
-        entry = entry._replace(assigned=True)
+    """One access check, of a key's entry, mapping and region."""
     if op == "pvalidate":
         return snp.OK  # Rmp.pvalidate() asks for itself
-    return snp.guest_access(entry, enc=enc, op=op, asid=OURS, gpa=0, size=PG_2M if key & MAP_BIG else PG_4K)
+    return snp.guest_access(
+        decode(key & ~(MAP_BIG | REGION)), enc=enc, op=op, asid=OURS, gpa=0,
+        size=PG_2M if key & MAP_BIG else PG_4K, region_assigned=bool(key & REGION),
+    )  # fmt: skip

@@ -23,7 +23,10 @@ LOG_DIRTY_PAGES, READONLY, GUEST_MEMFD = 1 << 0, 1 << 1, 1 << 2
 
 @dataclass
 class UserMemory:
-    """Anonymous memory of the VMM: `pages` pages from PFN `base` on; `present` once somebody touched one."""
+    """Anonymous memory of the VMM: `pages` pages from PFN `base` on; `present` once somebody touched one.
+
+    Where it is a mapped guest_memfd whose attributes decide who may touch it, `present` is: the VMM has a PTE.
+    """
 
     base: int
     pages: int

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..design import Design
 from ..machine import Switches
-
-PLATFORMS = ("snp", "tdx", "sev", "sw")
-BACKINGS = ("split", "in-place")
 
 
 @dataclass(frozen=True)
@@ -31,13 +27,3 @@ class VmSwitches(Switches):
     pending_is_shutdown: bool = False
     eagain_is_retry: bool = False
     seam_machine_check: bool = True
-
-
-def check(platform: str, backing: str, design: Design) -> None:
-    """ValueError for a word that does not exist, or a design that does not exist with that backing."""
-    if platform not in PLATFORMS:
-        raise ValueError(f"unknown platform {platform!r}; there are: {', '.join(PLATFORMS)}")
-    if backing not in BACKINGS:
-        raise ValueError(f"unknown backing {backing!r}; there are: {', '.join(BACKINGS)}")
-    if design.backing not in (None, backing):
-        raise ValueError(f"{design.name} exists with {design.backing} backing only")

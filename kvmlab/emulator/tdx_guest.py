@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from ..errors import InputError
 from ..hw import tdx
 from ..hw.tdx import EXIT_REASON_EPT_VIOLATION, Leaf, Level, Operand, Status
 from ..hw.tdx_sept import LEVELS, State, seamcall
 from . import alike
 from .events import TdxError, VmErrno
-from .memory import PAGE, prefix
+from .memory import LIMIT, PAGE, prefix
 from .tdx_kvm import TdxKvm
 from .tdx_module import FREE, answers
 from .tdx_walk import TdWalker
@@ -44,12 +45,13 @@ class MapGpa(NamedTuple):
 
 def accept(guest: Guest, td: TdxKvm, gpa: int, size: int) -> None:
     """TDG.MEM.PAGE.ACCEPT of one page; TdxError unless the status is 0."""
-    if size not in SIZES:
-        raise ValueError(f"ACCEPT takes {', '.join(map(str, SIZES))}, not {size}")
     level = SIZES[size]
-    td.enter(guest.index)
     taken = LEVELS(leaf=Leaf.ACCEPT, level=level, top=Level.PML4)
-    if not taken or gpa % size or gpa & SHARED or gpa >= MAX_GPA:
+    wrong = not taken or gpa % size or gpa & SHARED or gpa >= MAX_GPA
+    if not wrong and gpa + size > LIMIT * PAGE:
+        raise InputError(f"Guest.accept(gpa={gpa:#x}): the emulator holds 4 TiB of guest addresses")
+    td.enter(guest.index)
+    if wrong:
         refuse(td, gpa, tdx.with_operand(Status.OPERAND_INVALID, Operand.RCX))
     if level == Level.PD:
         _accept_2m(guest, td, gpa // PAGE)

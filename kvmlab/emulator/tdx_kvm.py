@@ -170,7 +170,9 @@ class TdxKvm:
         return done
 
     def _locked(self, leaf: Leaf, gfn: int) -> int:
-        """RAX if a lock is taken: by a vCPU in VP.ENTER or ACCEPT, or as injected."""
+        """RAX if a lock is taken: by a vCPU in VP.ENTER or ACCEPT, or as injected; the TD's state is asked before."""
+        if self.module.admit(leaf):
+            return 0
         if self.take_failure(leaf):
             return tdx.busy(BUSY[leaf])
         if leaf == Leaf.TRACK and any(vcpu.mode == ENTERING for vcpu in self.vcpus):

@@ -137,7 +137,7 @@ class TdModule:
                 if not answer.ok:
                     return count, answer.rax
                 view[at], count = 1, count + 1
-                self._note(Leaf.SEPT_ADD, tdx_pamt.TABLE, pfn)
+                self._note(Leaf.SEPT_ADD, tdx_pamt.OF_TABLE, pfn)
                 self.table_at[pfn] = level, gfn // level.pages + at
                 added.append(pfn)
             self.memory.watched.update(added)
@@ -257,7 +257,7 @@ class TdModule:
 
     def _effect(self, leaf: Leaf, pfns: U32 | NDArray[np.int64]) -> None:
         """EFFECTS of a leaf on the PAMT entries of its pages."""
-        change: tdx_pamt.Change = tdx_pamt.EFFECTS(leaf=leaf, of=tdx_pamt.PAGE)
+        change: tdx_pamt.Change = tdx_pamt.EFFECTS(leaf=leaf, of=tdx_pamt.OF_PAGE)
         if isinstance(change.type, PageType):
             self.pamt[pfns] = change.type
         if change.bepoch != tdx_pamt.KEEP:

@@ -18,7 +18,7 @@ from ..hw.tdx import Leaf, Status
 from ..kvm import versions
 from .locks import Deadlock, Thread
 from .memory import U32, prefix, runs
-from .tdx_kvm import TdxKvm
+from .tdx_kvm import FROZEN, TdxKvm
 from .tdx_module import U64, spans
 
 if TYPE_CHECKING:
@@ -44,9 +44,10 @@ class Zap:
         self.pfns: U32 = np.zeros(0, np.uint32)
 
     def range(self, lo: int, hi: int) -> bool:
-        """Zap what is present of gfns [lo, hi); a leaf that is not costs no SEAMCALL.  Whether there was any."""
+        """Zap what is present of gfns [lo, hi); what is not costs no SEAMCALL (FROZEN_SPTE is none).  If any was."""
         self.thread.assert_mmu_lock("kvm_unmap_gfn_range()")
-        found = runs(self.td.mirror_of(lo, hi) != 0, 0, hi - lo)
+        mirror = self.td.mirror_of(lo, hi)
+        found = runs((mirror != 0) & (mirror != FROZEN), 0, hi - lo)  # is_shadow_present_pte()
         for a, b in found:
             self._leaves(lo + a, lo + b)
         return bool(found)

@@ -5,13 +5,35 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from os import PathLike
 
 import numpy as np
 
 from ..design import Design, Row
+from ..design.calls import BACKINGS, PLATFORMS
 from ..design.rows import adds_ranges
+from ..errors import InputError, shown
 from ..hw.snp import RmpEntry, Rmpupdate
 from . import regions
+from .arguments import (
+    ADDRESS,
+    FLAG,
+    FUNCTION,
+    GUEST_MEMORY,
+    NUMBER,
+    PAGE_ADDRESS,
+    PAGES,
+    PFN,
+    SLOTS,
+    VCPU,
+    VMPL,
+    either,
+    instance,
+    one_of,
+    optional,
+    takes,
+    whole,
+)
 from .caches import CachedMemory
 from .costs import Cost, TdxCost, estimate, estimate_tdx
 from .events import Event, Log, VmErrno
@@ -20,16 +42,18 @@ from .guest import Guest, PageTable
 from .host import Host
 from .ioctl import PRIVATE, Remainder, SetAttributes, check_input
 from .locks import Thread
-from .memory import PAGE, PhysicalMemory
+from .memory import HOST_PAGES, LIMIT, PAGE, PhysicalMemory
 from .mmu import Attributes, Mmu
+from .place import ATTRIBUTES, place, placed
 from .rmp import Rmp
 from .sev import DirectMap, Sev
 from .slots import GUEST_MEMFD, MemSlot, MemSlots, UserMemory
-from .switches import VmSwitches, check
+from .switches import VmSwitches
 from .tdx_kvm import BUSY, TdxKvm
 from .tdx_zap import Zap
-from .vmm import Policy, Vmm
+from .vmm import DISCARDS, POLICIES, Policy, Vmm
 
+MEMORY = instance(UserMemory, "the `user` of another memslot")
 GUEST_KEY = 0x5EED  # of the stand-in cipher; 0 is "in clear"
 
 
@@ -41,9 +65,21 @@ class Vm:
     `discard`: none, before, after.  `shared_2m`, `private_2m`: whether either backing comes in 2M pages.
     `caches`: writes stay in cache lines tagged with the C-bit until they are flushed or evicted (default: coherent).
     `zap_batch`: tdx: how many private leaves one TRACK and one kick serve (merged: 1).
-    ValueError for words that do not exist; what goes wrong later is in `kvmlab.emulator.events`.
+    InputError (a ValueError) for what does not exist; what goes wrong later is in `kvmlab.emulator.events`.
     """
 
+    @takes(
+        platform=one_of(*PLATFORMS),
+        pages=whole(0, HOST_PAGES // 2, f"pages, from 1 to {HOST_PAGES // 2:#x}: {GUEST_MEMORY}"),
+        design=instance((Design, str, PathLike), "a Design, the name of one that ships, or a file"),
+        backing=optional(one_of(*BACKINGS)), slots=optional(SLOTS), vmm=either(one_of(*POLICIES), FUNCTION),
+        discard=one_of(*DISCARDS), vcpus=whole(1, 4096, "vCPUs, from 1 to 4096"),
+        private=FLAG, shared_2m=FLAG, private_2m=FLAG,
+        switches=optional(instance(VmSwitches, "VmSwitches(...), or None")),
+        tlb_entries=whole(0, 1 << 20, "entries, from 0 to 0x100000"),
+        keep_events=whole(1, 1 << 30, "events, from 1 to 0x40000000"), caches=FLAG,
+        zap_batch=whole(1, LIMIT, "leaves, from 1 to 0x40000000"),
+    )  # fmt: skip
     def __init__(
         self, platform: str = "snp", pages: int = 0, design: Design | str = "upstream",
         backing: str | None = None, slots: Sequence[tuple[int, int]] | None = None, vmm: Policy = "convert", *,
@@ -53,7 +89,8 @@ class Vm:
     ) -> None:  # fmt: skip
         self.design = design if isinstance(design, Design) else Design.load(design)
         backing = backing or self.design.backing or "split"
-        check(platform, backing, self.design)
+        if self.design.backing not in (None, backing):
+            raise InputError(f"{self.design.name} exists with {self.design.backing} backing only")
         self.platform, self.backing, self.switches = platform, backing, switches or VmSwitches()
         self.has_rmp, self.encrypts = platform == "snp", platform in ("snp", "sev", "tdx")
         self.in_place = backing == "in-place"
@@ -66,7 +103,9 @@ class Vm:
         self.threads: list[Thread] = []
         self.leaked: set[int] = set()
         self.pending: Callable[[], bool] | None = None
-        self.zap_batch = max(1, zap_batch)
+        if zap_batch != 1 and platform != "tdx":
+            raise InputError(f"zap_batch={zap_batch} is for tdx: {platform} has no TRACK to save")
+        self.zap_batch = zap_batch
         self.tdx: TdxKvm | None = None
         self._next_pfn, self.page_table = 512, PageTable(private)
         self.log, self.memory = Log(keep_events), CachedMemory() if caches else PhysicalMemory()
@@ -80,11 +119,12 @@ class Vm:
             self.tdx = TdxKvm(self, vcpus, tlb_entries, caches)
             self.memory, self.mmu.everybody_out = self.tdx.memory, self.tdx.everybody_out
         self._rows: dict[tuple[str, bool], tuple[Row, ...]] = {}
+        self.new_pfns(0)  # room for the first 2M, which are the kernel's
         self._populate(pages, slots, private)
 
     def _populate(self, pages: int, slots: Sequence[tuple[int, int]] | None, private: bool) -> None:
-        if pages < 0 or (slots is None and not pages):
-            raise ValueError(f"a Vm has at least one page, not {pages}; without memory: slots=[]")
+        if bool(pages) == (slots is not None):
+            raise InputError("a Vm has `pages` (at least one) or `slots`; without memory: slots=[]")
         wanted = [(0, pages * PAGE)] if slots is None else list(slots)
         total = sum(size for _, size in wanted)
         self._gmem, offset = self.create_guest_memfd(total) if total else None, 0
@@ -103,9 +143,9 @@ class Vm:
 
     @property
     def gmem(self) -> GuestMemfd:
-        """The guest_memfd behind the memslots that the Vm was made with; ValueError if there were none."""
+        """The guest_memfd behind the memslots that the Vm was made with; InputError if there were none."""
         if self._gmem is None:
-            raise ValueError("this Vm was made without memory: create_guest_memfd() gives a file")
+            raise InputError("this Vm was made without memory: create_guest_memfd() gives a file")
         return self._gmem
 
     @property
@@ -122,21 +162,23 @@ class Vm:
         """The counters as an estimated cost, from sourced figures only."""
         return estimate_tdx(self.counters, len(self.mmu.tlbs)) if self.tdx else estimate(self.counters)
 
+    @takes(index=VCPU, vmpl=VMPL)
     def guest(self, index: int = 0, vmpl: int = 0) -> Guest:
-        """vCPU `index`."""
-        if not 0 <= index < len(self.mmu.tlbs):
-            raise ValueError(f"no vCPU {index}: there are {len(self.mmu.tlbs)}")
+        """vCPU `index`, running at a VMPL (snp)."""
         return Guest(self, index, vmpl)
 
+    @takes(pfn=PFN)
     def rmp_entry(self, pfn: int) -> RmpEntry:
-        """The RMP entry that covers a PFN (its GPA as a gfn)."""
+        """The RMP entry that covers a PFN (its GPA as a gfn); elsewhere than on snp all are the hypervisor's."""
         return self.rmp.entry(pfn)
 
+    @takes(gpa=ADDRESS, private=FLAG)
     def pfn(self, gpa: int, private: bool) -> int:
-        """The PFN of either backing of a guest address."""
+        """The PFN of either backing of a guest address; InputError where there is none."""
         slot = self.slots.find(gpa // PAGE)
-        if slot is None:
-            raise ValueError(f"no memslot at gpa {gpa:#x}")
+        if slot is None or (private and slot.gmem is None):
+            what = "guest_memfd behind the memslot" if slot else "memslot"
+            raise InputError(f"no {what} at gpa {gpa:#x}")
         return self.backing_pfn(slot, gpa // PAGE, private)
 
     def resident(self) -> dict[str, int]:
@@ -149,6 +191,7 @@ class Vm:
 
     # System calls.
 
+    @takes(gpa=optional(NUMBER), size=NUMBER, private=FLAG, flags=NUMBER, attributes=optional(NUMBER))
     def set_memory_attributes(
         self, gpa: int | None, size: int, private: bool, *, flags: int = 0, attributes: int | None = None
     ) -> Remainder:
@@ -158,14 +201,17 @@ class Vm:
         value = attributes if attributes is not None else PRIVATE * private
         check_input(self, gpa, size, value, flags)
         start, end = (gpa or 0) // PAGE, ((gpa or 0) + size) // PAGE
-        if self.gmem_attributes and sum(hi - lo for _, lo, hi in self.slots.pieces(start, end)) < end - start:
+        in_files = sum(hi - lo for slot, lo, hi in self.slots.pieces(start, end) if slot.gmem)
+        if self.gmem_attributes and in_files < end - start:
             raise VmErrno(errno.EINVAL, "the range is not all in a guest_memfd")
         return SetAttributes(self, start, end, bool(value & PRIVATE)).run()
 
+    @takes(size=NUMBER, flags=NUMBER)
     def create_guest_memfd(self, size: int, flags: int = 0) -> GuestMemfd:
         """KVM_CREATE_GUEST_MEMFD."""
         return GuestMemfd(self, size, flags)
 
+    @takes(slot=NUMBER, gpa=NUMBER, size=NUMBER, offset=NUMBER, flags=optional(NUMBER), user=optional(MEMORY))
     def set_user_memory_region2(
         self, slot: int, gpa: int, size: int, gmem: object = None, offset: int = 0, *, flags: int | None = None,
         user: UserMemory | None = None,
@@ -177,6 +223,7 @@ class Vm:
         """
         regions.set_region(self, slot, gpa, size, gmem, offset, flags, user)
 
+    @takes(slot=NUMBER, gpa=NUMBER, size=NUMBER, flags=NUMBER, user=optional(MEMORY))
     def set_user_memory_region(
         self, slot: int, gpa: int, size: int, *, flags: int = 0, user: UserMemory | None = None
     ) -> None:
@@ -191,18 +238,43 @@ class Vm:
             for number in list(space.by_id):
                 regions.delete(self, as_id, number)
 
+    @takes(
+        what=instance(str, "a word"),
+        at=whole(0, LIMIT, "an index or a PFN, from 0 on"),
+        code=instance(Rmpupdate, f"there are: {', '.join(str(code.name) for code in Rmpupdate if code)}"),
+    )
     def fail(self, what: str, at: int = 0, code: Rmpupdate = Rmpupdate.FAIL_PERMISSION) -> None:
         """Inject one failure: "xa_store", "xa_reserve" (at index `at`), "gmem_alloc", or "rmpupdate" (at PFN `at`).
 
         A failing RMPUPDATE goes on failing at that PFN until `repair()`.  tdx: the name of a leaf, as
         "TDH.MEM.TRACK": its next call answers TDX_OPERAND_BUSY.
         """
+        known = ["xa_store", "xa_reserve", "gmem_alloc", *["rmpupdate"] * self.has_rmp, *(BUSY if self.tdx else ())]
+        if what not in known:
+            raise InputError(f"cannot inject {shown(what)} on {self.platform}; there are: {', '.join(known)}")
+        if what == "rmpupdate" and (at >= len(self.directmap.absent) or code == Rmpupdate.OK):
+            raise InputError(f"cannot inject {code.name} at PFN {at:#x}: a failure, and a PFN that the host has")
         if what == "rmpupdate":
             self.rmp.failures[at] = code
-        elif what in (words := ["xa_store", "xa_reserve", "gmem_alloc", *(BUSY if self.tdx else ())]):
-            self.failures[what] = at
         else:
-            raise ValueError(f"cannot inject {what!r}; there are: {', '.join(words)}, rmpupdate")
+            self.failures[what] = at
+
+    @takes(
+        gpa=PAGE_ADDRESS, state=instance(str, "the name of a state"), size=PAGES,
+        attribute=optional(one_of(*ATTRIBUTES)),
+    )  # fmt: skip
+    def place(self, gpa: int, state: str, size: int = PAGE, *, attribute: str | None = None) -> None:
+        """Bring pages into a named state (docs/emulator.md, "A page in a named state") by the calls that lead there.
+
+        `attribute`: what a wrong host's xarray says instead.  InputError for a state that the platform does not have,
+        VmError if the design ends elsewhere, and what the calls raise.
+        """
+        place(self, gpa, state, size, attribute)
+
+    @takes(gpa=ADDRESS)
+    def placed(self, gpa: int) -> tuple[str, str]:
+        """The state of the page at an address, in the words of `place`, and what its attribute says."""
+        return placed(self, gpa // PAGE)
 
     def repair(self) -> None:
         """Take back every injected failure."""
@@ -272,6 +344,8 @@ class Vm:
     def new_pfns(self, n: int) -> int:
         """The first of `n` new consecutive PFNs, 2M aligned; what is left of the last 2M is the kernel's."""
         base = self._next_pfn
+        if base + n > HOST_PAGES:
+            raise VmErrno(errno.ENOMEM, f"{n:#x} pages more: the emulated host has 512 GiB")
         self._next_pfn += n + -n % 512
         self.rmp.grow(self._next_pfn)
         self.directmap.grow(self._next_pfn)

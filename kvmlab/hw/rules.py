@@ -43,8 +43,19 @@ class Rules:
             self._answers[combination] = outcomes[0]
 
     def __call__(self, **inputs: Any) -> Any:
-        """Return the outcome for one value of each input; KeyError for a value outside the table."""
-        return self._answers[tuple(inputs[name] for name in self.inputs)]
+        """Return the outcome for one value of each input; ValueError for a value outside the table."""
+        try:
+            return self._answers[tuple(inputs[name] for name in self.inputs)]
+        except KeyError:
+            raise ValueError(self._outside(inputs)) from None
+
+    def _outside(self, inputs: Mapping[str, Any]) -> str:
+        """What is wrong with a call that no row can answer."""
+        if inputs.keys() != self.inputs.keys():
+            return f"{self.source}: the inputs are {', '.join(self.inputs)}, not {', '.join(inputs)}"
+        name = next(name for name, values in self.inputs.items() if inputs[name] not in values)
+        values = ", ".join(map(_cell_text, self.inputs[name]))
+        return f"{self.source}: no {name} is {_cell_text(inputs[name])}; it is one of {values}"
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         return iter(self.rows)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from .tdx import Guest, Level, Status
+from .tdx_words import Guest, Level, Status
 
 
 class State(StrEnum):

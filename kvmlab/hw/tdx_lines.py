@@ -2,8 +2,9 @@
 
 A page is modelled as one line (what happens to one happens to the others).  Memory keeps the content, the KeyID
 that it was written with and poison; caches keep at most one dirty line for each KeyID, not coherent with one another.
-Sources: TDX Module Base Architecture Specification, "Memory Integrity Protection and Machine Check Handling" (as
-restated in study notes); TDX module 1.5.01; arch/x86/virt/vmx/tdx/tdx.c; Documentation/arch/x86/tdx.rst "Erratum".
+Sources: TDX Module Base Architecture Specification, chapter 16 "Memory Integrity Protection and Machine Check
+Handling": not read by us, but study notes that restate it, whose revision we cannot name; TDX module 1.5.01;
+arch/x86/virt/vmx/tdx/tdx.c; Documentation/arch/x86/tdx.rst "Erratum".
 """
 
 from __future__ import annotations
@@ -60,11 +61,14 @@ READS = Rules(
     },
     [
         ("private", "same key", ANY, False, DATA),
-        ("private", "shared", ANY, False, POISON),  # the owner bit is 0: zeros, and new poison is stored
-        ("private", "other private", True, False, POISON),  # the MAC does not match
+        # 16.2: a private read of a line whose owner bit is 0 gets zeros, and new poison is stored.
+        ("private", "shared", ANY, False, POISON),
+        # 16.2: the MAC of another private KeyID does not match; without a MAC only the owner bit is looked at.
+        ("private", "other private", True, False, POISON),
         ("private", "other private", False, False, NOISE),  # not caught; the PAMT keeps it from happening
         ("shared", "shared", ANY, False, DATA),
-        # The zero rule: no poison, so neither speculation nor a careless read of TD memory hurts anyone.
+        # 16.2: a shared read of a TD's line gets zeros and leaves no poison, so neither speculation nor a careless
+        # read hurts anyone.
         ("shared", frozenset({"same key", "other private"}), ANY, False, ZEROS),
         (ANY, ANY, ANY, True, POISON),
     ],
@@ -84,13 +88,14 @@ WRITES = Rules(
     },
     [
         ("store", ANY, ANY, ANY, ANY, MERGED),  # the fill is a read, which may consume poison
-        # A full line needs no fill, is not checked, and takes owner, MAC and old poison away with it.
+        # 16.2.4: a full line needs no fill, is not checked, and takes owner, MAC and old poison away with it.
         ("direct", ANY, ANY, ANY, ANY, FULL),
         ("partial", ANY, ANY, ANY, True, POISONED),  # part of the old line stays
         ("partial", ANY, ANY, False, False, FULL),
         ("partial", ANY, "host", True, False, FULL),
         ("partial", "private", "TD", True, False, FULL),  # the TD's own
-        ("partial", "shared", "TD", True, False, POISONED),  # at once; the next read by anyone consumes it
+        # tdx.rst, "Erratum": poison at once, which the next read by anyone consumes.
+        ("partial", "shared", "TD", True, False, POISONED),
     ],
     outcome="effect",
 )

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from .rules import ANY, Rules
-from .tdx import Leaf, Operand, Status, busy, with_operand
+from .tdx_words import Leaf, Operand, Status, busy, with_operand
 
 
 class Lock(StrEnum):
@@ -24,6 +24,7 @@ class Lock(StrEnum):
     ENTRY = "S-EPT entry"  # TDEL, bit 11 of the entry
     PARENTS = "PAMT parents"  # 2M and 1G entries over the page
     PAMT = "PAMT entry"
+    LARGE = "PAMT entry of the large page"
 
 
 NONE, SHARED, EXCLUSIVE = "", "shared", "exclusive"
@@ -36,6 +37,7 @@ _TREE_EXCLUSIVE = frozenset({_BLOCK, _UNBLOCK, _SEPT_REMOVE})
 _TREE = _TREE_SHARED | _TREE_EXCLUSIVE
 _LIFECYCLE = frozenset({_ADD, Leaf.MR_FINALIZE, Leaf.MNG_VPFLUSHDONE, Leaf.MNG_KEY_FREEID})
 _LEAVES = frozenset(Leaf)
+_RESIZES = frozenset({_DEMOTE, _PROMOTE})
 _GIVEN = frozenset({_ADD, _SEPT_ADD, _AUG, _DEMOTE})  # a free page comes with the call
 _TAKES_PAMT = _GIVEN | {_REMOVE, _PROMOTE, _SEPT_REMOVE, _RECLAIM}
 _PAMT_WALK = _GIVEN | {_WBINVD, _RECLAIM, Leaf.PAGE_RDMD}
@@ -46,7 +48,7 @@ LOCKS = Rules(
     "TDX module 1.5.01, tdx_locks.h and one file a leaf: how a leaf takes a lock",
     {"leaf": tuple(Leaf), "lock": tuple(Lock), "armed": (False, True)},  # the vCPU's zero-step mitigation
     [
-        # VP.ENTER keeps the TDR until the TD exit; it drops op_state before it enters.
+        # tdh_vp_enter.c: a vCPU that is inside holds the TDR shared until it exits; op_state is dropped on entry.
         (_TDR_SHARED, Lock.TDR, ANY, SHARED),
         (_LIFECYCLE, Lock.TDR, ANY, EXCLUSIVE),
         (_LEAVES - _TDR_SHARED - _LIFECYCLE, Lock.TDR, ANY, NONE),
@@ -59,16 +61,20 @@ LOCKS = Rules(
         (_TREE_EXCLUSIVE, Lock.TREE, ANY, EXCLUSIVE),
         (_ENTER, Lock.TREE, True, EXCLUSIVE),
         (_ENTER, Lock.TREE, False, NONE),
-        (_LEAVES - _TREE - {_ENTER}, Lock.TREE, ANY, NONE),  # ACCEPT walks the tree without it
+        # tdg_mem_page_accept.c: ACCEPT walks the tree without its lock.
+        (_LEAVES - _TREE - {_ENTER}, Lock.TREE, ANY, NONE),
         (_TREE | {_ACCEPT}, Lock.ENTRY, ANY, EXCLUSIVE),
         (_LEAVES - _TREE - {_ACCEPT}, Lock.ENTRY, ANY, NONE),
-        # REMOVE, SEPT.REMOVE and PROMOTE know the page from the S-EPT and go straight to its entry.
+        # pamt_implicit_get_and_lock(): REMOVE, SEPT.REMOVE and PROMOTE know the page from the S-EPT, go straight to
+        # its entry and take none above it.
         (_PAMT_WALK, Lock.PARENTS, ANY, SHARED),
         (_LEAVES - _PAMT_WALK, Lock.PARENTS, ANY, NONE),
-        # DEMOTE and PROMOTE take the large page's entry too, last; busy there is RCX.
         (_TAKES_PAMT, Lock.PAMT, ANY, EXCLUSIVE),
         (frozenset({_WBINVD, Leaf.PAGE_RDMD}), Lock.PAMT, ANY, SHARED),
         (_LEAVES - _TAKES_PAMT - {_WBINVD, Leaf.PAGE_RDMD}, Lock.PAMT, ANY, NONE),
+        # pamt_demote(), pamt_promote(): the large page's own entry comes last, after the look for an interrupt.
+        (_RESIZES, Lock.LARGE, ANY, EXCLUSIVE),
+        (_LEAVES - _RESIZES, Lock.LARGE, ANY, NONE),
     ],
     outcome="taken",
 )
@@ -90,6 +96,7 @@ BUSY_OPERAND = Rules(
         (Lock.ENTRY, ANY, Operand.RCX),
         (_PAMT_LOCKS, _GIVEN, Operand.R8),
         (_PAMT_LOCKS, _LEAVES - _GIVEN, Operand.RCX),
+        (Lock.LARGE, ANY, Operand.RCX),  # the page of the entry, not the one given
     ],
     outcome="operand",
 )
@@ -148,7 +155,7 @@ ENTRY_LOCK = Rules(
         ("host", False, ANY, (Status.SUCCESS, EntryLock(True, False))),
         ("guest", True, True, (Status.OPERAND_BUSY, EntryLock(True, True))),
         ("guest", True, False, (Status.OPERAND_BUSY, EntryLock(True, False))),
-        # The host asked first and will come again: the guest gives way.
+        # sept_lock_acquire_guest(): a free entry whose TDHP a host leaf has set is refused to the guest.
         ("guest", False, True, (Status.OPERAND_BUSY_HOST_PRIORITY, EntryLock(False, True))),
         ("guest", False, False, (Status.SUCCESS, EntryLock(True, False))),
     ],

@@ -6,7 +6,13 @@ Addresses are bytes.  The page contents are not here (tdx_lines.py).  Source: TD
 from __future__ import annotations
 
 from . import tdx_locks, tdx_pamt, tdx_sept, tdx_tlb
-from .tdx import (
+from .tdx_entry import REPORTS, accept_chunk, accept_info
+from .tdx_locks import Lock
+from .tdx_parts import PAGE, Entry, Result, Td, Vcpu
+from .tdx_platform import Platform
+from .tdx_sept import LEVELS, Answer, Children
+from .tdx_td import running
+from .tdx_words import (
     CHILDREN,
     EXIT_REASON_EPT_VIOLATION,
     Guest,
@@ -18,12 +24,6 @@ from .tdx import (
     is_shared,
     with_operand,
 )
-from .tdx_entry import REPORTS, accept_chunk, accept_info
-from .tdx_locks import Lock
-from .tdx_parts import PAGE, Entry, Result, Td, Vcpu
-from .tdx_platform import Platform
-from .tdx_sept import LEVELS, Answer, Children
-from .tdx_td import running
 
 _INVALID = with_operand(Status.OPERAND_INVALID, Operand.RCX)
 _WRITE = 2  # exit qualification: data write
@@ -37,7 +37,7 @@ class Module(Platform):
         code = self._admit(leaf, td)
         if code:
             return Result(code)
-        if not LEVELS(leaf=leaf, level=level, top=td.top) or self._bad_gpa(td, gpa, level):
+        if not LEVELS(leaf=leaf, level=level, top=td.top) or not td.has_entry(gpa, level):
             return Result(_INVALID)
         code = self._busy(leaf, Lock.TREE, td)
         if code:
@@ -51,13 +51,6 @@ class Module(Platform):
                 return Result(with_operand(status, Operand.RCX), *entry.details(level))
             entry.lock = tdx_locks.release_entry(entry.lock)
         return entry
-
-    def _bad_gpa(self, td: Td, gpa: int, level: Level) -> bool:
-        return (
-            bool(gpa % (level.pages * PAGE))
-            or is_shared(gpa, gpaw=td.gpaw)
-            or gpa >> (52 if td.gpaw else 48) > 0
-        )
 
     def _mem(
         self, leaf: Leaf, td: Td, gpa: int, level: Level, page: int | None = None
@@ -77,28 +70,40 @@ class Module(Platform):
             page_free=not page_error,
             children=td.below_kind(gpa, level) if table else Children.MIXED,
         )
-        refused = self._refused(leaf, answer, entry, level, page_error)
-        if refused is None and leaf == Leaf.PAGE_PROMOTE and any(e.lock.taken for e in td.below(gpa, level)):
-            refused = Result(busy(Operand.RCX), *entry.details(level))
-        if refused is None and leaf in (Leaf.PAGE_DEMOTE, Leaf.PAGE_PROMOTE) and self.interrupt_pending:
-            refused = Result(int(Status.INTERRUPTED_RESTARTABLE), gpa | level, td.tdr)
+        child = td.busy_child(gpa, level) if leaf == Leaf.PAGE_PROMOTE and table else None
+        refused = self._refused(leaf, answer, entry, level, page_error, child)
+        if refused is None:
+            refused = self._resize_refused(leaf, td, gpa, level, entry)
         if refused is None:
             entry.state = answer.state
         return refused or Result(), entry
 
     def _refused(
-        self, leaf: Leaf, answer: Answer, entry: Entry, level: Level, page_error: int
+        self, leaf: Leaf, answer: Answer, entry: Entry, level: Level, page_error: int, child: Entry | None
     ) -> Result | None:
-        """The refusal that the tables and the PAMT's locks decide, in the module's order; None to go on."""
+        """The refusal that the tables and locks decide, in the module's order; None to go on."""
         reported = Result(answer.rax, *(entry.details(level) if answer.status in REPORTS else ()))
         if answer.status == Status.EPT_ENTRY_STATE_INCORRECT:
             return reported
         code = self._own_busy(leaf, entry, level)
         if code:
             return Result(code)
+        if child and answer.status in (Status.SUCCESS, Status.EPT_INVALID_PROMOTE_CONDITIONS):
+            _, child.lock = tdx_locks.acquire_entry("host", child.lock)
+            return Result(busy(Operand.RCX), *entry.details(level))
         if answer.status == Status.PAGE_METADATA_INCORRECT:
             return Result(page_error)  # which may be a busy lock, or no TDMR
         return None if answer.ok else reported
+
+    def _resize_refused(self, leaf: Leaf, td: Td, gpa: int, level: Level, entry: Entry) -> Result | None:
+        """The last refusals of DEMOTE and PROMOTE: a pending interrupt, then the large page's PAMT entry."""
+        if not tdx_locks.wanted(leaf, Lock.LARGE):
+            return None
+        if self.interrupt_pending:
+            return Result(int(Status.INTERRUPTED_RESTARTABLE), gpa | level, td.tdr)
+        large = entry.hpa if leaf == Leaf.PAGE_DEMOTE else td.below(gpa, level)[0].hpa
+        code = tdx_locks.contended(leaf, Lock.LARGE, self._pamt_held(level, large))
+        return None if code is None else Result(code)
 
     def _own_key(self, entry: Entry, level: Level) -> tuple[Level, int]:
         return (level if entry.state.leaf else Level.PT), entry.hpa
@@ -110,8 +115,7 @@ class Module(Platform):
     def _own_busy(self, leaf: Leaf, entry: Entry, level: Level) -> int:
         if leaf not in (Leaf.PAGE_REMOVE, Leaf.PAGE_PROMOTE, Leaf.SEPT_REMOVE):
             return 0
-        held = self.held.get((Lock.PAMT, self._own_key(entry, level)), tdx_locks.NONE)
-        return tdx_locks.contended(leaf, Lock.PAMT, held) or 0
+        return tdx_locks.contended(leaf, Lock.PAMT, self._pamt_held(*self._own_key(entry, level))) or 0
 
     def _note(self, leaf: Leaf, of: str, td: Td, size: Level, hpa: int) -> None:
         """Write into the PAMT what the leaf leaves there."""
@@ -120,11 +124,16 @@ class Module(Platform):
         )
         self.pamt[size, hpa] = entry
 
+    def _note_own(self, leaf: Leaf, td: Td, entry: Entry, level: Level) -> None:
+        """The same for the page or table that an entry points to."""
+        of = tdx_pamt.OF_PAGE if entry.state.leaf else tdx_pamt.OF_TABLE
+        self._note(leaf, of, td, *self._own_key(entry, level))
+
     def _put(self, leaf: Leaf, td: Td, gpa: int, level: Level, hpa: int) -> Result:
         result, entry = self._mem(leaf, td, gpa, level, hpa)
         if result.ok:
             table = leaf == Leaf.SEPT_ADD
-            size, of = (Level.PT, tdx_pamt.TABLE) if table else (level, tdx_pamt.PAGE)
+            size, of = (Level.PT, tdx_pamt.OF_TABLE) if table else (level, tdx_pamt.OF_PAGE)
             entry.hpa = hpa
             self._note(leaf, of, td, size, hpa)
             td.children += size.pages
@@ -147,13 +156,15 @@ class Module(Platform):
         result, entry = self._mem(Leaf.RANGE_BLOCK, td, gpa, level)
         if result.ok:
             entry.accept_counter = 0
-            of = tdx_pamt.PAGE if entry.state.leaf else tdx_pamt.TABLE
-            self._note(Leaf.RANGE_BLOCK, of, td, *self._own_key(entry, level))
+            self._note_own(Leaf.RANGE_BLOCK, td, entry, level)
         return result
 
     def tdh_mem_range_unblock(self, td: Td, gpa: int, level: Level = Level.PT) -> Result:
         """TDH.MEM.RANGE.UNBLOCK: undo BLOCK, once tracked."""
-        return self._mem(Leaf.RANGE_UNBLOCK, td, gpa, level)[0]
+        result, entry = self._mem(Leaf.RANGE_UNBLOCK, td, gpa, level)
+        if result.ok:
+            self._note_own(Leaf.RANGE_UNBLOCK, td, entry, level)
+        return result
 
     def tdh_mem_track(self, td: Td) -> Result:
         """TDH.MEM.TRACK: start the next epoch."""
@@ -167,7 +178,7 @@ class Module(Platform):
         result, entry = self._mem(Leaf.PAGE_REMOVE, td, gpa, level)
         if not result.ok:
             return result
-        self._note(Leaf.PAGE_REMOVE, tdx_pamt.PAGE, td, level, entry.hpa)
+        self._note(Leaf.PAGE_REMOVE, tdx_pamt.OF_PAGE, td, level, entry.hpa)
         td.children -= level.pages
         del td.sept[td.key(gpa, level)]
         return Result(rcx=entry.hpa)
@@ -182,9 +193,9 @@ class Module(Platform):
         entry.hpa, entry.accept_counter = hpa, 0
         for i, child in enumerate(td.below(gpa, level)):
             child.state, child.hpa = tdx_sept.demoted(before), large + i * small.pages * PAGE
-            self._note(Leaf.PAGE_DEMOTE, tdx_pamt.CHILDREN, td, small, child.hpa)
-        self._note(Leaf.PAGE_DEMOTE, tdx_pamt.PAGE, td, level, large)
-        self._note(Leaf.PAGE_DEMOTE, tdx_pamt.TABLE, td, Level.PT, hpa)
+            self._note(Leaf.PAGE_DEMOTE, tdx_pamt.OF_CHILDREN, td, small, child.hpa)
+        self._note(Leaf.PAGE_DEMOTE, tdx_pamt.OF_PAGE, td, level, large)
+        self._note(Leaf.PAGE_DEMOTE, tdx_pamt.OF_TABLE, td, Level.PT, hpa)
         td.children += 1
         return result
 
@@ -195,11 +206,11 @@ class Module(Platform):
             return result
         table, large, small = entry.hpa, td.below(gpa, level)[0].hpa, Level(level - 1)
         entry.hpa = large
-        self._note(Leaf.PAGE_PROMOTE, tdx_pamt.PAGE, td, level, large)
-        self._note(Leaf.PAGE_PROMOTE, tdx_pamt.TABLE, td, Level.PT, table)
+        self._note(Leaf.PAGE_PROMOTE, tdx_pamt.OF_PAGE, td, level, large)
+        self._note(Leaf.PAGE_PROMOTE, tdx_pamt.OF_TABLE, td, Level.PT, table)
         for i in range(CHILDREN):
             offset = i * small.pages * PAGE
-            self._note(Leaf.PAGE_PROMOTE, tdx_pamt.CHILDREN, td, small, large + offset)
+            self._note(Leaf.PAGE_PROMOTE, tdx_pamt.OF_CHILDREN, td, small, large + offset)
             del td.sept[td.key(gpa + offset, small)]
         td.children -= 1
         return Result(rcx=table)
@@ -209,7 +220,7 @@ class Module(Platform):
         result, entry = self._mem(Leaf.SEPT_REMOVE, td, gpa, level)
         if not result.ok:
             return result
-        self._note(Leaf.SEPT_REMOVE, tdx_pamt.TABLE, td, Level.PT, entry.hpa)
+        self._note(Leaf.SEPT_REMOVE, tdx_pamt.OF_TABLE, td, Level.PT, entry.hpa)
         td.children -= 1
         del td.sept[td.key(gpa, level)]
         return Result(rcx=entry.hpa)
@@ -286,7 +297,7 @@ class Module(Platform):
         """TDG.MEM.PAGE.ACCEPT: RAX for the guest, or a TD exit; a 2M one stops after that many 4K pages."""
         if not vcpu.inside:
             raise ValueError("only a vCPU that is inside executes TDCALL; vp_enter() first")
-        if not LEVELS(leaf=Leaf.ACCEPT, level=level, top=td.top) or self._bad_gpa(td, gpa, level):
+        if not LEVELS(leaf=Leaf.ACCEPT, level=level, top=td.top) or not td.has_entry(gpa, level):
             return Result(_INVALID)
         at, entry = td.walk("ACCEPT", gpa, level)
         stopped = tdx_sept.walk("ACCEPT", entry.state, at) if at != level else None
@@ -304,6 +315,8 @@ class Module(Platform):
             return Result(EXIT_REASON_EPT_VIOLATION, _WRITE, info, gpa, Guest.EXIT_ACCEPT)
         if stopped.ok and not self._zero(entry, level, interrupt_after):
             return Result(exit=Guest.INTERRUPTED)
+        if stopped.ok:
+            self._note_own(Leaf.ACCEPT, td, entry, level)
         entry.state = stopped.state
         return Result(stopped.rax)
 

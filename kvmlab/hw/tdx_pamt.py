@@ -10,7 +10,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from .rules import ANY, Rules
-from .tdx import Leaf, Level, Operand, Status
+from .tdx_words import Leaf, Level, Operand, Status
 
 
 class PageType(IntEnum):
@@ -35,7 +35,7 @@ class PamtEntry(NamedTuple):
 
 NDA = PamtEntry()
 KEEP = "kept"
-PAGE, TABLE, CHILDREN = "page", "table", "children"
+OF_PAGE, OF_TABLE, OF_CHILDREN = "page", "table", "children"
 
 IS_FREE = Rules(
     "TDX module 1.5.01, pamt_walk() and pamt_is_2mb_range_free(): may a leaf take this free page",
@@ -102,32 +102,33 @@ EFFECTS = Rules(
     {
         "leaf": EFFECTS_LEAVES,
         "of": (
-            PAGE,
-            TABLE,
-            CHILDREN,
+            OF_PAGE,
+            OF_TABLE,
+            OF_CHILDREN,
         ),  # entry of the leaf's size; of the S-EPT page; of the 512 smaller pages
     },
     [
-        (frozenset({Leaf.PAGE_ADD, Leaf.PAGE_AUG}), PAGE, _TAKEN),
-        (frozenset({Leaf.PAGE_ADD, Leaf.PAGE_AUG}), frozenset({TABLE, CHILDREN}), _NOTHING),
-        (Leaf.SEPT_ADD, TABLE, _NEW_TABLE),
-        (Leaf.SEPT_ADD, frozenset({PAGE, CHILDREN}), _NOTHING),
-        # Of a table it is the S-EPT page's own entry that gets the epoch.
-        (Leaf.RANGE_BLOCK, frozenset({PAGE, TABLE}), Change(bepoch="TD_EPOCH")),
-        (Leaf.RANGE_BLOCK, CHILDREN, _NOTHING),
+        (frozenset({Leaf.PAGE_ADD, Leaf.PAGE_AUG}), OF_PAGE, _TAKEN),
+        (frozenset({Leaf.PAGE_ADD, Leaf.PAGE_AUG}), frozenset({OF_TABLE, OF_CHILDREN}), _NOTHING),
+        (Leaf.SEPT_ADD, OF_TABLE, _NEW_TABLE),
+        (Leaf.SEPT_ADD, frozenset({OF_PAGE, OF_CHILDREN}), _NOTHING),
+        # tdh_mem_range_block.c: of a table it is the S-EPT page's own entry that gets the epoch.
+        (Leaf.RANGE_BLOCK, frozenset({OF_PAGE, OF_TABLE}), Change(bepoch="TD_EPOCH")),
+        (Leaf.RANGE_BLOCK, OF_CHILDREN, _NOTHING),
         (frozenset({Leaf.RANGE_UNBLOCK, Leaf.ACCEPT}), ANY, _NOTHING),
-        # Only the type goes; a stale owner and epoch mean nothing in an NDA entry.
-        (frozenset({Leaf.PAGE_REMOVE, Leaf.PAGE_RECLAIM}), PAGE, _FREED),
-        (Leaf.PAGE_REMOVE, frozenset({TABLE, CHILDREN}), _NOTHING),
-        (Leaf.PAGE_RECLAIM, TABLE, _FREED),
-        (Leaf.PAGE_RECLAIM, CHILDREN, _NOTHING),
-        (Leaf.PAGE_DEMOTE, PAGE, _FREED),
-        (Leaf.PAGE_DEMOTE, TABLE, Change(PageType.EPT, "TD")),
-        (Leaf.PAGE_DEMOTE, CHILDREN, _TAKEN),
-        (Leaf.PAGE_PROMOTE, PAGE, Change(PageType.REG, "TD")),
-        (Leaf.PAGE_PROMOTE, frozenset({TABLE, CHILDREN}), _FREED),
-        (Leaf.SEPT_REMOVE, TABLE, _FREED),
-        (Leaf.SEPT_REMOVE, frozenset({PAGE, CHILDREN}), _NOTHING),
+        # tdh_mem_page_remove.c: only the type is written, so OWNER and BEPOCH stay, and mean nothing.
+        (frozenset({Leaf.PAGE_REMOVE, Leaf.PAGE_RECLAIM}), OF_PAGE, _FREED),
+        (Leaf.PAGE_REMOVE, frozenset({OF_TABLE, OF_CHILDREN}), _NOTHING),
+        (Leaf.PAGE_RECLAIM, OF_TABLE, _FREED),
+        (Leaf.PAGE_RECLAIM, OF_CHILDREN, _NOTHING),
+        (Leaf.PAGE_DEMOTE, OF_PAGE, _FREED),
+        (Leaf.PAGE_DEMOTE, OF_TABLE, Change(PageType.EPT, "TD")),
+        (Leaf.PAGE_DEMOTE, OF_CHILDREN, _TAKEN),
+        # pamt_promote(): type and owner of the first child, whatever BEPOCH was there.
+        (Leaf.PAGE_PROMOTE, OF_PAGE, Change(PageType.REG, "TD")),
+        (Leaf.PAGE_PROMOTE, frozenset({OF_TABLE, OF_CHILDREN}), _FREED),
+        (Leaf.SEPT_REMOVE, OF_TABLE, _FREED),
+        (Leaf.SEPT_REMOVE, frozenset({OF_PAGE, OF_CHILDREN}), _NOTHING),
     ],
 )
 
@@ -141,7 +142,7 @@ def is_free(
 
 
 def after(leaf: Leaf, of: str, entry: PamtEntry, *, owner: int, td_epoch: int) -> PamtEntry:
-    """Return the PAMT entry of the PAGE, TABLE or CHILDREN of a leaf that succeeded for the TD `owner`."""
+    """Return the PAMT entry of the OF_PAGE, OF_TABLE or OF_CHILDREN of a leaf that succeeded for the TD `owner`."""
     change: Change = EFFECTS(leaf=leaf, of=of)
     return PamtEntry(
         change.type if isinstance(change.type, PageType) else entry.type,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .tdx import CHILDREN, Guest, Level, name, status_part
 from .tdx_entry import State, arch_entry, arch_info
 from .tdx_locks import UNLOCKED, EntryLock
 from .tdx_sept import DESCEND, WALK, Children
 from .tdx_td import Lifecycle, OpState
 from .tdx_tlb import CALM, START, Epochs, ZeroStep
+from .tdx_words import CHILDREN, Guest, Level, is_shared, name, status_part
 
 PAGE = 4096
 
@@ -82,6 +82,11 @@ class Td:
         """Whether GPAs are 52 bits wide, so that the SHARED bit is bit 51."""
         return self.top == Level.PML5
 
+    def has_entry(self, gpa: int, level: Level) -> bool:
+        """Whether a GPA (bytes) names an entry at a level: private, within the TD's width, aligned to the level."""
+        fits = level <= self.top and not gpa % (level.pages * PAGE)
+        return fits and not is_shared(gpa, gpaw=self.gpaw) and not gpa >> (52 if self.gpaw else 48)
+
     def key(self, gpa: int, level: Level) -> tuple[Level, int]:
         """Where the entry of a GPA at a level is in `sept`."""
         return level, gpa // PAGE // level.pages
@@ -106,14 +111,25 @@ class Td:
 
     def below_kind(self, gpa: int, level: Level) -> Children:
         """Sum up those 512 entries as PROMOTE and SEPT.REMOVE see them."""
+        return _kind(self.below(gpa, level), level)
+
+    def busy_child(self, gpa: int, level: Level) -> Entry | None:
+        """Return the child whose lock stops PROMOTE, which locks one after another until one does not fit."""
         entries = self.below(gpa, level)
-        states = {entry.state for entry in entries}
-        if states == {State.FREE}:
-            return Children.FREE
-        size, first = Level(level - 1).pages * PAGE, entries[0].hpa
-        contiguous = all(entry.hpa == first + i * size for i, entry in enumerate(entries))
-        if len(states) > 1 or not contiguous or first % (level.pages * PAGE):
-            return Children.MIXED
-        return {State.MAPPED: Children.MAPPED, State.PENDING: Children.PENDING}.get(
-            states.pop(), Children.MIXED
-        )
+        for i, entry in enumerate(entries):
+            if entry.lock.taken:
+                fit = (Children.MAPPED, Children.PENDING)
+                return entry if i == 0 or _kind(entries[:i], level) in fit else None
+        return None
+
+
+def _kind(entries: list[Entry], level: Level) -> Children:
+    """What the first entries of a table are, if they are all alike; the table hangs from an entry at `level`."""
+    states = {entry.state for entry in entries}
+    if states == {State.FREE}:
+        return Children.FREE
+    size, first = Level(level - 1).pages * PAGE, entries[0].hpa
+    contiguous = all(entry.hpa == first + i * size for i, entry in enumerate(entries))
+    if len(states) > 1 or not contiguous or first % (level.pages * PAGE):
+        return Children.MIXED
+    return {State.MAPPED: Children.MAPPED, State.PENDING: Children.PENDING}.get(states.pop(), Children.MIXED)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from . import tdx_td
-from .tdx import Leaf, Level, Operand, Status, with_operand
 from .tdx_locks import EXCLUSIVE, NONE, SHARED, EntryLock, Lock, contended
-from .tdx_pamt import NDA, PAGE_OPERAND, PageType, PamtEntry, is_free
+from .tdx_pamt import NDA, OF_PAGE, PAGE_OPERAND, PageType, PamtEntry, after, is_free
 from .tdx_parts import PAGE, Result, Td, Vcpu
+from .tdx_words import Leaf, Level, Operand, Status, with_operand
 
 PamtKey = tuple[Level, int]  # size, HPA
 
@@ -30,16 +30,56 @@ class Platform:
     def hold(self, lock: Lock, where: Hashable, mode: str = EXCLUSIVE) -> None:
         """Hold a lock, as a leaf on another CPU would, until release(): `where` is a TD's tdr or a PAMT key.
 
-        An S-EPT entry's lock is a bit of the entry: set `td.entry(gpa, level).lock` (or use hold_entry()).
+        A PAMT key is (size, HPA).  ValueError for a place that has no such lock, or where it is held already.
         """
+        if mode not in (SHARED, EXCLUSIVE):
+            raise ValueError(f"a lock is held {SHARED} or {EXCLUSIVE}, not {mode!r}")
+        if wrong := self._no_such_lock(lock, where):
+            raise ValueError(f"nothing to hold: {wrong}")
+        if (lock, where) in self.held:
+            raise ValueError(
+                f"{lock} at {where} is held {self.held[lock, where]} already; release() it first"
+            )
         self.held[lock, where] = mode
 
     def release(self, lock: Lock, where: Hashable) -> None:
-        """Release what hold() took."""
+        """Release what hold() took; ValueError if it is not held."""
+        if (lock, where) not in self.held:
+            held = ", ".join(f"{name} at {place}" for name, place in self.held) or "nothing is"
+            raise ValueError(f"{lock} at {where} is not held; {held}")
         del self.held[lock, where]
 
+    def _no_such_lock(self, lock: Lock, where: Hashable) -> str:
+        """Why there is no such lock there; empty if there is."""
+        if lock == Lock.ENTRY:
+            return "the lock of an S-EPT entry is a bit of the entry: hold_entry(td, gpa, level)"
+        if lock in (Lock.PARENTS, Lock.LARGE):
+            return f"{lock} is {Lock.PAMT} at the larger size: hold(Lock.PAMT, (size, HPA))"
+        if lock == Lock.PAMT:
+            return self._no_pamt_entry(where)
+        if where in self.tds:
+            return ""
+        tdrs = ", ".join(map(hex, self.tds)) or "there is none yet"
+        return f"the {lock} lock is a TD's, named by its tdr ({tdrs}), not by {where!r}"
+
+    def _no_pamt_entry(self, where: Hashable) -> str:
+        match where:
+            case (Level.PT, int(hpa)) if hpa in self.tds:
+                return f"the PAMT entry of a TDR is Lock.TDR at {hpa:#x}"
+            case (Level() as size, int(hpa)) if size <= Level.PDPT and 0 <= hpa < self.size:
+                if not hpa % (size.pages * PAGE):
+                    return ""
+        return f"a PAMT key is (Level.PT, PD or PDPT, an aligned HPA below {self.size:#x}), not {where!r}"
+
     def hold_entry(self, td: Td, gpa: int, level: Level = Level.PT, *, taken: bool = True) -> None:
-        """Take an S-EPT entry's lock from outside, or release it (which leaves TDHP as it is)."""
+        """Take an S-EPT entry's lock from outside, or release it (which leaves TDHP as it is).
+
+        ValueError for a GPA that has no entry at that level.
+        """
+        if not td.has_entry(gpa, level):
+            raise ValueError(
+                f"no S-EPT entry: {gpa:#x} at {level}; a private GPA, aligned to the level, has one"
+            )
         entry = td.entry(gpa, level)
         entry.lock = EntryLock(taken, entry.lock.host_priority)
 
@@ -97,17 +137,25 @@ class Platform:
     def _pamt_busy(self, leaf: Leaf, hpa: int, size: Level) -> int:
         parents = [(up, hpa - hpa % (up.pages * PAGE)) for up in (Level.PDPT, Level.PD) if up > size]
         for lock, key in [*((Lock.PARENTS, p) for p in parents), (Lock.PAMT, (size, hpa))]:
-            code = contended(leaf, lock, self.held.get((Lock.PAMT, key), NONE))
+            code = contended(leaf, lock, self._pamt_held(*key))
             if code is not None:
                 return code
         return 0
 
     def _busy(self, leaf: Leaf, lock: Lock, td: Td, *, armed: bool = False) -> int:
         """RAX if a lock of the TD stops the leaf, else 0.  Each vCPU inside holds the TDR shared."""
-        held = self.held.get((lock, td.tdr), NONE)
-        if lock == Lock.TDR and held == NONE and any(vcpu.inside for vcpu in td.vcpus):
-            held = SHARED
+        held = self._tdr_held(td) if lock == Lock.TDR else self.held.get((lock, td.tdr), NONE)
         return contended(leaf, lock, held, armed=armed) or 0
+
+    def _tdr_held(self, td: Td) -> str:
+        inside = SHARED if any(vcpu.inside for vcpu in td.vcpus) else NONE
+        return self.held.get((Lock.TDR, td.tdr), inside)
+
+    def _pamt_held(self, size: Level, hpa: int) -> str:
+        """How others hold a PAMT entry; a TDR's goes by the name of Lock.TDR."""
+        if size == Level.PT and hpa in self.tds:
+            return self._tdr_held(self.tds[hpa])
+        return self.held.get((Lock.PAMT, (size, hpa)), NONE)
 
     def _admit(self, leaf: Leaf, td: Td) -> int:
         """RAX if the TD's locks or its state do not let a leaf in, else 0."""
@@ -172,7 +220,7 @@ class Platform:
             return Result(code)
         code = self._not_reclaimable(hpa, size, entry)
         if not code:
-            self.pamt[size, hpa] = entry._replace(type=PageType.NDA)
+            self.pamt[size, hpa] = after(Leaf.PAGE_RECLAIM, OF_PAGE, entry, owner=entry.owner, td_epoch=0)
             if entry.type != PageType.TDR:
                 self.tds[entry.owner * PAGE].children -= size.pages
         return Result(code, entry.type, entry.owner * PAGE, size)

@@ -1,8 +1,9 @@
 """The secure EPT: what each leaf does to an entry, and what a TD finds there.
 
 Pure functions and tables of one entry; locks are in tdx_locks.py, the PAMT in tdx_pamt.py, epochs in tdx_tlb.py.
-The order of the module's checks: operands, TD state, locks, walk, entry lock, entry state, blocked, tracked, then
-the page given or the children.  Source: TDX module 1.5.01, sept_state_lookup.c, sept_manager.[ch], one file a leaf.
+The order of the module's checks: TD (lifecycle, then op state), level and GPA, tree lock, walk, entry lock, entry
+state, blocked, tracked, then the page given or the children.
+Source: TDX module 1.5.01, sept_state_lookup.c, sept_manager.[ch], one file a leaf.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from .rules import ANY, Rules
-from .tdx import EXIT_REASON_EPT_VIOLATION, Guest, Leaf, Level, Operand, Status, with_operand
 from .tdx_entry import State as State
+from .tdx_words import EXIT_REASON_EPT_VIOLATION, Guest, Leaf, Level, Operand, Status, with_operand
 
 FREE, NL_MAPPED, NL_BLOCKED, MAPPED, BLOCKED, PENDING, PENDING_BLOCKED = STATES = tuple(State)
 PRESENT, TABLES = frozenset({MAPPED, PENDING}), frozenset({NL_MAPPED, NL_BLOCKED})
@@ -107,7 +108,7 @@ SEPT = Rules(
         "children": tuple(Children),  # of the table that the entry points to
     },
     [
-        # PAGE.ADD is for INITIALIZED only: once the TD may run, the op-state check comes first.
+        # op_state_lookup.c: INITIALIZED alone lets PAGE.ADD in; tdh_mem_page_add.c asks that before all else here.
         (_ADD, ANY, _RUNNING, ANY, ANY, Outcome(Status.OP_STATE_INCORRECT)),
         (_ADD, FREE, _NO, True, ANY, _to(MAPPED)),
         (_ADD, FREE, _NO, False, ANY, _PAGE),
@@ -122,7 +123,7 @@ SEPT = Rules(
         (_BLOCK, PENDING, ANY, ANY, ANY, _to(PENDING_BLOCKED)),
         (_BLOCK, ANY_BLOCKED, ANY, ANY, ANY, _ALREADY_BLOCKED),
         (_UNBLOCK, frozenset(STATES) - ANY_BLOCKED, ANY, ANY, ANY, _STATE),
-        # The one tracking error that names the tree instead of RCX.
+        # tdh_mem_range_unblock.c: its tracking error names OPERAND_ID_SEPT_TREE, the others' name RCX.
         (_UNBLOCK, ANY_BLOCKED, _MISSING, ANY, ANY, _UNTRACKED_TREE),
         (_UNBLOCK, NL_BLOCKED, _READY, ANY, ANY, _to(NL_MAPPED)),
         (_UNBLOCK, BLOCKED, _READY, ANY, ANY, _to(MAPPED)),
@@ -130,6 +131,7 @@ SEPT = Rules(
         (frozenset({_REMOVE, _DEMOTE}), TABLES | {FREE}, ANY, ANY, ANY, _STATE),
         (frozenset({_REMOVE, _DEMOTE}), PRESENT, _RUNNING, ANY, ANY, _NOT_BLOCKED),
         (frozenset({_REMOVE, _DEMOTE}), BLOCKED_PAGES, _MISSING, ANY, ANY, _UNTRACKED),
+        # op_state_lookup.c: tracking, and with it BLOCK, is asked for only of a TD that may have vCPUs inside.
         (_REMOVE, PRESENT, _NO, ANY, ANY, _to(FREE)),
         (_REMOVE, BLOCKED_PAGES, _READY, ANY, ANY, _to(FREE)),
         (_DEMOTE, PRESENT, _NO, False, ANY, _PAGE),
@@ -143,7 +145,8 @@ SEPT = Rules(
         (_PROMOTE, NL_MAPPED, _NO, ANY, _ALL_MAPPED, _to(MAPPED)),
         (_PROMOTE, NL_MAPPED, _NO, ANY, _ALL_PENDING, _to(PENDING)),
         (_PROMOTE, NL_BLOCKED, _READY, ANY, frozenset({_ALL_FREE, _MIXED}), _CHILDREN),
-        (_PROMOTE, NL_BLOCKED, _READY, ANY, _ALL_MAPPED, _to(MAPPED)),  # the large entry is not blocked
+        # tdh_mem_page_promote.c: the large entry is a copy of the first small one, so it is not blocked.
+        (_PROMOTE, NL_BLOCKED, _READY, ANY, _ALL_MAPPED, _to(MAPPED)),
         (_PROMOTE, NL_BLOCKED, _READY, ANY, _ALL_PENDING, _to(PENDING)),
         (_SEPT_REMOVE, NL_MAPPED, _NO, ANY, _ALL_FREE, _to(FREE)),
         (_SEPT_REMOVE, NL_BLOCKED, _READY, ANY, _ALL_FREE, _to(FREE)),
@@ -151,6 +154,7 @@ SEPT = Rules(
         (_SEPT_REMOVE, NL_BLOCKED, _READY, ANY, frozenset(Children) - {_ALL_FREE}, _NOT_EMPTY),
         (_ACCEPT, PENDING, ANY, ANY, ANY, _to(MAPPED)),
         (_ACCEPT, MAPPED, ANY, ANY, ANY, Outcome(Status.PAGE_ALREADY_ACCEPTED, BY_LEVEL)),
+        # check_tdaccept_failure(), case 3: a table where a page is asked for is a size mismatch, blocked or not.
         (_ACCEPT, TABLES, ANY, ANY, ANY, Outcome(Status.PAGE_SIZE_MISMATCH, BY_LEVEL)),
         (_ACCEPT, BLOCKED_PAGES | {FREE}, ANY, ANY, ANY, Outcome(Guest.EXIT_ACCEPT)),
     ],
@@ -175,7 +179,8 @@ ACCESS = Rules(
         (MAPPED, ANY, Guest.DATA),
         (PENDING, False, Guest.VE),
         (PENDING, True, Guest.EXIT_PENDING),
-        (ANY_BLOCKED | {FREE}, ANY, Guest.EXIT),  # never a #VE: every L1 entry suppresses it
+        # sept_manager.c: every L1 entry has suppress-#VE set, so only a TD exit is left.
+        (ANY_BLOCKED | {FREE}, ANY, Guest.EXIT),
     ],
 )
 
@@ -214,11 +219,15 @@ def seamcall(
 
     `running`: the TD is finalized, so TLB tracking counts; `tracked`: the entry's BEPOCH is (tdx_tlb.tracked);
     `page_free`: the page given is free in the PAMT; `level`: of the entry (PT if not given, and not checked).
+    ValueError for a leaf that works on no entry.
     """
-    if level is not None and not LEVELS(leaf=leaf, level=level, top=Level.PML5):
-        return Answer(Status.OPERAND_INVALID, Operand.RCX, state)
     tracking = _NO if not running else _DONE if tracked else _MISSING
     row: Outcome = SEPT(leaf=leaf, state=state, tracking=tracking, page_free=page_free, children=children)
+    # tdh_mem_page_add.c and its neighbours call check_state_map_tdcs_and_lock(), where the op state is asked, before
+    # verify_page_info_input(), where the level is.
+    wrong_level = level is not None and not LEVELS(leaf=leaf, level=level, top=Level.PML5)
+    if wrong_level and row.status != Status.OP_STATE_INCORRECT:
+        return Answer(Status.OPERAND_INVALID, Operand.RCX, state)
     operand = level or Level.PT if row.operand == BY_LEVEL else row.operand or 0
     return Answer(row.status, int(operand), row.state or state)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from .rules import ANY, Rules
-from .tdx import Leaf, Status
+from .tdx_words import Leaf, Status
 
 
 class Lifecycle(StrEnum):
@@ -52,7 +52,7 @@ OP_STATE = Rules(
     {"leaf": (*sorted(_ANY_INITIALIZED), *sorted(_BEFORE), Leaf.VP_ENTER), "op_state": tuple(OpState)},
     [
         (ANY, OpState.UNINITIALIZED, Status.OP_STATE_INCORRECT),
-        # AUG and TRACK too are legal before finalize.
+        # op_state_lookup.c: AUG and TRACK, too, are let in before finalize.
         (_ANY_INITIALIZED, frozenset({OpState.INITIALIZED, OpState.RUNNABLE}), Status.SUCCESS),
         (_BEFORE, OpState.INITIALIZED, Status.SUCCESS),
         (_BEFORE, OpState.RUNNABLE, Status.OP_STATE_INCORRECT),
@@ -82,7 +82,7 @@ TEARDOWN = Rules(
             ANY,
             Status.LIFECYCLE_STATE_INCORRECT,
         ),
-        # A page of a living TD goes by REMOVE, never by RECLAIM.
+        # tdh_phymem_page_reclaim.c: only a TD in teardown; a page of a living one goes by REMOVE.
         (
             Leaf.PAGE_RECLAIM,
             frozenset(Lifecycle) - {Lifecycle.TEARDOWN},

@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from .rules import ANY, Rules
-from .tdx import Status
+from .tdx_words import Status
 
 
 class Epochs(NamedTuple):
@@ -33,7 +33,7 @@ def _counted(epochs: Epochs, epoch: int, by: int) -> Epochs:
 def enter(epochs: Epochs, vcpu_epoch: int, *, newly_associated: bool = False) -> tuple[Epochs, int, bool]:
     """VP.ENTER: the counts, the vCPU's new VCPU_EPOCH, and whether its TLB and EPT caches were flushed (INVEPT).
 
-    A vCPU that has just come to this processor needs no flush: it has no translations there.
+    adjust_tlb_tracking_state(): a vCPU that has just been associated with this processor drops none, having none.
     """
     now = epochs.td_epoch
     return _counted(epochs, now, 1), now, vcpu_epoch != now and not newly_associated

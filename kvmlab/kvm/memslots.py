@@ -80,7 +80,7 @@ def _published(s: View) -> str:
 def memslot_invalid(s: View, me: str, kind: str, leaves: bool) -> str | None:
     """The fault has found no slot, or one that is being deleted: retry.
 
-    A private fault on tdx retries without entering the TD; since May 2025 not for this reason (`leaves`).
+    A private fault on tdx retries without entering the TD; since v6.18 (2bc2694fe20b) not for this reason (`leaves`).
     """
     found = _its_slot(s, me)
     if found == "none":

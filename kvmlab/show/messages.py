@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..design.errors import Refusal
+from ..errors import Refusal
 from ..scenario import InputError
 
 LARGEST = 1_000_000  # no number of a message means anything beyond
-CODE = re.compile(r"kvmlab:\d")  # how the code of a run begins, whatever its version
+CODE = re.compile(r"kvmlab:\d+:")  # how the code of a run begins, whatever its version
 
 Message = Mapping[str, Any]
 
@@ -25,7 +25,7 @@ def in_words(failure: Exception) -> str:
     if isinstance(failure, Refusal):
         return str(failure)
     if isinstance(failure, MemoryError):
-        return "out of memory: this case has more states than fit; nothing has changed"
+        return str(failure) or "out of memory; nothing has changed"
     if isinstance(failure, RecursionError):
         return "this text is nested too deeply; nothing has changed"
     return f"kvmlab has a bug here: {type(failure).__name__}: {failure}"

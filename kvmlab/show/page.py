@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Sequence
+from hashlib import sha256
 from html import escape
 from pathlib import Path
 
 from ..report import Report
 from .html import report_html, trace_html
+from .style import MONO, Html, alarm, el, quiet, table, td, tr
+from .tables import RULED, case_line
 from .view import Json, report_view, trace_view
 
 _HERE = Path(__file__).parent
@@ -16,30 +20,39 @@ _PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src '{hash}'; \
+style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
 <meta name="viewport" content="width=device-width">
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ margin: 16px auto; max-width: 1500px; padding: 0 16px; background: Canvas; color: CanvasText; }}
-.kvmlab {{ margin-bottom: 24px; }}
+h2 {{ margin: 32px 0 8px; }}
 {css}
 </style>
 </head>
 <body>
+<h1>{title}</h1>
+{summary}
 {places}
 <script type="application/json" id="kvmlab-views">{views}</script>
-<script type="module">
-{js}
-const views = JSON.parse(document.getElementById("kvmlab-views").textContent);
-views.forEach((view, n) => {{
-  const el = document.getElementById(`kvmlab-${{n}}`);
-  el.replaceChildren();
-  render({{ model: {{ get: () => view }}, el }});
-}});
-</script>
+<script type="module">{script}</script>
 </body>
 </html>
 """
+_SCRIPT = """
+{js}
+const views = JSON.parse(document.getElementById("kvmlab-views").textContent);
+views.forEach((view, n) => {
+  const el = document.getElementById(`kvmlab-${n}`);
+  el.replaceChildren();
+  render({ model: { get: () => view }, el });
+});
+"""
+ABOUT = (
+    "Every interleaving of each ordering was explored; a row is one check. Each has a run to step through below. "
+    "A model, not hardware."
+)
 
 
 def script() -> str:
@@ -58,14 +71,35 @@ def page_html(reports: Sequence[Report]) -> str:
     A reader without scripts sees the same as lanes.  The page holds no times, so it is the same in every run.
     """
     places = (
+        f'<h2 id="check-{n}">{case_line(report.case)}</h2>\n'
         f'<div id="kvmlab-{n}">{report_html(report)}{trace_html(report.trace())}</div>'
         for n, report in enumerate(reports)
     )
     names = ", ".join(dict.fromkeys(report.case.design.name for report in reports))
     views = json.dumps([_view(report) for report in reports], ensure_ascii=False).replace("<", "\\u003c")
+    run = _SCRIPT.replace("{js}", script())
     return _PAGE.format(
-        title=escape(f"kvmlab: {names}"), css=stylesheet(), places="\n".join(places), views=views, js=script()
+        title=escape(f"kvmlab: {names}"),
+        hash=f"sha256-{b64encode(sha256(run.encode()).digest()).decode()}",
+        css=stylesheet(),
+        summary=_summary(reports),
+        places="\n".join(places),
+        views=views,
+        script=run,
     )
+
+
+def _summary(reports: Sequence[Report]) -> Html:
+    """One row a check, with a link to it: what is violated."""
+    rows = (
+        tr(
+            td(el("a", case_line(report.case), href=f"#check-{n}"), style=RULED),
+            td(alarm(", ".join(report.violated)) if report.violated else "nothing is violated", style=RULED),
+            td("" if report.complete else quiet("not complete"), style=RULED),
+        )
+        for n, report in enumerate(reports)
+    )
+    return Html(f"{el('p', ABOUT)}\n{table(rows, MONO)}")
 
 
 def _view(report: Report) -> Json:

@@ -137,7 +137,8 @@ def matrix_html(matrix: Matrix) -> Html:
     checks = sum(not s.reason for s in matrix.squares)
     total = sum(s.states for s in matrix.squares)
     done = "all complete" if all(s.complete for s in matrix.squares) else "NOT all complete (+)"
-    key = f"{plural(checks, 'check')}, {total:,} states, {done}. {MATRIX_KEY}"
+    legend = f"{matrix.legend}. " if matrix.legend else ""
+    key = f"{legend}{plural(checks, 'check')}, {total:,} states, {done}. {MATRIX_KEY}"
     return block(*tables, el("div", quiet(key), style=f"margin-top:4px;{SMALL}"))
 
 

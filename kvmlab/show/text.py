@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import SequenceMatcher
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..properties import BY_NAME, MEASURES
 from .machine import machine
@@ -16,16 +18,23 @@ if TYPE_CHECKING:
     from ..step import Model
     from ..trace import Event, Trace
 
+WIDTH = 75  # columns of a diagram: it is pasted into mails
 TAKES, DROPS = ("write_lock(mmu", "read_lock(mmu"), ("write_unlock(mmu", "read_unlock(mmu")
 OPENS, CLOSES = "kvm_mmu_invalidate_begin", "kvm_mmu_invalidate_end"
 
 
-def diagram(trace: Trace, width: int = 75) -> str:
-    """Draw a run: a column a CPU, one event a line, calls under mmu_lock indented, the verdict last."""
+def diagram(trace: Trace, width: int = WIDTH) -> str:
+    """Draw a run: a column a CPU, one event a line, calls under mmu_lock indented, the verdict and the code last."""
+    return "\n".join([*_drawn(trace, width), *_folded(trace.code, width)])
+
+
+def _drawn(trace: Trace, width: int) -> list[str]:
+    """The lines of a diagram above its code."""
     events = [frame.event for frame in trace.frames if frame.event is not None]
     acting = [a for a in trace.case.model.actors if any(e.actor == a.key for e in events)]
     at = _columns(len(acting), width)
-    lines = [*textwrap.wrap(f"{trace.case} (a model, not hardware)", width), ""]
+    title = f"{trace.case} (a model, not hardware)".encode("ascii", "backslashreplace").decode()
+    lines = [*textwrap.wrap(title, width), ""]
     heads = [f"{a.key} ({a.role})" for a in acting]
     room = [(at[n + 1] if n + 1 < len(at) else width + 1) - at[n] - 1 for n in range(len(at))]
     heads = [h if len(h) <= r else h.split(" (")[0] for h, r in zip(heads, room, strict=True)]
@@ -39,8 +48,70 @@ def diagram(trace: Trace, width: int = 75) -> str:
         lines += _event(event, column[event.actor], depth, width)
         for reason in broken(trace, n + 1)[len(said(event).broken) :]:  # what the state itself breaks
             lines += textwrap.wrap(f"!! {reason}", width, subsequent_indent="   ")
-    lines += ["", *_closing(trace, events, width)]
-    return "\n".join(line.rstrip() for line in lines)
+    lines += ["", *_closing(trace, width)]
+    return [line.rstrip() for line in lines]
+
+
+class _Word(NamedTuple):
+    text: str
+    column: int
+    first: bool  # of its line
+
+
+_DRAWN = re.compile(
+    r"^\s*=> |\(a\s+model,\s+not\s+hardware\)|\d+\s+steps?,\s+\d+\s+switch", re.M
+)  # what only a diagram has: its title, its verdict, its size
+
+
+def misdrawn(trace: Trace, pasted: Sequence[str]) -> str:
+    """How a pasted diagram, whose last lines these are, differs from the run; empty if it does not, or is none.
+
+    A mail may have indented it and broken its lines; but for that every word has to stand in its column.
+    """
+    if not _DRAWN.search("\n".join(pasted)):
+        return ""
+    found, drawn = list(_words(pasted)), _drawn(trace, WIDTH)
+    if _same(list(_words(drawn)), found):
+        return ""
+    as_said = _spoken(_words(drawn))
+    if as_said == _spoken(found[-len(as_said) :]):  # then it may have been drawn at another width
+        for width in range(40, 121):
+            if _same(list(_words(_drawn(trace, width))), found):
+                return ""
+    plain = [[" ".join(line.split()) for line in lines if line.strip()] for lines in (drawn, pasted)]
+    told = ["the pasted diagram is not what its code replays"]
+    for tag, i, j, k, m in SequenceMatcher(a=plain[0], b=plain[1], autojunk=False).get_opcodes():
+        if tag != "equal" and (j > i or i):  # what stands before the diagram is no part of it
+            told += [f"  pasted:  {ascii(line)[1:-1]}" for line in plain[1][k:m][:1]]
+            told += [f"  the run: {line}" for line in plain[0][i:j][:1]]
+            break
+    return "\n".join(told)
+
+
+def _spoken(words: Iterable[_Word]) -> list[str]:
+    """The words alone; a rule is as long as a line."""
+    return [word.text.rstrip("-") for word in words]
+
+
+def _words(lines: Sequence[str]) -> Iterator[_Word]:
+    for line in lines:
+        for n, match in enumerate(re.finditer(r"\S+", line.expandtabs())):
+            yield _Word(match[0], match.start(), n == 0)
+
+
+def _same(drawn: Sequence[_Word], pasted: Sequence[_Word]) -> bool:
+    """Whether the pasted words end with the drawn ones, each in its column, unless a mail broke its line."""
+    pasted = pasted[-len(drawn) :]
+    if len(pasted) < len(drawn):
+        return False
+    broken = False
+    for mine, theirs in zip(drawn, pasted, strict=True):
+        if theirs.first:
+            broken = not mine.first and theirs.column <= pasted[0].column
+        moved = theirs.column - pasted[0].column != mine.column
+        if theirs.text != mine.text or (mine.first and not theirs.first) or (moved and not broken):
+            return False
+    return True
 
 
 def _columns(n: int, width: int) -> list[int]:
@@ -95,23 +166,19 @@ def describe(event: Event) -> list[str]:
     return [call, *plain, *loud]
 
 
-def _closing(trace: Trace, events: Sequence[Event], width: int) -> list[str]:
+def _closing(trace: Trace, width: int) -> list[str]:
     plural = "" if trace.switches == 1 else "es"
     size = f"{trace.steps} steps, {trace.switches} switch{plural}"
     if trace.cycle is not None:
         size += f", the last {trace.steps - trace.cycle} repeat for ever"
     if trace.why in BY_NAME:
-        lines = textwrap.wrap(
-            f"=> {trace.why}: {BY_NAME[trace.why].sentence} ({size})", width, subsequent_indent="   "
-        )
+        what = f"{trace.why}: {BY_NAME[trace.why].sentence}"
     elif trace.why in MEASURES:
-        lines = textwrap.wrap(
-            f"=> {trace.why}: {MEASURES[trace.why]} ({size})", width, subsequent_indent="   "
-        )
+        what = f"{trace.why}: {MEASURES[trace.why]}"
     else:
         ended = dict.fromkeys(r.split(":")[0] for n in range(len(trace.frames)) for r in broken(trace, n))
-        lines = [f"=> {'a run in which nothing is violated' if not ended else ', '.join(ended)} ({size})"]
-    return [*lines, *_folded(trace.code, width)]
+        what = ", ".join(ended) or "a run in which nothing is violated"
+    return textwrap.wrap(f"=> {what} ({size})", width, subsequent_indent="   ")
 
 
 def _folded(code: str, width: int) -> list[str]:
@@ -197,7 +264,9 @@ def matrix_text(matrix: Matrix) -> str:
     done = all(s.complete for s in matrix.squares)
     checks = sum(not s.reason for s in matrix.squares)
     all_or_not = "all complete" if done else "NOT all complete (+)"
-    lines += ["", f"{checks} checks, {total:,} states, {all_or_not}; ! in every run that finishes"]
+    lines.append("")
+    lines += textwrap.wrap(matrix.legend, max(WIDTH, *map(len, lines)), break_on_hyphens=False)
+    lines.append(f"{checks} checks, {total:,} states, {all_or_not}; ! in every run that finishes")
     return "\n".join(line.rstrip() for line in lines[1:])
 
 

@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 import anywidget
 import traitlets
 
+from ..code import replay
 from ..design import Design, shipped
 from ..design.calls import SECTIONS
-from ..design.errors import Refusal
+from ..errors import Refusal
 from ..explore.graph import Watch
 from ..properties import BY_NAME
 from ..report import Report, as_design, check_case
 from ..scenario import InputError
 from ..session import Session, changed_case
-from ..trace import Case, Trace, replay
+from ..trace import Case, Trace
 from .html import report_html, run_html, side_by_side_html, trace_title
 from .messages import Message, a_number, a_text, has_code, in_words, one_of
 from .page import script, stylesheet
@@ -192,13 +193,8 @@ class Workbench(anywidget.AnyWidget):
     def _take(self, message: Message) -> None:
         at = _position(message, "at", self.session)
         actor, choice = a_text(message, "actor"), a_number(message, "choice")
-        was, dropped = self.session.position, self.session.trace.steps - at
-        self.session.jump(at)
-        try:
-            self.session.take(actor, choice)
-        except InputError:
-            self.session.jump(was)
-            raise
+        dropped = self.session.trace.steps - at
+        self.session.take(actor, choice, at)
         self.said = f"Scheduled by hand from step {at + 1}."
         if dropped:
             self.said += f" The {dropped} steps that followed are dropped."
@@ -330,8 +326,8 @@ def _against(case: Case, versus: Design | None, watch: Watch | None = None) -> R
         return ""
     try:
         return check_case(changed_case(case, design=versus), watch=watch)
-    except Refusal as problem:
-        return str(problem)
+    except (Refusal, MemoryError) as problem:
+        return str(problem) or "out of memory"
 
 
 def _position(message: Message, name: str, session: Session) -> int:

@@ -227,7 +227,8 @@ function keepModels(manager, notebook) {
   else if (Object.keys(before).length) notebook.deleteMetadata("widgets");
 }
 
-const LEGEND = "Keys: ← → step · Home End · n p next, previous turn · f next fault · c copy · ↑ ↓ choose a line, with Alt move it";
+const LEGEND = "Keys: ← → step · Home End · n p next, previous turn · f next fault · c copy";
+const MOVES = " · ↑ ↓ choose a line, with Alt move it";
 const PATIENCE = 3000; // milliseconds without an answer before that is said
 const SILENT = "The kernel has not answered yet: it may be busy with a cell.";
 const GONE = "The kernel that explored this is gone. What you see is its last answer; run the cell again to go on.";
@@ -246,8 +247,9 @@ function render({ model, el }) {
   const bar = caseBar(send), order = ordering(send), verdict = verdictList(send), beside = comparison(send);
   const run = player(send, (step, hue) => order.at(step.line, hue));
   const note = h("div", { className: "kvmlab-note", role: "status", hidden: true });
+  const legend = h("div", { className: "kvmlab-quiet kvmlab-legend" });
   const root = h("div", { className: "kvmlab", tabIndex: 0, role: "group", "aria-label": "KVM conversion workbench" },
-    note, bar.el, h("div", { className: "kvmlab-desk" }, order.el, verdict.el, run.el), beside.el, h("div", { className: "kvmlab-quiet kvmlab-legend" }, LEGEND));
+    note, bar.el, h("div", { className: "kvmlab-desk" }, order.el, verdict.el, run.el), beside.el, legend);
   const tell = (text) => { note.hidden = !text; note.textContent = text; };
 
   function update() {
@@ -261,6 +263,7 @@ function render({ model, el }) {
     tell(send.live || typeof model.send !== "function" ? "" : wasLive ? GONE : SAVED);
     root.classList.toggle("kvmlab-gone", wasLive && !send.live);
     root.setAttribute("aria-busy", exploring);
+    legend.textContent = send.live ? LEGEND + MOVES : LEGEND;
     keepingFocus(root, () => {
       bar.update(view);
       order.update(view);

@@ -1,0 +1,33 @@
+"""What `kvmlab` offers by name, without importing it before it is used."""
+
+import subprocess
+import sys
+
+import pytest
+
+import kvmlab
+from kvmlab import emulator
+
+
+@pytest.mark.parametrize("name", kvmlab.__all__)
+def test_every_public_name_is_there(name):
+    assert getattr(kvmlab, name) is not None
+
+
+def test_dir_lists_the_public_names():
+    assert set(kvmlab.__all__) <= set(dir(kvmlab))
+
+
+def test_the_emulator_and_all_that_it_raises_are_public():
+    assert set(emulator.__all__) <= set(kvmlab.__all__)
+
+
+def test_asking_for_the_names_imports_nothing():
+    program = "import sys, kvmlab; dir(kvmlab); print([n for n in sys.modules if n.startswith('kvmlab.')])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Vn'"):
+        kvmlab.Vn  # noqa: B018
