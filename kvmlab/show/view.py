@@ -30,10 +30,13 @@ SCOPE = ".kvmlab-player"  # the element in which the browser shows a run's fragm
 BACKING_TITLES = {"split": "two PFNs, as in the thread", "in-place": "one PFN, converted where it is"}
 
 
-def view(session: Session) -> Json:
-    """Everything but what only the widget knows (messages, the ordering to compare with)."""
+def view(session: Session, drawn: Json | None = None) -> Json:
+    """Everything but what only the widget knows (messages, the ordering to compare with).
+
+    `drawn` is what `trace_view` gives for the session's run, if that is known already.
+    """
     return {
-        **report_view(session.report, session.trace),
+        **report_view(session.report, session.trace, drawn),
         "choices": choices(session.design),
         "took": f"{session.report.seconds * 1000:,.0f} ms",
         "position": session.position,
@@ -49,8 +52,8 @@ def case_view(case: Case) -> Json:
     return {"case": {**names, "design": case.design.name}, "design": design_view(case)}
 
 
-def report_view(report: Report, trace: Trace) -> Json:
-    """What was checked, what came out, and one run of it."""
+def report_view(report: Report, trace: Trace, drawn: Json | None = None) -> Json:
+    """What was checked, what came out, and one run of it; `drawn` as for `view`."""
     return {
         **case_view(report.case),
         "status": status(report),
@@ -59,7 +62,7 @@ def report_view(report: Report, trace: Trace) -> Json:
         "unjudged": unjudged(report),
         "unseen": [name for name, seen in report.witnesses.items() if not seen],
         "shown": trace.why,
-        "trace": trace_view(trace),
+        "trace": drawn or trace_view(trace),
     }
 
 

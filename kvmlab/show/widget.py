@@ -29,7 +29,7 @@ from .messages import Message, a_number, a_text, has_code, in_words, one_of
 from .page import script, stylesheet
 from .search import Search
 from .style import block, el, quiet
-from .view import case_view, choices, first_position, view
+from .view import case_view, choices, first_position, trace_view, view
 
 INVITATION = "Run this cell to make it live: move a line, and every interleaving is explored again."
 FARTHEST = 200  # lines that one message may move a statement
@@ -72,6 +72,7 @@ class Workbench(anywidget.AnyWidget):
         self._lock = threading.RLock()
         self._search: Search[Checked] | None = None
         self._wish: Wish | None = None
+        self._drawn: tuple[Trace, dict[str, Any]] | None = None  # the run that was drawn last
         self.session = session
         self.versus = versus
         self.against = _against(session.case, versus)
@@ -317,7 +318,9 @@ class Workbench(anywidget.AnyWidget):
             "said": self.said,
             "undo": bool(self.history),
         }
-        return {**view(self.session), **mine}
+        if self._drawn is None or self._drawn[0] is not self.session.trace:
+            self._drawn = self.session.trace, trace_view(self.session.trace)
+        return {**view(self.session, self._drawn[1]), **mine}
 
 
 def _against(case: Case, versus: Design | None, watch: Watch | None = None) -> Report | str:
