@@ -1,15 +1,23 @@
-"""The two answers to a question that cannot be asked: what does not exist, and what has no such case."""
+"""The answers to a question that cannot be asked: what does not exist, what has no such case, what cannot be read."""
 
 from __future__ import annotations
 
 import reprlib
 
 
-class InputError(ValueError):
+class Refusal(Exception):
+    """What a user asked for is refused, and `str()` says all there is to say; a notebook shows that alone."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython prints in place of a traceback: the lines of the code that refused help nobody."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class InputError(Refusal, ValueError):
     """What a user asked for does not exist: says what, and what would be allowed."""
 
 
-class NotApplicable(Exception):
+class NotApplicable(Refusal):
     """This design has no such case; the text says why."""
 
 

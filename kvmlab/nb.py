@@ -48,13 +48,13 @@ def normalise(nb: Notebook) -> Notebook:
 
 
 def _outputs(outputs: list[dict[str, Any]], executed: int) -> Iterator[dict[str, Any]]:
-    """The outputs of one cell: each stream in one piece, because the pieces depend on timing."""
-    streams: dict[str, dict[str, Any]] = {}
+    """The outputs of one cell: what is printed in one go in one piece, because the pieces depend on timing."""
+    previous: dict[str, Any] = {}
     for output in outputs:
         kind = output["output_type"]
         if kind == "stream":
-            if (earlier := streams.setdefault(output["name"], output)) is not output:
-                earlier["text"] += output["text"]
+            if previous.get("name") == output["name"]:
+                previous["text"] += output["text"]
                 continue
         elif kind == "error":
             output["traceback"] = []
@@ -63,7 +63,11 @@ def _outputs(outputs: list[dict[str, Any]], executed: int) -> Iterator[dict[str,
                 output["data"].pop(WIDGET_VIEW, None)
             if kind == "execute_result":
                 output["execution_count"] = executed
-        yield output
+        if previous:
+            yield previous
+        previous = output
+    if previous:
+        yield previous
 
 
 def check(nb: Notebook) -> list[str]:

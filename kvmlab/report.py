@@ -13,7 +13,7 @@ from typing import Any
 from .design import Design
 from .design.files import is_text
 from .explore import liveness, paths, rows
-from .explore.graph import Graph, Hit
+from .explore.graph import Graph, Hit, Watch
 from .machine import Switches
 from .properties import BY_NAME, MEASURES, PROPERTIES
 from .scenario import InputError, with_forgetful_tlbs
@@ -42,6 +42,7 @@ class Report:
     case: Case
     graph: Graph = field(repr=False)
     seconds: float
+    watch: Watch | None = field(default=None, repr=False)  # of the search, and of those that a verdict needs
 
     @property
     def complete(self) -> bool:
@@ -94,7 +95,7 @@ class Report:
 
     @cached_property
     def _forgetful(self) -> Graph:
-        return explore(with_forgetful_tlbs(self.case.model))
+        return explore(with_forgetful_tlbs(self.case.model), watch=self.watch)
 
     @property
     def violated(self) -> list[str]:
@@ -223,14 +224,17 @@ def _shape(run: Trace) -> tuple[object, ...]:
     return (turns, last.call if last else "", last.actor if last else "")
 
 
-def explore(model: Model, limit: int = LIMIT) -> Graph:
-    """Explore a model with the engine that fits its size; complete unless `limit` states are exceeded."""
-    graph = rows.search(model, min(SMALL, limit))
+def explore(model: Model, limit: int = LIMIT, watch: Watch | None = None) -> Graph:
+    """Explore a model with the engine that fits its size; complete unless `limit` states are exceeded.
+
+    `watch` is told now and then how many states are known; what it raises ends the search.
+    """
+    graph = rows.search(model, min(SMALL, limit), watch)
     if graph.complete or limit <= SMALL:
         return graph
     from .explore import arrays
 
-    return arrays.search(model, limit, learner=graph.learner)
+    return arrays.search(model, limit, learner=graph.learner, watch=watch)
 
 
 def check(
@@ -247,14 +251,19 @@ def check(
     (default: LIMIT) the search stops, and the report is not `complete`.  Raises DesignError for a bad design,
     InputError for a name that does not exist, NotApplicable for a case that does not, MemoryError in words.
     """
+    case = Case(as_design(design), platform, scenario, backing, switches or Switches())
+    return check_case(case, limit)
+
+
+def check_case(case: Case, limit: int | None = None, watch: Watch | None = None) -> Report:
+    """Check a case as `check` does; `watch` as for `explore`."""
     most = LIMIT if limit is None else limit
     if not isinstance(most, int) or most < 1:
         raise InputError("the limit is a positive whole number of states")
-    case = Case(as_design(design), platform, scenario, backing, switches or Switches())
     began = time.perf_counter()
     report = None
     try:
-        report = Report(case, explore(case.model, most), 0.0)
+        report = Report(case, explore(case.model, most, watch), 0.0, watch)
         report.verdicts  # noqa: B018 - part of the check, so part of its time
     except MemoryError:  # raised anew below, where the memory is free again
         report = None
@@ -262,6 +271,7 @@ def check(
         words = "out of memory; a limit on states, or a smaller scenario, takes less"
         raise MemoryError(f"{case}: {words}")
     report.seconds = time.perf_counter() - began
+    report.watch = None
     return report
 
 

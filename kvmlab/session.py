@@ -8,13 +8,17 @@ from functools import wraps
 from threading import RLock
 from typing import Any, NamedTuple, TypeVar, cast
 
-from .design import Design, DesignError
+from .code import replay
+from .design import Design
+from .errors import Refusal
 from .explore.paths import Schedule
 from .machine import Switches
 from .properties import PROPERTIES
-from .report import Report, as_design, check
-from .scenario import InputError, NotApplicable, check_names, find_scenario
+from .report import Report, as_design, check, check_case
+from .scenario import InputError, check_names, find_scenario
 from .trace import Case, Event, Frame, Trace, options
+
+BY_HAND = "by-hand"
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -57,8 +61,15 @@ class Session:
         self._lock = RLock()
         self.problem: str | None = None
         self.draft: str | None = None
-        self.by_hand = False
-        self._adopt(check(as_design(design), platform, scenario, backing, switches))
+        self.adopt(check(as_design(design), platform, scenario, backing, switches))
+
+    @classmethod
+    def of(cls, run: Trace) -> Session:
+        """A desk on which this run lies, with the verdicts of its case."""
+        case = run.case
+        session = cls(case.design, case.platform, case.scenario, case.backing, case.switches)
+        session.walk(run)
+        return session
 
     # -- what is being looked at
 
@@ -93,53 +104,64 @@ class Session:
     def edit(self, text: str) -> Report:
         """Take a new text for the design and re-check; a bad text is kept as `draft`, with its `problem`."""
         self.draft = text
-        return self._try(lambda: self._with(design=self.design.replace_text(text)))
+        return self._try(lambda: changed_case(self.case, design=self.design.replace_text(text)))
 
     def move(self, section: str, line: int, by: int) -> Report:
         """Move statement number `line` of a section up (`by` < 0) or down among its neighbours."""
-        return self._try(lambda: self._with(design=self.design.move(section, line, by)))
+        return self._try(lambda: changed_case(self.case, design=self.design.move(section, line, by)))
 
     def load(self, design: Design | str) -> Report:
         """Take another design."""
-        return self._try(lambda: self._with(design=as_design(design)))
+        return self._try(lambda: changed_case(self.case, design=as_design(design)))
 
     def choose(self, **changes: Any) -> Report:
         """Change platform, scenario, backing or switches (`switches` is a `Switches`)."""
         unknown = set(changes) - {"platform", "scenario", "backing", "switches"}
         if unknown:
             raise TypeError(f"choose() has no {', '.join(sorted(unknown))}")
-        return self._try(lambda: self._with(**changes))
+        return self._try(lambda: changed_case(self.case, **changes))
 
-    def _with(self, **changes: Any) -> Report:
-        case = replace(self.case, **changes)
-        check_names(case.platform, case.backing)
-        find_scenario(case.scenario)
-        return check(case.design, case.platform, case.scenario, case.backing, case.switches)
-
-    def _try(self, attempt: Any) -> Report:
+    def open(self, text: str) -> Report:
+        """Walk the run of a code, or of a pasted diagram, in its own case."""
         try:
-            report = attempt()
-        except (DesignError, InputError, NotApplicable, MemoryError) as problem:
+            run = replay(text)
+            report = check_case(run.case)
+        except (Refusal, MemoryError) as problem:
             self.problem = str(problem) or "out of memory"
         else:
-            self._adopt(report)
+            self.adopt(report, run)
+        return self.report
+
+    def _try(self, change: Callable[[], Case]) -> Report:
+        try:
+            report = check_case(change())
+        except (Refusal, MemoryError) as problem:
+            self.problem = str(problem) or "out of memory"
+        else:
+            self.adopt(report)
         return self.report
 
     @_alone
-    def _adopt(self, report: Report) -> None:
+    def adopt(self, report: Report, run: Trace | None = None) -> None:
+        """Take a report, and a run of its case (default: that of the gravest property violated)."""
         self.report = report
         self.problem = self.draft = None
-        self.show(None)
+        self.walk(run or report.trace())
 
     # -- walking a run
 
     @_alone
     def show(self, prop: str | None = None) -> Trace:
-        """Walk the counterexample of a property (default: the nearest one, or a sample run) from its start."""
-        self._trace = self.report.trace(prop)
+        """Walk the counterexample of a property (default: the gravest violated, or a sample run)."""
+        return self.walk(self.report.trace(prop))
+
+    @_alone
+    def walk(self, run: Trace) -> Trace:
+        """Walk a run of this case from its start."""
+        self._trace = run
         self.position = 0
-        self.by_hand = False
-        return self._trace
+        self.by_hand = run.why == BY_HAND
+        return run
 
     @_alone
     def step(self) -> Frame:
@@ -203,7 +225,7 @@ class Session:
             can = sorted({o.actor for o in self.enabled()}) or ["nobody: the run has ended"]
             raise InputError(f"{actor} cannot take choice {choice} here; able to move: {', '.join(can)}")
         schedule: Schedule = (*self._trace.schedule[: self.position], (found.number, choice))
-        self._trace = Trace(self.case, schedule, "by-hand")
+        self._trace = Trace(self.case, schedule, BY_HAND)
         self.by_hand = True
         return self.jump(len(schedule))
 
@@ -212,3 +234,15 @@ class Session:
         """For each property: whether it still holds in the run up to this position."""
         seen = {p for f in self.frames[: self.position + 1] if f.event for p in f.event.violations}
         return {p.name: p.name not in seen for p in PROPERTIES}
+
+
+def changed_case(case: Case, **changes: Any) -> Case:
+    """The case with another design, platform, scenario, backing or switches, and its model.
+
+    InputError for a name that does not exist, NotApplicable for a case that does not.
+    """
+    changed = replace(case, **changes)
+    check_names(changed.platform, changed.backing)
+    find_scenario(changed.scenario)
+    changed.model  # noqa: B018 - builds it now, so that a case that does not exist is told here
+    return changed

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from .design import Design
+from .errors import Refusal
 from .explore.paths import Schedule, switches
 from .machine import Switches
 from .scenario import InputError, build, find_scenario
@@ -87,7 +88,7 @@ class Frame(NamedTuple):
     event: Event | None
 
 
-class ReplayError(ValueError):
+class ReplayError(Refusal, ValueError):
     """A trace code cannot be replayed: says why and where."""
 
 

@@ -643,6 +643,33 @@ def test_the_only_line_of_such_a_body_takes_it_along():
     assert moved("kvm_unmap_gfn_range()", 1)[-2:] == ["kvm_mem_attrs_changed():", "kvm_unmap_gfn_range()"]
 
 
+@pytest.mark.parametrize(
+    ("line", "by", "why"),
+    [
+        (0, -1, "xa_store() cannot move up: it is the first of its section."),
+        (6, 1, "kvm_update_lpage_mixed_flag() cannot move down: it is the last of its section."),
+        (
+            3,
+            1,
+            "adjust_direct_map() cannot move down: it stays inside if (attr == private). "
+            "Move if (attr == private), and it goes along.",
+        ),
+        (3, -1, ""),
+        (5, -1, ""),
+    ],
+)
+def test_a_line_that_cannot_move_says_why(line, by, why):
+    assert Design.parse(TEXT).why_stuck("ioctl", line, by) == why
+
+
+@given(st.sampled_from(shipped("all")), st.sampled_from(["ioctl", "fault", "punch", "zap"]), st.data())
+def test_a_line_moves_or_says_why_not(name, section, data):
+    design = Design.load(name)
+    assume(design.lines(section))
+    at, by = data.draw(st.integers(0, len(design.lines(section)) - 1)), data.draw(st.sampled_from([-1, 1]))
+    assert (design.move(section, at, by) is design) == bool(design.why_stuck(section, at, by))
+
+
 def test_a_moved_design_keeps_its_comments_and_is_marked():
     design = Design.parse(TEXT, "mine").move("ioctl", 0, 1)
     assert (design.name, design.title, design.source, design.about) == ("mine*", "Title", "me", "More.")

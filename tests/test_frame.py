@@ -38,7 +38,7 @@ LAYERS = [
     ["code", "trace"],
     ["claims", "grid", "report", "session", "vm"],
     ["show"],
-    ["__init__", "__main__", "cli", "commands", "nb"],
+    ["__init__", "__main__", "cli", "commands", "nb", "nbfiles"],
 ]
 # What a function may import although it is higher, and why.
 LATE = {
@@ -47,6 +47,7 @@ LATE = {
     ("trace.py", "show"): "as a report does",
     ("code.py", "show"): "a code vouches for what a replay shows",
     ("session.py", "show"): "as a report does",
+    ("hw/rules.py", "show"): "as a report does",
 }
 HEAVY = {"IPython", "anywidget", "ipywidgets", "jupyterlab", "matplotlib", "numpy", "scipy"}
 HEAVY_MODULES = {
@@ -54,7 +55,7 @@ HEAVY_MODULES = {
     "explore/dedup.py",
     "explore/levels.py",
     "explore/tables.py",
-    "show/plots.py",
+    "nbfiles.py",
     "show/widget.py",
 }
 

@@ -199,6 +199,14 @@ def test_the_pieces_of_a_stream_become_one() -> None:
     assert nbtool.normalise(nb) == sample()
 
 
+def test_what_is_printed_stays_on_its_side_of_what_is_displayed() -> None:
+    nb = sample()
+    table = nb["cells"][2]["outputs"][0]
+    before, after = (nbformat.v4.new_output("stream", text=f"{word}\n") for word in ("before", "after"))
+    nb["cells"][2]["outputs"] = [before, table, after]
+    assert nbtool.normalise(nb) == nb
+
+
 def test_a_live_view_without_fallback_is_kept_for_the_check_to_find() -> None:
     nb = sample()
     output(text__plain="Dropdown(value='snp')", **WIDGET)(nb)
@@ -284,3 +292,24 @@ def test_what_is_no_notebook_is_refused_in_one_line(
         (tmp_path / "x.ipynb").write_text(text)
     assert nbtool.main(["check", str(tmp_path / "x.ipynb")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "first"),
+    [
+        ("kvmlab.check('v8-post-hok')", "DesignError: "),
+        ("kvmlab.check('no-zap', scenario='tinny')", "InputError: unknown scenario 'tinny'"),
+        ("kvmlab.check('gmem-in-place')", "NotApplicable: "),
+        ("kvmlab.replay('nothing')", "ReplayError: "),
+        ("kvmlab.Design.parse('ioctl:\\n    oops()\\n')", "DesignError: (text):2: unknown call 'oops'"),
+    ],
+)
+def test_a_notebook_shows_what_is_refused_without_a_traceback(
+    source: str, first: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    result = InteractiveShell().run_cell(f"import kvmlab\n{source}")
+    shown = capsys.readouterr().out
+    assert shown == f"{type(result.error_in_exec).__name__}: {result.error_in_exec}\n"
+    assert shown.startswith(first)

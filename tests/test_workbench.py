@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 pytest.importorskip("anywidget", reason="needs anywidget")
 
+from fuzz_messages import fuzz
+
 import kvmlab
 from kvmlab.design import DesignError
+from kvmlab.explore.graph import Watch
+from kvmlab.report import Report
 from kvmlab.scenario import InputError
+from kvmlab.show import search, widget
 from kvmlab.show.widget import Workbench
+from kvmlab.trace import Case, Trace
 
 FAULTY = "rmp-under-lock-directmap-post"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -24,7 +32,14 @@ def bench() -> Workbench:
 
 
 def say(bench: Workbench, do: str, **message: Any) -> dict[str, Any]:
-    """Send a message as the browser does, and return what it would see."""
+    """Send a message as the browser does, and return what it would see once all is explored."""
+    bench._handle_custom_msg({"do": do, **message}, [])
+    bench.wait()
+    return dict(bench.view)
+
+
+def say_at_once(bench: Workbench, do: str, **message: Any) -> dict[str, Any]:
+    """Send a message as the browser does, and return what it sees then."""
     bench._handle_custom_msg({"do": do, **message}, [])
     return dict(bench.view)
 
@@ -82,9 +97,20 @@ def test_a_dragged_line_lands_where_it_is_dropped(bench: Workbench, by: int) -> 
     assert seen["focus"] == ("ioctl", line + by)
 
 
-def test_a_line_at_the_end_stays(bench: Workbench) -> None:
+def test_a_line_at_the_end_stays_and_it_is_said_why(bench: Workbench) -> None:
     seen = say(bench, "move", section="ioctl", line=0, by=-1)
-    assert (seen["case"]["design"], seen["problem"], seen["undo"]) == (FAULTY, "", False)
+    assert (seen["case"]["design"], seen["undo"]) == (FAULTY, False)
+    assert seen["problem"].endswith("cannot move up: it is the first of its section.")
+
+
+def test_the_only_line_of_an_if_says_what_to_move_instead(bench: Workbench) -> None:
+    seen = say(bench, "move", section="ioctl", line=line_of(bench, "kvm_unmap_directmap()"), by=-1)
+    assert "it stays inside if (attr == private)" in seen["problem"]
+
+
+def test_a_line_that_is_dropped_where_it_cannot_go_says_why(bench: Workbench) -> None:
+    seen = say(bench, "move", section="ioctl", line=line_of(bench, "kvm_unmap_directmap()"), to=0)
+    assert "it stays inside if (attr == private)" in seen["problem"]
 
 
 def test_undo_takes_back_one_change_after_the_other(bench: Workbench) -> None:
@@ -107,12 +133,16 @@ def test_a_design_for_one_backing_brings_it_along(bench: Workbench) -> None:
     assert say(bench, "undo")["case"]["design"] == FAULTY
 
 
+def test_a_design_for_one_backing_opens_in_it() -> None:
+    assert kvmlab.workbench("gmem-in-place").session.case.backing == "in-place"
+
+
 def test_each_violated_property_shows_its_run() -> None:
     bench = kvmlab.workbench("no-zap", show="out-of-sync")
     assert bench.view["shown"] == "out-of-sync"
     seen = say(bench, "show", property="kernel-bug")
-    assert (seen["shown"], seen["position"]) == ("kernel-bug", 0)
-    assert seen["trace"]["steps"][-1]["broken"] == ["kernel-bug"]
+    assert seen["shown"] == "kernel-bug"
+    assert seen["trace"]["steps"][seen["position"]]["broken"] == ["kernel-bug"]
 
 
 def test_a_sample_run_can_be_asked_for(bench: Workbench) -> None:
@@ -201,6 +231,12 @@ def test_an_ordering_that_has_no_such_case_says_why(bench: Workbench) -> None:
         {"do": "versus", "design": "no-such"},
         {"do": "versus", "design": 3},
         {"do": "undo"},
+        {"do": "cancel"},
+        {"do": "paste"},
+        {"do": "paste", "text": " \n"},
+        {"do": "paste", "text": "kvmlab:1:snp"},
+        {"do": "move", "section": "ioctl", "line": 10**5000, "by": 1},
+        {"do": "position", "position": -(10**5000)},
     ],
 )
 def test_a_message_that_makes_no_sense_is_told_and_changes_nothing(bench: Workbench, message: object) -> None:
@@ -253,3 +289,189 @@ def test_what_does_not_exist_is_refused_at_once() -> None:
         kvmlab.workbench(show="no-such")
     with pytest.raises(DesignError):
         kvmlab.workbench(versus="no-such")
+
+
+# -- what takes long
+
+
+class Gate:
+    """Stands before the explorer: a check that is held waits there until it is let through, or given up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.real, self.held, self.open = widget.check_case, threading.Event(), threading.Event()
+        monkeypatch.setattr(widget, "check_case", self.check)
+        monkeypatch.setattr(search, "TELL_EVERY", 0)
+
+    def check(self, case: Case, limit: int | None = None, watch: Watch | None = None) -> Report:
+        assert watch is not None
+        watch(17_000)
+        self.held.set()
+        self.open.wait(timeout=60)
+        watch(18_000)
+        return self.real(case, limit, watch)
+
+
+@pytest.fixture
+def gate(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.open.set()
+    bench.wait()
+
+
+def ask(bench: Workbench, gate: Gate, do: str, **message: Any) -> None:
+    """Send a message, and return when its check is held."""
+    gate.held.clear()
+    bench._handle_custom_msg({"do": do, **message}, [])
+    assert gate.held.wait(timeout=60)
+
+
+def test_while_a_check_runs_the_old_verdict_stands_and_what_is_explored_is_named(
+    bench: Workbench, gate: Gate
+) -> None:
+    ask(bench, gate, "load", design="no-zap")
+    assert bench.pending["case"]["design"] == "no-zap"
+    assert bench.explored == 17_000
+    assert (bench.view["case"]["design"], bad(bench.view)) == (FAULTY, ["host-rmp-fault"])
+    gate.open.set()
+    bench.wait()
+    assert bench.pending == {}
+    assert bench.view["case"]["design"] == "no-zap"
+
+
+def test_a_check_that_is_given_up_leaves_everything_as_it_was(bench: Workbench, gate: Gate) -> None:
+    before = bench.view["trace"]
+    ask(bench, gate, "load", design="no-zap")
+    seen = say_at_once(bench, "cancel")
+    assert (seen["case"]["design"], seen["trace"], seen["undo"]) == (FAULTY, before, False)
+    assert seen["said"].startswith("Given up")
+    gate.open.set()
+    bench.wait()
+    assert (bench.view, bench.pending) == (seen, {})
+
+
+def test_a_new_edit_gives_the_old_check_up_and_goes_on_from_its_text(bench: Workbench, gate: Gate) -> None:
+    line = line_of(bench, "kvm_vm_set_region_attr()")
+    ask(bench, gate, "move", section="ioctl", line=line, by=-1)
+    ask(bench, gate, "move", section="ioctl", line=line - 1, by=-1)
+    gate.open.set()
+    bench.wait()
+    assert line_of(bench, "kvm_vm_set_region_attr()") == line - 2
+    assert bench.view["focus"] == ("ioctl", line - 2)
+    assert len(bench.history) == 1
+
+
+def test_undo_during_a_check_gives_it_up(bench: Workbench, gate: Gate) -> None:
+    ask(bench, gate, "choose", scenario="to-private")
+    assert say_at_once(bench, "undo")["case"]["scenario"] == "tiny"
+
+
+def test_there_is_nothing_to_cancel_when_nothing_is_explored(bench: Workbench) -> None:
+    assert say(bench, "cancel")["problem"] == "nothing is being explored"
+
+
+def test_the_next_cell_waits_for_the_check_that_was_asked_for(bench: Workbench, gate: Gate) -> None:
+    gate.open.set()
+    bench._handle_custom_msg({"do": "load", "design": "no-zap"}, [])
+    assert bench.report.violated == ["kernel-bug", "out-of-sync"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (MemoryError(), "out of memory"),
+        (RecursionError(), "nested too deeply"),
+        (InputError("no such thing"), "no such thing"),
+        (ValueError("odd"), "kvmlab has a bug here: ValueError: odd"),
+    ],
+)
+def test_a_check_that_fails_is_told_and_changes_nothing(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, failure: Exception, told: str
+) -> None:
+    def fail(case: Case, limit: int | None = None, watch: Watch | None = None) -> Report:
+        raise failure
+
+    monkeypatch.setattr(widget, "check_case", fail)
+    seen = say(bench, "load", design="no-zap")
+    assert told in seen["problem"]
+    assert (seen["case"]["design"], bench.pending) == (FAULTY, {})
+
+
+def test_what_is_not_judged_says_why() -> None:
+    view = kvmlab.workbench("v8-post-hook", scenario="careless").view
+    (entry,) = view["unjudged"]
+    assert entry["why"] == "the guest is careless"
+    assert entry["names"] == [v["name"] for v in view["verdicts"] if v["verdict"] == "not judged"] != []
+
+
+def test_only_the_sections_that_run_are_shown_each_with_the_text_it_is_from() -> None:
+    def shown(**case: str) -> dict[str, str]:
+        sections = kvmlab.workbench("v8-post-hook", **case).view["design"]["sections"]
+        return {section["name"]: section["from"] for section in sections}
+
+    snp = {"ioctl": "", "fault": "", "rmp_fault": ""}
+    assert shown(scenario="tiny") == snp
+    assert shown(scenario="discard-races") == {**snp, "punch": ""}
+    tdx = {"ioctl": "", "fault": "", "zap": "upstream", "aug": "upstream"}
+    assert shown(platform="tdx", scenario="host-io") == tdx
+
+
+# -- runs that come by mail
+
+
+def run_of(name: str) -> Trace:
+    return kvmlab.check(name, scenario="tiny").trace()
+
+
+def quoted(text: str) -> str:
+    return "".join(f"> {line}\n" for line in text.splitlines())
+
+
+@pytest.mark.parametrize("form", [lambda run: run, lambda run: run.code, lambda run: quoted(run.text())])
+def test_a_mailed_run_opens_in_its_own_case_at_its_failure(form: Callable[[Trace], str | Trace]) -> None:
+    bench = kvmlab.workbench(form(run_of("no-zap")))
+    assert (bench.session.design.name, bench.session.case.scenario) == ("no-zap", "tiny")
+    assert bench.session.trace.schedule == run_of("no-zap").schedule
+    assert bench.view["position"] == bench.session.trace.steps == 29
+
+
+@pytest.mark.parametrize("do", ["paste", "edit"])
+def test_a_code_or_diagram_that_is_pasted_is_opened(bench: Workbench, do: str) -> None:
+    for text in (run_of("no-zap").code, quoted(run_of("no-zap").text())):
+        seen = say(bench, do, text=text)
+        assert (seen["case"]["design"], seen["shown"], seen["position"]) == ("no-zap", "kernel-bug", 29)
+        assert seen["draft"] is None
+        assert say(bench, "undo")["case"]["design"] == FAULTY
+
+
+def test_a_code_that_is_cut_is_told_and_nothing_is_lost(bench: Workbench) -> None:
+    seen = say(bench, "paste", text=run_of("no-zap").code[:30])
+    assert seen["problem"]
+    assert "has a bug" not in seen["problem"]
+    assert seen["case"]["design"] == FAULTY
+
+
+def test_another_text_that_is_pasted_waits_to_be_checked(bench: Workbench) -> None:
+    seen = say(bench, "paste", text="rmpupdate()\n")
+    assert (seen["draft"], seen["problem"], seen["case"]["design"]) == ("rmpupdate()\n", "", FAULTY)
+
+
+def test_a_code_in_a_comment_does_not_make_a_text_a_run(bench: Workbench) -> None:
+    text = f"// found as {run_of('no-zap').code}\n" + bench.session.design.text
+    assert say(bench, "edit", text=text)["case"]["design"] == f"{FAULTY}*"
+
+
+def test_a_run_brings_its_own_case() -> None:
+    with pytest.raises(InputError, match="leave out: scenario"):
+        kvmlab.workbench(run_of("no-zap").code, scenario="tiny")
+
+
+def test_a_step_that_cannot_be_taken_leaves_the_position(bench: Workbench) -> None:
+    seen = say(bench, "take", at=0, actor="CPU9", choice=0)
+    assert seen["position"] == bench.session.trace.steps
+
+
+def test_of_random_messages_none_escapes() -> None:
+    found, faults = fuzz(200, seed=2)
+    assert faults == []
+    assert found["done"] > 50 < found["refused"]

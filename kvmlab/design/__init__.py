@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from .calls import ATTRIBUTES, DEFAULTED, DEFAULTS_FROM, ONE_WAY, PLATFORMS, SECTIONS, nearest
-from .edit import Aligned, align, hunks, move, shown_lines
+from .edit import Aligned, align, hunks, move, shown_lines, stuck
 from .errors import DesignError, Place, quoted
 from .files import BaseLoader, decode, from_file, from_stdin, shipped, shipped_text, siblings
 from .rows import Row, build, digest, frozen, resolve, spelled
@@ -163,6 +163,11 @@ class Design:
         if nodes == self._trees[section]:
             return self, line_index
         return self.replace_text(self._rewritten(section, nodes)), line_index
+
+    def why_stuck(self, section: str, line_index: int, by: int) -> str:
+        """Why `move` leaves the statement at this line where it is, in words; empty if it moves."""
+        _check_words((section, SECTIONS))
+        return stuck(self._trees[section], line_index, 1 if by > 0 else -1)
 
     def _rewritten(self, changed: str, nodes: tuple[Node, ...]) -> str:
         """The text with one section changed, comments kept."""

@@ -63,6 +63,26 @@ def move(nodes: Nodes, line_index: int, step: int) -> tuple[Nodes, int]:
     return moved, line_index if moved is nodes else _line_of(moved, where, index)
 
 
+def stuck(nodes: Nodes, line_index: int, step: int) -> str:
+    """Why the statement shown at a line cannot move up (`step` -1) or down (1); empty if it can."""
+    moved = move(nodes, line_index, step)[0]
+    if moved != nodes:
+        return ""
+    lines = list(shown(nodes, as_written))
+    line, way = lines[line_index], "up" if step < 0 else "down"
+    if moved is not nodes:
+        return f"{line.text} moved {way} changes nothing: the line there is the same."
+    where = line.where
+    while where and _is_open(_at(nodes, where[:-1])[where[-1][0]]):
+        where = where[:-1]
+    if not where:
+        return f"{line.text} cannot move {way}: it is the {'first' if step < 0 else 'last'} of its section."
+    holder = next(other for other in reversed(lines[:line_index]) if len(other.where) < len(line.where))
+    name = holder.text.removesuffix(":")
+    mover = f"{name}, and" if not name.startswith("else") else "the if, and"
+    return f"{line.text} cannot move {way}: it stays inside {name}. Move {mover} it goes along."
+
+
 def _step(nodes: Nodes, where: Where, index: int, step: int) -> tuple[Nodes, Where, int]:
     """One step of the statement at `index` of the list at `where`; the same `nodes` if it cannot move."""
     siblings = _at(nodes, where)

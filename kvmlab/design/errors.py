@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ..errors import Refusal
+
 WIDTH = 75  # columns of a quoted source line: it is pasted into mails
 
 
@@ -19,7 +21,7 @@ class Place(NamedTuple):
 NOWHERE = Place("(text)", 0, 0)
 
 
-class DesignError(ValueError):
+class DesignError(Refusal, ValueError):
     """A design that cannot be read; `str()` of it is the whole message, with the line and a caret.
 
     `line` and `column` count from 1, and are 0 where no line is to blame; `allowed` lists what would do

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..step import Learner, Model
 from .dedup import MULTIPLIERS, Multipliers, Numbers, StateSet, Words
-from .graph import END, Graph, Hit, Label
+from .graph import END, Graph, Hit, Label, Watch
 from .levels import LevelSpace, chunks
 from .tables import INSIDE, Edges, QuietRows, Rows, split
 
@@ -25,14 +25,15 @@ def search(
     graph: bool = True,
     learner: Learner | None = None,
     multipliers: Multipliers = MULTIPLIERS,
+    watch: Watch | None = None,
 ) -> Graph:
     """Explore `model` completely, or until `limit` states are known (then the graph is not `complete`).
 
     With `graph=False` only states and shortest violations are kept, as a `LevelSpace` (see `sweep`).
     `learner` lends rows that it has learned already.  The hash's `multipliers` can change the time taken,
-    never the result.
+    never the result.  `watch` is told before each chunk how many states are known.
     """
-    return _Search(model, limit, graph, learner or Learner(model), multipliers).run()
+    return _Search(model, limit, graph, learner or Learner(model), multipliers, watch).run()
 
 
 def sweep(model: Model, limit: int | None = None, learner: Learner | None = None) -> LevelSpace:
@@ -46,9 +47,15 @@ class _Search:
     """One search: the states, what was found, and the edges' columns in pieces, a piece a chunk."""
 
     def __init__(
-        self, model: Model, limit: int | None, graph: bool, learner: Learner, multipliers: Multipliers
+        self,
+        model: Model,
+        limit: int | None,
+        graph: bool,
+        learner: Learner,
+        multipliers: Multipliers,
+        watch: Watch | None,
     ) -> None:
-        self.limit, self.keep_edges = limit, graph
+        self.limit, self.keep_edges, self.watch = limit, graph, watch
         self.rows, self.quiet_rows = Rows(learner), QuietRows(learner)
         self.seen = StateSet(model.layout.words, multipliers)
         self.space = LevelSpace(model, learner, engine="levels", rows=self.rows)
@@ -66,6 +73,8 @@ class _Search:
         space.levels = [0, 1]
         while low < high:
             for start, stop in chunks(low, high):
+                if self.watch is not None:
+                    self.watch(seen.n)
                 cut = self.chunk(start, stop, depth)
                 if cut is not None:
                     space.levels[-1] = seen.n = cut

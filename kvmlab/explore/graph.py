@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..state import WORD
 from ..step import Learner, Model
 
+Watch = Callable[[int], None]  # is told how many states are known; what it raises ends the search
 END = -1  # the successor of a fatal edge: the run is over
 
 

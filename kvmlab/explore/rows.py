@@ -6,10 +6,12 @@ It is the reference for the array engine, and the faster of the two below some t
 from __future__ import annotations
 
 from ..step import Learner, Model
-from .graph import END, Graph, Hit, Label
+from .graph import END, Graph, Hit, Label, Watch
+
+WATCHED = 1024  # states between two calls of the watch
 
 
-def search(model: Model, limit: int | None = None) -> Graph:
+def search(model: Model, limit: int | None = None, watch: Watch | None = None) -> Graph:
     """Explore `model` completely, or until `limit` states are known (then the graph is not `complete`)."""
     learner = Learner(model)
     graph = Graph(model, learner)
@@ -22,6 +24,8 @@ def search(model: Model, limit: int | None = None) -> Graph:
     index = {model.initial: 0}
     lanes = [(a, cell.mask, cell.shift, learner.tables[a]) for a, cell in enumerate(learner.pc)]
     for i, x in enumerate(states):  # grows while we go
+        if watch is not None and not i % WATCHED:
+            watch(len(states))
         inside = moved = False
         d = depth[i]
         for a, mask, shift, tables in lanes:

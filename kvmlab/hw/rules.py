@@ -62,14 +62,19 @@ class Rules:
 
     def text(self) -> str:
         """Return the table as plain text, one row a line, as the spec prints it."""
-        head = [*self.inputs, self.outcome]
-        body = [[_cell_text(value) for value in row] for row in self.rows]
-        widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-        lines = [
-            "  ".join(value.ljust(w) for value, w in zip(row, widths, strict=True)).rstrip()
-            for row in [head, *body]
-        ]
+        cells = self.cells()
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
         return "\n".join([self.source, lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+    def cells(self) -> list[list[str]]:
+        """The table's rows as text, the heads first."""
+        return [[*self.inputs, self.outcome], *([_cell_text(value) for value in row] for row in self.rows)]
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        from ..show.tables import rules_html
+
+        return {"text/plain": self.text(), "text/html": rules_html(self)}
 
 
 def _meant(want: Any, values: Sequence[Any]) -> Sequence[Any]:

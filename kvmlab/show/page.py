@@ -105,4 +105,5 @@ def _summary(reports: Sequence[Report]) -> Html:
 def _view(report: Report) -> Json:
     runs = {name: trace_view(report.trace(name)) for name in report.violated}
     runs["sample"] = trace_view(report.sample())
-    return {**report_view(report, report.trace()), "runs": runs, "position": 0, "problem": "", "draft": None}
+    seen = report_view(report, report.trace())
+    return {**seen, "runs": runs, "position": seen["trace"]["first"], "problem": "", "draft": None}

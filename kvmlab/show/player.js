@@ -53,6 +53,11 @@ function player(send, moved) {
     h("button", { onclick: () => clip(run.text, pre) }, "Copy diagram"), h("button", { onclick: () => clip(run.code, code) }, "Copy code"), code, copied);
   const el = h("section", { className: "kvmlab-player", "aria-label": "The run, step by step" }, style, title, controls, say,
     h("div", { className: "kvmlab-run" }, table, h("div", { className: "kvmlab-side" }, caption, machine, holds)), take, copy, plain);
+  new ResizeObserver((_, observer) => { // what is drawn before it is on the page has no size to scroll by
+    if (!table.clientHeight) return;
+    scroll(bodies[position - 1]);
+    observer.disconnect();
+  }).observe(table);
   let run = { steps: [] }, position = 0, timer = 0, bodies = [], foot = null, lines = null, told = 0;
 
   const last = () => run.steps.length - 1;
@@ -74,7 +79,7 @@ function player(send, moved) {
     }
   }
 
-  function load(next, at) {
+  function load(next, at = next.first) {
     run = next;
     style.textContent = run.styles;
     fragment(title, run.title);

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..design import Design, Row, shipped
-from ..design.calls import BACKINGS, SECTIONS
+from ..design.calls import BACKINGS, DEFAULTS_FROM, SECTIONS
 from ..machine import PLATFORMS
 from ..properties import BY_NAME
 from ..report import NEVER, UNJUDGED, Report
 from ..scenario import SCENARIOS
 from ..session import Session
-from ..trace import Event, Trace, options
+from ..trace import Case, Event, Trace, options
 from .html import trace_title
 from .lanes import bodies, foot, head
 from .parts import changes, machine_lines
@@ -30,10 +30,13 @@ SCOPE = ".kvmlab-player"  # the element in which the browser shows a run's fragm
 BACKING_TITLES = {"split": "two PFNs, as in the thread", "in-place": "one PFN, converted where it is"}
 
 
-def view(session: Session) -> Json:
-    """Everything but what only the widget knows (messages, the ordering to compare with)."""
+def view(session: Session, drawn: Json | None = None) -> Json:
+    """Everything but what only the widget knows (messages, the ordering to compare with).
+
+    `drawn` is what `trace_view` gives for the session's run, if that is known already.
+    """
     return {
-        **report_view(session.report, session.trace),
+        **report_view(session.report, session.trace, drawn),
         "choices": choices(session.design),
         "took": f"{session.report.seconds * 1000:,.0f} ms",
         "position": session.position,
@@ -43,18 +46,23 @@ def view(session: Session) -> Json:
     }
 
 
-def report_view(report: Report, trace: Trace) -> Json:
-    """What was checked, what came out, and one run of it."""
-    case = report.case
+def case_view(case: Case) -> Json:
+    """Which case it is, and its ordering: what can be shown before anything is explored."""
     names = {"platform": case.platform, "scenario": case.scenario, "backing": case.backing}
+    return {"case": {**names, "design": case.design.name}, "design": design_view(case)}
+
+
+def report_view(report: Report, trace: Trace, drawn: Json | None = None) -> Json:
+    """What was checked, what came out, and one run of it; `drawn` as for `view`."""
     return {
-        "case": {**names, "design": case.design.name},
-        "design": design_view(case.design),
+        **case_view(report.case),
         "status": status(report),
         "verdicts": verdicts(report),
+        "complete": report.complete,
+        "unjudged": unjudged(report),
         "unseen": [name for name, seen in report.witnesses.items() if not seen],
         "shown": trace.why,
-        "trace": trace_view(trace),
+        "trace": drawn or trace_view(trace),
     }
 
 
@@ -71,19 +79,39 @@ def choices(design: Design) -> Json:
     }
 
 
-def design_view(design: Design) -> Json:
-    """The ordering as its text, and as lines that can be moved; `own` says which sections it gives itself."""
+def design_view(case: Case) -> Json:
+    """The ordering as its text, and as lines that can be moved: those of the sections that run in this case.
+
+    A section says from which design it is inherited, if it is; `idle` names the sections that do not run.
+    """
+    design = case.design
+    run = {instr.section for actor in case.model.actors for instr in actor.program}
     return {
         "name": design.name,
         "title": design.title,
         "source": design.source,
-        "base": design.base,
         "notes": list(design.notes),
         "text": design.text,
         "sections": [
-            {"name": name, "own": name in design.own, "lines": list(design.lines(name))} for name in SECTIONS
+            {"name": name, "from": inherited_from(design, name), "lines": list(design.lines(name))}
+            for name in SECTIONS
+            if name in run
         ],
+        "idle": [name for name in SECTIONS if name not in run],
     }
+
+
+def inherited_from(design: Design, section: str) -> str:
+    """The design whose text gives this section; empty if it is the design's own."""
+    if section in design.own:
+        return ""
+    base = design.base
+    while base in shipped("all"):
+        above = Design.load(base)
+        if section in above.own:
+            return base
+        base = above.base
+    return base or DEFAULTS_FROM
 
 
 def status(report: Report) -> str:
@@ -108,6 +136,22 @@ def verdicts(report: Report) -> list[Json]:
     return sorted(found, key=lambda entry: not entry["bad"])
 
 
+def unjudged(report: Report) -> list[Json]:
+    """Which properties are not judged, and why: one entry a reason."""
+    careless = not report.case.model.conf.correct_guest
+    reasons: dict[str, list[str]] = {}
+    for name, verdict in report.verdicts.items():
+        if verdict.verdict == UNJUDGED:
+            why = "the guest is careless" if careless and BY_NAME[name].guest else "not all is explored"
+            reasons.setdefault(why, []).append(name)
+    return [{"why": why, "names": names} for why, names in reasons.items()]
+
+
+def first_position(run: Trace) -> int:
+    """Where a reader of this run begins: at its end if it shows a property violated, else at its start."""
+    return run.steps if run.why in BY_NAME else 0
+
+
 def trace_view(trace: Trace) -> Json:
     """A run: its lanes as fragments, one a step, and for each position the machine, a sentence, what can be done."""
     sheet = Sheet(SCOPE)
@@ -118,6 +162,7 @@ def trace_view(trace: Trace) -> Json:
         "head": sheet.classed(head(trace)),
         "foot": sheet.classed(foot(trace)),
         "steps": steps,
+        "first": first_position(trace),
         "pool": list(sheet.pool),
         "table": sheet.classed(table((), MONO)),
         "styles": sheet.css(),

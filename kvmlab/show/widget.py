@@ -1,35 +1,62 @@
 """The workbench in a notebook: edit an ordering, watch the verdicts, step through a run, schedule by hand.
 
 All logic is the session's.  The widget turns messages from the browser into calls of it, and the session back
-into one JSON value, which `workbench.js` draws.
+into one JSON value, which `workbench.js` draws.  What takes long, the checks, runs in a thread, one at a time.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import anywidget
 import traitlets
 
-from ..design import Design, DesignError, shipped
+from ..code import replay
+from ..design import Design, shipped
 from ..design.calls import SECTIONS
+from ..errors import Refusal
+from ..explore.graph import Watch
 from ..properties import BY_NAME
-from ..report import Report, as_design, check
-from ..scenario import InputError, NotApplicable
-from ..session import Session
-from ..trace import Case
+from ..report import Report, as_design, check_case
+from ..scenario import InputError
+from ..session import Session, changed_case
+from ..trace import Case, Trace
 from .html import report_html, run_html, side_by_side_html, trace_title
+from .messages import Message, a_number, a_text, has_code, in_words, one_of
 from .page import script, stylesheet
+from .search import Search
 from .style import block, el, quiet
-from .view import view
+from .view import case_view, choices, first_position, trace_view, view
 
 INVITATION = "Run this cell to make it live: move a line, and every interleaving is explored again."
 FARTHEST = 200  # lines that one message may move a statement
 LONGEST_HISTORY = 100
 
-Message = Mapping[str, Any]
+@dataclass(frozen=True)
+class Wish:
+    """What is being explored, and why: a "change", an "undo", or a design to "compare" with.
+
+    `run` is the run to walk then, if it is not to be that of the gravest property violated; `draft` is the
+    text that the case came from, kept in case it fails; `focus` is the line that was moved.
+    """
+
+    why: str
+    case: Case
+    versus: Design | None = None
+    run: Trace | None = None
+    draft: str | None = None
+    focus: tuple[str, int] | None = None
+
+
+class Checked(NamedTuple):
+    """What became of a wish: the report, a run to walk, and the report to compare with, or why there is none."""
+
+    report: Report
+    run: Trace
+    against: Report | str
 
 
 class Workbench(anywidget.AnyWidget):
@@ -38,11 +65,17 @@ class Workbench(anywidget.AnyWidget):
     _esm = script()
     _css = stylesheet()
     view = traitlets.Dict().tag(sync=True)
+    pending = traitlets.Dict().tag(sync=True)  # the case being explored, while the view is still the old one
+    explored = traitlets.Int().tag(sync=True)  # how many of its states are known
 
     def __init__(self, session: Session, versus: Design | None = None) -> None:
+        self._lock = threading.RLock()
+        self._search: Search[Checked] | None = None
+        self._wish: Wish | None = None
+        self._drawn: tuple[Trace, dict[str, Any]] | None = None  # the run that was drawn last
         self.session = session
         self.versus = versus
-        self.other: tuple[Case, Report | str] | None = None
+        self.against = _against(session.case, versus)
         self.history: list[Case] = []
         self.focus: tuple[str, int] | None = None
         self.said = ""
@@ -52,8 +85,16 @@ class Workbench(anywidget.AnyWidget):
 
     @property
     def report(self) -> Report:
-        """The verdicts shown now."""
+        """The verdicts of what is shown; waits for a check that is under way."""
+        self.wait()
         return self.session.report
+
+    def wait(self) -> None:
+        """Return when no check is under way."""
+        waited = None
+        while (search := self._search) is not None and search is not waited:
+            search.wait()
+            waited = search
 
     def __repr__(self) -> str:
         case = self.session.case
@@ -71,70 +112,88 @@ class Workbench(anywidget.AnyWidget):
 
     def html(self) -> str:
         """The verdicts and the run shown now, as a picture that needs no kernel."""
-        trace, against = self.session.trace, self._against()
-        beside = [side_by_side_html(self.report, against)] if isinstance(against, Report) else []
+        report, trace = self.report, self.session.trace
+        beside = [side_by_side_html(report, self.against)] if isinstance(self.against, Report) else []
         other = [el("div", each, style="margin-top:12px") for each in beside]
         title = el("div", trace_title(trace), style="margin-top:10px")
         invitation = el("div", quiet(INVITATION), style="margin-top:8px")
-        return block(report_html(self.report), title, run_html(trace), *other, invitation)
+        return block(report_html(report), title, run_html(trace), *other, invitation)
 
     # -- messages
 
     def _handle(self, message: object) -> None:
         """Do what the browser asks; whatever is wrong with the request becomes `problem`, and nothing is lost."""
-        self.session.problem, self.focus, self.said = None, None, ""
-        try:
-            if not isinstance(message, Mapping):
-                raise InputError("a message is an object with a 'do'")
-            do = _VERBS.get(str(message.get("do")))
-            if do is None:
-                raise InputError(
-                    f"unknown message {str(message.get('do'))[:40]!r}; there are: {', '.join(_VERBS)}"
-                )
-            if do(self, message) is False:
-                return
-        except (DesignError, InputError, NotApplicable, MemoryError) as problem:
-            self.session.problem = str(problem) or "out of memory"
-        except Exception as bug:  # in a callback nobody would see it otherwise
-            self.session.problem = f"kvmlab has a bug here: {type(bug).__name__}: {bug}"
-        self.view = self._view()
+        with self._lock, self.hold_sync():
+            before = self._search
+            self.session.problem, self.focus, self.said = None, None, ""
+            try:
+                if not isinstance(message, Mapping):
+                    raise InputError("a message is an object with a 'do'")
+                if _VERBS[one_of(message, "do", tuple(_VERBS))](self, message) is False:
+                    return
+            except Exception as failure:  # in a callback nobody would see it otherwise
+                self.session.problem = in_words(failure)
+            if self._search is None or self._search is before:  # else `pending` says all that is new
+                self.view = self._view()
+
+    @property
+    def _now(self) -> Case:
+        """The case that the browser shows: the one being explored, if there is one."""
+        return self._wish.case if self._wish else self.session.case
 
     def _edit(self, message: Message) -> None:
-        self._changes(lambda: self.session.edit(_text(message, "text")))
+        text = a_text(message, "text")
+        self.session.draft = text
+        if has_code(text):
+            self._open(text)
+        else:
+            self._explore(changed_case(self._now, design=self._now.design.replace_text(text)), draft=text)
+
+    def _paste(self, message: Message) -> None:
+        text = a_text(message, "text")
+        if has_code(text):
+            self._open(text)
+        elif not text.strip():
+            raise InputError("what was pasted is empty; paste an ordering, or the code or diagram of a run")
+        else:
+            self.session.draft = text
+            self.said = "Pasted as text: Check explores it."
+
+    def _open(self, text: str) -> None:
+        run = replay(text)
+        self._explore(run.case, run=run, draft=self.session.draft)
 
     def _move(self, message: Message) -> None:
-        section, line, by = _one_of(message, "section", SECTIONS), _number(message, "line"), _by(message)
-        before = self.session.design
+        section, line, by = one_of(message, "section", SECTIONS), a_number(message, "line"), _by(message)
+        design = self._now.design
         if "to" in message:
-            by = _steps(before, section, line, _number(message, "to"))
-        self._changes(lambda: self.session.move(section, line, by))
-        if self.session.problem is None:
-            self.focus = (section, before.moved(section, line, by)[1])
+            by = _steps(design, section, line, a_number(message, "to"))
+        moved, at = design.moved(section, line, by)
+        if moved is design:
+            raise InputError((by and design.why_stuck(section, line, by)) or "the line is there already")
+        self._explore(changed_case(self._now, design=moved), focus=(section, at))
 
     def _choose(self, message: Message) -> None:
         names = [name for name in ("platform", "scenario", "backing") if name in message]
         if not names:
             raise InputError("choose needs a platform, a scenario or a backing")
-        chosen = {name: _text(message, name) for name in names}
-        self._changes(lambda: self.session.choose(**chosen))
+        self._explore(changed_case(self._now, **{name: a_text(message, name) for name in names}))
 
     def _load(self, message: Message) -> None:
-        design = Design.load(_one_of(message, "design", shipped("all")))
-        case = self.session.case
-        if design.backing in (None, case.backing):
-            self._changes(lambda: self.session.load(design))
-        else:  # a design for one backing only brings it along
-            self._restore(Case(design, case.platform, case.scenario, str(design.backing), case.switches))
-            self._remember(case)
+        design = Design.load(one_of(message, "design", shipped("all")))
+        backing = design.backing or self._now.backing  # a design for one backing only brings it along
+        self._explore(changed_case(self._now, design=design, backing=backing))
 
     def _show(self, message: Message) -> None:
-        never = [name for name, verdict in self.report.verdicts.items() if verdict.depth is None]
-        name = _one_of(message, "property", (*BY_NAME, *(["sample"] if never else [])))
-        self.session.show(never[0] if name == "sample" else name)
+        report = self.session.report
+        never = [name for name, verdict in report.verdicts.items() if verdict.depth is None]
+        name = one_of(message, "property", (*BY_NAME, *(["sample"] if never else [])))
+        run = self.session.show(never[0] if name == "sample" else name)
+        self.session.jump(first_position(run))
 
     def _take(self, message: Message) -> None:
         at = _position(message, "at", self.session)
-        actor, choice = _text(message, "actor"), _number(message, "choice")
+        actor, choice = a_text(message, "actor"), a_number(message, "choice")
         dropped = self.session.trace.steps - at
         self.session.take(actor, choice, at)
         self.said = f"Scheduled by hand from step {at + 1}."
@@ -147,42 +206,111 @@ class Workbench(anywidget.AnyWidget):
 
     def _compare(self, message: Message) -> None:
         name = message.get("design")
-        self.versus = None if name is None else Design.load(_one_of(message, "design", shipped("all")))
+        versus = None if name is None else Design.load(one_of(message, "design", shipped("all")))
+        if self._wish:
+            self._begin(replace(self._wish, versus=versus))
+        else:
+            self._begin(Wish("compare", self.session.case, versus, self.session.trace, self.session.draft))
 
     def _undo(self, message: Message) -> None:
+        if self._wish:
+            self._cancel(message)
+            return
         if not self.history:
             raise InputError("there is nothing to undo")
-        self._restore(self.history.pop())
-        self.said = f"Undone. {self._outcome()}"
+        self._begin(Wish("undo", self.history[-1], self.versus))
 
-    def _changes(self, change: Callable[[], Report]) -> None:
-        """Make a change; if it was taken, remember what there was before, and say what the verdict is now."""
-        before = self.session.case
-        change()
-        if self.session.problem is None and self.session.case != before:
-            self._remember(before)
+    def _cancel(self, message: Message) -> None:
+        if self._search is None:
+            raise InputError("nothing is being explored")
+        self._settle()
+        self.said = "Given up: what is shown is what was checked before."
 
-    def _remember(self, before: Case) -> None:
-        self.history = [*self.history, before][-LONGEST_HISTORY:]
-        self.said = self._outcome()
+    # -- exploring
 
-    def _restore(self, case: Case) -> None:
-        self.session = Session(case.design, case.platform, case.scenario, case.backing, case.switches)
+    def _explore(
+        self,
+        case: Case,
+        run: Trace | None = None,
+        draft: str | None = None,
+        focus: tuple[str, int] | None = None,
+    ) -> None:
+        """Explore a case, unless it is the one that is shown already; an earlier search is given up."""
+        versus = self._wish.versus if self._wish else self.versus
+        if case == self.session.case and run is None:
+            self._settle()
+            self.session.draft, self.focus = None, focus
+        else:
+            self._begin(Wish("change", case, versus, run, draft, focus))
 
-    def _outcome(self) -> str:
-        bad = [f"{name} {self.report.verdicts[name].verdict}" for name in self.report.violated]
-        return f"Checked: {', '.join(bad) if bad else 'nothing is violated'}."
+    def _begin(self, wish: Wish) -> None:
+        case = {**case_view(wish.case), "choices": choices(wish.case.design)}
+        self._settle()
+        search = Search(lambda watch: self._checked(wish, watch), self._tell, self._done)
+        self._wish, self._search = wish, search
+        self.explored = 0
+        self.pending = {**case, "focus": wish.focus, "problem": "", "said": ""}
+        search.start()
+
+    def _settle(self) -> None:
+        """Nothing is being explored any more."""
+        if self._search:
+            self._search.give_up()
+        self._search, self._wish, self.pending = None, None, {}
+
+    def _checked(self, wish: Wish, watch: Watch) -> Checked:
+        same = wish.case is self.session.case
+        report = self.session.report if same else check_case(wish.case, watch=watch)
+        run = wish.run or report.trace()
+        run.frames  # noqa: B018 - replays it now, in this thread
+        return Checked(report, run, _against(wish.case, wish.versus, watch))
+
+    def _tell(self, search: Search[Checked], states: int) -> None:
+        with self._lock:
+            if search is self._search:
+                self.explored = states
+
+    def _done(self, search: Search[Checked]) -> None:
+        """Take what a search has found, unless something else is wanted by now."""
+        with self._lock, self.hold_sync():
+            if search is not self._search or self._wish is None:
+                return
+            wish = self._wish
+            self._settle()
+            self.focus = wish.focus
+            try:
+                if search.found is None:
+                    raise search.failure or RuntimeError("a search ended with nothing")
+                self._take_over(wish, search.found)
+            except Exception as failure:
+                self.session.problem, self.session.draft = in_words(failure), wish.draft
+            self.view = self._view()
+
+    def _take_over(self, wish: Wish, checked: Checked) -> None:
+        before, at = self.session.case, self.session.position
+        self.session.adopt(checked.report, checked.run)
+        self.session.jump(at if wish.why == "compare" else first_position(checked.run))
+        self.versus, self.against = wish.versus, checked.against
+        if wish.why == "compare":
+            self.session.draft = wish.draft
+            return
+        if wish.why == "undo":
+            self.history.pop()
+        else:
+            self.history = [*self.history, before][-LONGEST_HISTORY:]
+        bad = [f"{name} {checked.report.verdicts[name].verdict}" for name in checked.report.violated]
+        done = "Undone. Checked" if wish.why == "undo" else "Checked"
+        self.said = f"{done}: {', '.join(bad) or 'nothing is violated'}."
 
     # -- what the browser sees
 
     def _view(self) -> dict[str, Any]:
         self.turn += 1
-        against = self._against()
         side = {"design": self.versus.name if self.versus else "", "html": "", "problem": ""}
-        if isinstance(against, Report):
-            side["html"] = str(side_by_side_html(self.report, against))
-        elif against:
-            side["problem"] = against
+        if isinstance(self.against, Report):
+            side["html"] = str(side_by_side_html(self.session.report, self.against))
+        else:
+            side["problem"] = self.against
         mine = {
             "turn": self.turn,
             "versus": side,
@@ -190,76 +318,53 @@ class Workbench(anywidget.AnyWidget):
             "said": self.said,
             "undo": bool(self.history),
         }
-        return {**view(self.session), **mine}
-
-    def _against(self) -> Report | str:
-        """The report of the design to compare with in the same case, or why there is none."""
-        if self.versus is None:
-            return ""
-        case = replace(self.session.case, design=self.versus)
-        if self.other is None or self.other[0] != case:
-            self.other = case, _report(case)
-        return self.other[1]
+        if self._drawn is None or self._drawn[0] is not self.session.trace:
+            self._drawn = self.session.trace, trace_view(self.session.trace)
+        return {**view(self.session, self._drawn[1]), **mine}
 
 
-def _report(case: Case) -> Report | str:
+def _against(case: Case, versus: Design | None, watch: Watch | None = None) -> Report | str:
+    """The report of the design to compare with in the same case, or why there is none."""
+    if versus is None:
+        return ""
     try:
-        return check(case.design, case.platform, case.scenario, case.backing, case.switches)
-    except (DesignError, InputError, NotApplicable, MemoryError) as problem:
-        return str(problem)
-
-
-def _text(message: Message, name: str) -> str:
-    value = message.get(name)
-    if not isinstance(value, str):
-        raise InputError(f"{message.get('do')} needs a text {name!r}")
-    return value
-
-
-def _number(message: Message, name: str) -> int:
-    value = message.get(name)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InputError(f"{message.get('do')} needs a whole number {name!r}")
-    if abs(value) > 10**9:  # Python would not even print one of thousands of digits
-        raise InputError(f"{message.get('do')} needs a smaller number {name!r}")
-    return value
-
-
-def _one_of(message: Message, name: str, allowed: tuple[str, ...]) -> str:
-    value = _text(message, name)
-    if value not in allowed:
-        raise InputError(f"unknown {name} {value[:40]!r}; there are: {', '.join(allowed)}")
-    return value
+        return check_case(changed_case(case, design=versus), watch=watch)
+    except (Refusal, MemoryError) as problem:
+        return str(problem) or "out of memory"
 
 
 def _position(message: Message, name: str, session: Session) -> int:
-    value, last = _number(message, name), len(session.frames) - 1
+    value, last = a_number(message, name), len(session.frames) - 1
     if not 0 <= value <= last:
         raise InputError(f"position {value} is not in this run, which goes from 0 to {last}")
     return value
 
 
 def _by(message: Message) -> int:
-    by = 0 if "to" in message else _number(message, "by")
+    by = 0 if "to" in message else a_number(message, "by")
     if abs(by) > FARTHEST:
         raise InputError(f"a line moves by at most {FARTHEST}")
     return by
 
 
 def _steps(design: Design, section: str, line: int, to: int) -> int:
-    """How many statements a line has to pass to stand where line `to` stands now, or as near as it can."""
+    """How many statements a line has to pass to stand where line `to` stands now, or as near as it can.
+
+    One step if it cannot move that way at all, so that it can be said why.
+    """
     sign = 1 if to > line else -1
     by, at = 0, line
     while abs(by) < FARTHEST and (at - to) * sign < 0:
         after = design.moved(section, line, by + sign)[1]
         if after == at or (by and (after - to) * sign > 0):
-            break
+            return by or sign
         by, at = by + sign, after
     return by
 
 
 _VERBS: dict[str, Callable[[Workbench, Message], Any]] = {
     "edit": Workbench._edit,
+    "paste": Workbench._paste,
     "move": Workbench._move,
     "choose": Workbench._choose,
     "load": Workbench._load,
@@ -268,23 +373,36 @@ _VERBS: dict[str, Callable[[Workbench, Message], Any]] = {
     "position": Workbench._position,
     "versus": Workbench._compare,
     "undo": Workbench._undo,
+    "cancel": Workbench._cancel,
 }
 
 
 def workbench(
-    design: Design | str = "v8-post-hook",
-    platform: str = "snp",
-    scenario: str = "tiny",
-    backing: str = "split",
+    design: Design | str | Trace = "v8-post-hook",
+    platform: str | None = None,
+    scenario: str | None = None,
+    backing: str | None = None,
     versus: Design | str | None = None,
     show: str | None = None,
 ) -> Workbench:
     """The workbench on one case: change it with the mouse, or work on its `session` from the next cell.
 
-    `versus` is a design to stand beside it, `show` the property whose counterexample comes first.  Errors as
-    for `check`; InputError for a property that does not exist.
+    `design` is a design as for `check`, or a run: a `Trace`, its code, or a diagram that carries one; a run
+    brings its own case.  Defaults: snp, tiny, and split backing unless the design is for another.  `versus` is
+    a design to stand beside it, `show` the property whose counterexample comes first.  Errors as for `check`
+    and `replay`; InputError for a property that does not exist.
     """
-    session = Session(design, platform, scenario, backing)
+    case = {"platform": platform, "scenario": scenario, "backing": backing}
+    given: dict[str, Any] = {name: value for name, value in case.items() if value is not None}
+    run = replay(design) if isinstance(design, str) and has_code(design) else design
+    if isinstance(run, Trace):
+        if given:
+            raise InputError(f"a run has a case of its own; leave out: {', '.join(given)}")
+        session = Session.of(run)
+    else:
+        run = as_design(run)
+        session = Session(run, **{"backing": run.backing or "split", **given})
     if show is not None:
-        session.show(_one_of({"show": show, "do": "workbench"}, "show", tuple(BY_NAME)))
+        session.show(one_of({"show": show, "do": "workbench"}, "show", tuple(BY_NAME)))
+    session.jump(first_position(session.trace))
     return Workbench(session, None if versus is None else as_design(versus))
