@@ -299,7 +299,7 @@ class Vm:
 
     @cached_property
     def merged(self) -> bool:
-        """Whether the ioctl is the merged walk over memslots (it says range_add), or of the v8 era."""
+        """Whether the ioctl is the walk of v6.8 over memslots (it says range_add), or of the v8 era."""
         return adds_ranges(self.rows("ioctl", True) + self.rows("ioctl", False))
 
     @cached_property
