@@ -126,7 +126,9 @@ def test_an_else_follows_the_if_above_which_it_stands():
     assert [ioctl(text, to) for to in ("private", "shared")] == [[], ["adjust_direct_map"]]
 
 
-@pytest.mark.parametrize("text", ["if (attr == shared) { }", "if (attr == shared) {\n} else {\n // gone\n}", "if (flush) { }"])
+@pytest.mark.parametrize(
+    "text", ["if (attr == shared) { }", "if (attr == shared) {\n} else {\n // gone\n}", "if (flush) { }"]
+)
 def test_an_if_from_which_all_was_deleted_is_nothing(text):
     assert ioctl(f"{text}\nadjust_direct_map()") == ["adjust_direct_map"]
 

@@ -164,7 +164,7 @@ def _function(_: Any, value: Any) -> Any:
 
 
 def _pfn(owner: Any, value: Any) -> int:
-    last = len(getattr(owner, "vm", owner).directmap.absent) - 1
+    last = getattr(owner, "vm", owner).next_pfn - 1
     return int(whole(0, last, f"the host has PFNs 0 to {last:#x}")(owner, value))
 
 
