@@ -68,7 +68,7 @@ REFUSED = {
     "the explorer's switches": (lambda: snp(switches=Switches()), "VmSwitches"),
     "a batch that is none": (lambda: Vm("tdx", 4, zap_batch="x"), "a whole number: leaves"),
     "batches where there is no TRACK": (lambda: snp(zap_batch=8), "is for tdx"),
-    "a design in the place of pages": (lambda: Vm("snp", "gmem-in-place", pages=4), "order is platform, pages, design"),
+    "a design in the place of pages": (lambda: Vm("snp", "gmem-in-place", pages=4), "the order is platform, pages"),
     "4 TiB of memory": (lambda: Vm("tdx", 1 << 30), "256 GiB"),
     "16 PiB in memslots": (lambda: Vm("snp", slots=[(0, 1 << 54)]), "256 GiB"),
     "memslots without a size": (lambda: Vm("snp", slots=[(0,)]), r"a list of \(gpa, size\)"),
