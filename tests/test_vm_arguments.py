@@ -79,6 +79,14 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize(
+    ("hook", "value"), [("on_row", 5), ("on_point", "f"), ("pending", True), ("mmio", "x"), ("hypercall_exits", 1)]
+)
+def test_a_hook_that_cannot_be_called_is_refused_when_it_is_set(hook, value):
+    with pytest.raises(InputError, match=rf"^Vm\.{hook} = {value!r}: "):
+        setattr(snp(), hook, value)
+
+
 @pytest.mark.parametrize("what", REFUSED)
 def test_it_is_refused_in_words(what):
     call, allowed = REFUSED[what]

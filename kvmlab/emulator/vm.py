@@ -31,6 +31,7 @@ from .arguments import (
     instance,
     one_of,
     optional,
+    settable,
     takes,
     whole,
 )
@@ -54,6 +55,12 @@ from .tdx_zap import Zap
 from .vmm import DISCARDS, POLICIES, Policy, Vmm
 
 MEMORY = instance(UserMemory, "the `user` of another memslot")
+HOOKS = {
+    **dict.fromkeys(("on_row", "on_point", "pending"), optional(FUNCTION)),
+    "mmio": optional(whole(0, (1 << 64) - 1, "what a read gives, up to 64 bits")),
+    "hypercall_exits": FLAG,
+    "supported_attributes": one_of(0, PRIVATE),
+}
 GUEST_KEY = 0x5EED  # of the stand-in cipher; 0 is "in clear"
 
 
@@ -121,6 +128,10 @@ class Vm:
         self._rows: dict[tuple[str, bool], tuple[Row, ...]] = {}
         self.new_pfns(0)  # room for the first 2M, which are the kernel's
         self._populate(pages, slots, private)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """InputError for a hook that cannot be called, or a setting that does not exist."""
+        super().__setattr__(name, settable(self, name, value, HOOKS[name]) if name in HOOKS else value)
 
     def _populate(self, pages: int, slots: Sequence[tuple[int, int]] | None, private: bool) -> None:
         if bool(pages) == (slots is not None):
