@@ -134,7 +134,12 @@ def untouched(node: ast.AST) -> list[ast.AST | None]:
 
 def mutants(file: str) -> list[Mutant]:
     """All mutants of a file, in the order of its lines."""
-    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    return mutants_of((ROOT / file).read_text(encoding="utf-8"), file)
+
+
+def mutants_of(text: str, file: str) -> list[Mutant]:
+    """All mutants of a text."""
+    tree = ast.parse(text)
     parts = [part for node in ast.walk(tree) for part in untouched(node) if part]
     skip = {id(inner) for part in parts for inner in ast.walk(part)}
     before, found, seen = ast.unparse(tree).splitlines(), [], defaultdict[str, int](int)
@@ -147,12 +152,8 @@ def mutants(file: str) -> list[Mutant]:
             what = difference(before, after)
             seen[what] += 1
             what += f"  (no. {seen[what]})" if seen[what] > 1 else ""
-            gone = (
-                [part.lineno for part in value if isinstance(part, ast.Pass)]
-                if field in ("body", "orelse")
-                else []
-            )
-            line = gone[-1] if gone else getattr(owner, "lineno", 0)
+            left_out = value if field in ("body", "orelse") else []
+            line = next((s.lineno for s in left_out if isinstance(s, ast.Pass)), getattr(owner, "lineno", 0))
             found.append(Mutant(file, line, what, "\n".join(after) + "\n"))
     return sorted(found, key=lambda mutant: mutant.line)
 
@@ -184,7 +185,10 @@ class Copy:
         """Whether these test files pass; a run that takes longer is stopped and does not."""
         child = os.fork()
         if not child:
-            self._run(tests)
+            try:
+                self._run(tests)
+            finally:
+                os._exit(1)
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             done, status = os.waitpid(child, os.WNOHANG)
@@ -267,12 +271,8 @@ def main() -> int:
     every = {file: mutants(file) for file in files}
     listed = {key: reason for key, reason in equivalents().items() if key[0] in every}
     if gone := listed.keys() - {mutant.key for found in every.values() for mutant in found}:
-        print(
-            "listed as equivalent, but there is no such mutant:",
-            *map(" ".join, gone),
-            sep="\n  ",
-            file=sys.stderr,
-        )
+        print("listed as equivalent, but there is no such mutant:", file=sys.stderr)
+        print(*map(": ".join, sorted(gone)), sep="\n", file=sys.stderr)
         return 2
     chosen = [mutant for found in every.values() for mutant in found if mutant.key not in listed]
     if given.sample is not None and given.sample < len(chosen):
