@@ -244,6 +244,17 @@ def test_an_error_shows_the_entry_in_rcx(state, raw):
     assert tdx_entry.arch_entry(state, 0x12345000) == raw
 
 
+def test_these_errors_show_the_entry_and_others_nothing():
+    assert tdx_entry.REPORTS == {
+        Status.EPT_WALK_FAILED, Status.EPT_ENTRY_STATE_INCORRECT, Status.GPA_RANGE_ALREADY_BLOCKED,
+        Status.GPA_RANGE_NOT_BLOCKED, Status.EPT_INVALID_PROMOTE_CONDITIONS, Status.EPT_PAGE_NOT_FREE,
+    }  # fmt: skip
+
+
+def test_an_entry_without_an_address_shows_its_bits_alone():
+    assert tdx_entry.arch_entry(MAPPED) == 0x80000000000000F7
+
+
 def test_an_error_shows_the_accept_counter_of_a_large_pending_entry():
     assert tdx_entry.arch_entry(State.PENDING, 0x12200000, 5) == 0x80000000122050F0
 
