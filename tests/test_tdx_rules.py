@@ -245,7 +245,8 @@ def test_an_error_shows_the_entry_in_rcx(state, raw):
 
 
 def test_these_errors_show_the_entry_and_others_nothing():
-    assert tdx_entry.REPORTS == {
+    shown = tdx_entry.REPORTS
+    assert shown == {
         Status.EPT_WALK_FAILED, Status.EPT_ENTRY_STATE_INCORRECT, Status.GPA_RANGE_ALREADY_BLOCKED,
         Status.GPA_RANGE_NOT_BLOCKED, Status.EPT_INVALID_PROMOTE_CONDITIONS, Status.EPT_PAGE_NOT_FREE,
     }  # fmt: skip
