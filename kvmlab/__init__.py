@@ -36,6 +36,7 @@ _WHERE = {
     "DesignError": "design",
     "InputError": "errors",
     "NotApplicable": "errors",
+    "ReplayError": "trace",
     "Report": "report",
     "Session": "session",
     "Switches": "machine",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from .session import Session as Session
     from .show.sept import sept_board as sept_board
     from .show.widget import workbench as workbench
+    from .trace import ReplayError as ReplayError
     from .trace import Trace as Trace
 
 

@@ -104,6 +104,8 @@ def execute(nb: Notebook, folder: Path) -> None:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
+    for _, cell in nbrules.code(nb):  # what an earlier run has stored says nothing about this one
+        cell["outputs"] = []
     client = NotebookClient(
         nb,  # type: ignore[arg-type]
         timeout=CELL_TIMEOUT,

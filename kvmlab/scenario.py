@@ -318,7 +318,7 @@ def build(
     if scenario.deletes and not faults & {"memslot_invalid", "kvm_vcpu_gfn_to_memslot"}:
         raise NotApplicable(f"the fault path of {design.name} does not look at the memslot")
     if SMM in {slot.as_id for slot in scenario.memslots} and adds_ranges(rows):
-        raise NotApplicable("as merged, a VM with private memory has one address space")
+        raise NotApplicable("since v6.8 a VM with private memory has one address space")
     model = _bare(design, scenario, platform, backing, switches or Switches())
     if scenario.eras[0] == "private":
         model = replace(model, initial=model.layout.pack(_private_start(design, scenario, model)))

@@ -184,7 +184,7 @@ class Section:
     def needs_memslot(self, row: Row) -> bool:
         """Whether the row is skipped where no memslot overlaps, in scenarios in which one comes later.
 
-        As merged that is all that stands under mmu_lock; in the v8 era the window covers the request all the same.
+        Since v6.8 that is all that stands under mmu_lock; in the v8 era the window covers the request all the same.
         The ioctl of a guest_memfd works on its pages, whoever maps them.
         """
         if not (self.conf.adds and self.section == "ioctl"):

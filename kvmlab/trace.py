@@ -168,7 +168,7 @@ class Trace:
         """Number of times that the acting CPU changes."""
         return switches(self.schedule)
 
-    @property
+    @cached_property
     def code(self) -> str:
         """A short code that `kvmlab.replay` and `kvmlab replay` turn back into this run."""
         from .code import encode

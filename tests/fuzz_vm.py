@@ -124,7 +124,7 @@ class Run:
         )
 
     def pfn(self):
-        return self.count(self.rng.randrange(self.vm._next_pfn), over=1 << 27)
+        return self.count(self.rng.randrange(self.vm.next_pfn), over=1 << 27)
 
     def word(self, *words):
         return self.pick(words, NO_WORD)
@@ -291,7 +291,7 @@ def named(run, call, args):
 
 def looked_at(vm):
     """What of a Vm a call may change, part by part."""
-    end, tdx = vm._next_pfn, vm.tdx
+    end, tdx = vm.next_pfn, vm.tdx
     slots = [slot for space in vm._spaces for slot in space]
     files = {id(slot.gmem): slot.gmem for slot in slots if slot.gmem}
     seen = {

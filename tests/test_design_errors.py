@@ -95,7 +95,7 @@ BAD = {
     "if (attr == private)": ("no statement of its own", 1, None),
     "if (attr == private)\nfault:\n  mmu_seq_snapshot()": ("no statement of its own", 2, None),
     "if (attr == private) {\nrmpupdate()\nfault:\nmmu_seq_snapshot()\n}": ("inside a block", 3, None),
-    "if (attr == private) { }": ("no statement in it", 1, None),
+    "kvm_x86_update_mem_attr() { }": ("no statement in it", 1, None),
     "if (attr == privat)\n  rmpupdate()": ("unknown condition", 1, "attr == private"),
     "if (attr)\n  rmpupdate()": ("unknown condition", 1, "flush"),
     "if (platform == intel)\n  rmpupdate()": ("unknown condition", 1, "platform == snp"),

@@ -126,6 +126,20 @@ def test_an_else_follows_the_if_above_which_it_stands():
     assert [ioctl(text, to) for to in ("private", "shared")] == [[], ["adjust_direct_map"]]
 
 
+@pytest.mark.parametrize(
+    "text", ["if (attr == shared) { }", "if (attr == shared) {\n} else {\n // gone\n}", "if (flush) { }"]
+)
+def test_an_if_from_which_all_was_deleted_is_nothing(text):
+    assert ioctl(f"{text}\nadjust_direct_map()") == ["adjust_direct_map"]
+
+
+def test_an_else_behind_an_empty_if_stays_what_it_was():
+    text = "if (attr == private) { } else { rmpupdate() }"
+    assert [ioctl(f"{text}\nxa_store()", to) for to in ("private", "shared")] == [
+        ["kvm_vm_set_region_attr"], ["rmpupdate", "kvm_vm_set_region_attr"],
+    ]  # fmt: skip
+
+
 def test_comments_of_every_kind_are_nothing():
     text = "/* one\n * two\n */\nrmpupdate() // three\n# four\n/* five */ adjust_direct_map() /* six */"
     assert ioctl(text) == ["rmpupdate", "adjust_direct_map"]

@@ -284,6 +284,17 @@ def test_a_failing_cell_is_named_and_the_file_is_left_alone(
     assert live.read_text(encoding="utf-8") == before
 
 
+def test_a_failing_cell_is_named_though_later_ones_have_outputs_of_an_earlier_run(
+    live: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nbtool.main(["run", str(live)])
+    before = live.read_text(encoding="utf-8").replace("raises-exception", "raises")
+    live.write_text(before, encoding="utf-8")
+    assert nbtool.main(["run", str(live)]) == 1
+    assert "cell c01: LookupError: gfn 8" in capsys.readouterr().out
+    assert live.read_text(encoding="utf-8") == before
+
+
 @pytest.mark.parametrize("text", [None, "{", "[]"])
 def test_what_is_no_notebook_is_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None

@@ -748,8 +748,14 @@ def test_a_right_access_that_exits_after_the_conversion_has_returned_kills_the_g
 
 
 def test_an_old_access_of_the_right_kind_kills_nobody(discard):
-    at = {"era": 2, "acc[CPU0]": Access("private", "read", 0, 0)}
-    assert discard.run(mmu.kvm_mem_is_private, "CPU0", "private", at=at).broke == []
+    for era in (0, 2):  # before anything was asked for, and when the page has been shared meanwhile
+        at = {"era": era, "acc[CPU0]": Access("private", "read", 0, 0)}
+        assert discard.run(mmu.kvm_mem_is_private, "CPU0", "private", at=at).broke == []
+
+
+def test_a_mismatch_lets_go_of_the_memslot(deleted):
+    at = {"acc[CPU0]": Access("private", "read", 0, 1), "fault_slot[CPU0]": "valid"}
+    assert deleted.run(mmu.kvm_mem_is_private, "CPU0", "private", at=at).wrote == {"fault_slot[CPU0]": None}
 
 
 def test_a_wrong_access_that_exits_kills_nobody(tiny):
@@ -1061,6 +1067,9 @@ def test_a_fault_on_a_2m_page_of_which_something_is_assigned_assigns_4k(big):
     ran = big.run(sev.rmpupdate, "CPU0", 0, "private", "fault", at=OTHER | TLBS)
     assert ran == did(None, {"rmp[P0]": OURS, "tlb[CPU1, 0]": None})
     assert big.run(sev.rmpupdate, "CPU0", 1, "private", "fault", at=WHOLE) == did()  # it went with the head
+    other = big.run(sev.rmpupdate, "CPU0", 1, "private", "fault", at={"rmp[P0]": VALID})
+    assert other.wrote == {"rmp[P1]": OURS._replace(gpa=1)}
+    assert big.run(sev.rmpupdate, "CPU0", 1, "private", "fault", at=OTHER | {"rmp[P0]": VALID}).wrote == {}
 
 
 def test_the_ioctl_assigns_2m_if_the_request_has_all_of_it(accept, big):
@@ -1092,7 +1101,8 @@ def test_discarding_a_2m_entry_whole_frees_every_page_of_it():
 
 def test_a_repeated_2m_rmpupdate_keeps_validated_by_the_switch(accept):
     loses = Machine("huge-accept", identical_keeps_validated=False)
-    assert accept.run(sev.rmpupdate, "CPU0", 0, "private", "ioctl", at=WHOLE).wrote == {}
+    for gfn in (0, 1):
+        assert accept.run(sev.rmpupdate, "CPU0", gfn, "private", "ioctl", at=WHOLE).wrote == {}
     assert loses.run(sev.rmpupdate, "CPU0", 0, "private", "ioctl", at=WHOLE).wrote == NEW_BIG
 
 
@@ -1156,7 +1166,7 @@ def test_what_is_only_partly_shared_or_freed_is_split_first(big, accept):
     ):
         ran = machine.run(step, "CPU0", *args, at=WHOLE)
         assert ran == did(None, wrote, counts=["psmash"] if wrote else [])
-    for at in ({}, {"rmp[P0]": VALID}):
+    for at in ({}, {"rmp[P0]": VALID}, {"rmp[P1]": BIG._replace(gpa=1)}):
         assert (
             big.run(sev.psmash_if_2m, "CPU0", 0, at=at)
             == big.run(sev.psmash_if_partial, "CPU0", at=at)

@@ -7,6 +7,7 @@ from kvmlab.hw.tdx_entry import State
 from kvmlab.hw.tdx_locks import EXCLUSIVE, SHARED, EntryLock, Lock
 from kvmlab.hw.tdx_module import Module
 from kvmlab.hw.tdx_pamt import PageType
+from kvmlab.hw.tdx_parts import Entry, Result, Td, Vcpu
 
 TDR, TDVPR, HPA, LARGE, GPA = 0x1000, 0x2000, 0x10000, 0x40000000, 0x40000000
 SUCCESS, NOT_DONE, NOT_BLOCKED = 0, 0xC0000B0800000001, 0xC0000B0600000001
@@ -193,6 +194,42 @@ def test_no_vcpu_enters_before_finalize():
     assert world.vp_enter(world.vcpu).rax == 0xC000060800000000
 
 
+def test_what_only_a_vcpu_that_is_inside_does_is_refused_outside(private):
+    private_access = private.module.access
+    with pytest.raises(ValueError, match="only a vCPU that is inside"):
+        private_access(private.td, private.vcpu, GPA)
+    with pytest.raises(ValueError, match=r"vp_enter\(\) first"):
+        private.module.tdg_mem_page_accept(private.td, private.vcpu, GPA)
+    private.vp_enter(private.vcpu)
+    with pytest.raises(ValueError, match="only private GPAs"):
+        private_access(private.td, private.vcpu, GPA | 1 << 47)
+    with pytest.raises(ValueError, match="inside already"):
+        private.vp_enter(private.vcpu)
+
+
+@pytest.mark.parametrize(("gpa", "level"), [(GPA + 1, 0), (GPA | 1 << 47, 0), (GPA, 2), (GPA + 0x1000, 1)])
+def test_accept_of_what_is_no_page_is_an_invalid_operand(world, gpa, level):
+    assert world.inside("tdg_mem_page_accept", gpa, Level(level)).rax == 0xC000010000000001
+    assert world.vcpu.inside
+
+
+def test_a_translation_is_of_one_4k_page_of_a_large_one():
+    world = large()
+    world.inside("access", GPA + 0x5123)
+    assert world.vcpu.tlb == {(GPA + 0x5000) // 4096: LARGE + 0x5000}
+
+
+@pytest.mark.parametrize(("write", "qualification"), [(True, 2), (False, 1)])
+def test_an_exit_says_whether_it_was_a_write_and_names_the_page(world, write, qualification):
+    result = world.inside("access", GPA + 0x234, write=write)
+    assert result == (48, qualification, 0, GPA, Guest.EXIT)
+
+
+def test_a_page_that_was_augmented_before_is_not_in_the_way_of_another(world):
+    assert world.aug(GPA, HPA).ok and world.aug(GPA + 0x1000, HPA + 0x1000).ok
+    assert world.td.children == 1 + 3 + 2
+
+
 # To shared: the right order.
 
 
@@ -257,7 +294,7 @@ def test_wbinvd_before_remove_finds_the_page_in_use(private):
 
 def test_block_twice_is_a_warning(private):
     private.block(GPA)
-    assert private.block(GPA).rax == 0x00000B0700000001
+    assert private.block(GPA)[:3] == (0x00000B0700000001, 0x80000000000100F0, 1 << 8)
 
 
 def test_unblock_too_early_names_the_tree(private):
@@ -649,6 +686,172 @@ def test_teardown_takes_flush_write_back_and_reclaims_the_tdr_last(private):
     pages = [hpa for (_, hpa), entry in module.pamt.items() if entry.type not in (PageType.NDA, PageType.TDR)]
     assert all(module.tdh_phymem_page_reclaim(hpa).ok for hpa in pages)
     assert module.tdh_phymem_page_reclaim(TDR).ok
+
+
+def torn_down(world):
+    """Bring a world's TD to teardown: flushed, written back, its HKID free."""
+    module, td = world.module, world.td
+    for vcpu in world.vcpus:
+        if vcpu.associated:
+            assert module.tdh_vp_flush(td, vcpu).ok
+    assert module.tdh_mng_vpflushdone(td).ok and module.tdh_phymem_cache_wb().ok
+    assert module.tdh_mng_key_freeid(td).ok
+    return module
+
+
+def test_a_large_page_is_reclaimed_whole_and_by_its_first_address():
+    module = torn_down(world := large())
+    before = world.td.children
+    assert module.tdh_phymem_page_reclaim(LARGE + 0x1000) == (
+        0xC000010000000001, PageType.REG, TDR, Level.PD, None
+    )  # fmt: skip
+    assert module.tdh_phymem_page_reclaim(LARGE)[:4] == (0, PageType.REG, TDR, Level.PD)
+    assert world.td.children == before - 512
+    assert module.pamt_of(LARGE, Level.PD) == (PageType.NDA, TDR // 4096, 0)
+
+
+@pytest.mark.parametrize("leaf", ["tdh_phymem_page_reclaim", "tdh_phymem_page_rdmd"])
+def test_a_page_that_cannot_be_looked_up_is_refused_with_rcx(private, leaf):
+    call = getattr(private.module, leaf)
+    assert call(HPA + 1) == (0xC000010000000001, 0, 0, 0, None)
+    assert call(private.module.size) == (0xC000010100000001, 0, 0, 0, None)
+    private.module.hold(Lock.PAMT, (Level.PD, 0))
+    assert call(HPA) == (busy(Operand.RCX), 0, 0, 0, None)
+    private.module.release(Lock.PAMT, (Level.PD, 0))
+    private.module.hold(Lock.PAMT, (Level.PT, HPA))
+    assert call(HPA).rax == busy(Operand.RCX)
+
+
+def test_rdmd_shares_a_pamt_entry_and_reclaim_does_not(private):
+    private.module.hold(Lock.PAMT, (Level.PT, HPA), SHARED)
+    assert private.module.tdh_phymem_page_rdmd(HPA).ok
+    assert private.module.tdh_phymem_page_reclaim(HPA).rax == busy(Operand.RCX)
+
+
+def test_what_is_nobodys_cannot_be_reclaimed_and_reads_as_nobodys(private):
+    free = HPA + 0x1000
+    assert private.module.tdh_phymem_page_reclaim(free) == (METADATA | Operand.RCX, 0, 0, 0, None)
+    assert private.module.tdh_phymem_page_rdmd(free) == (0, PageType.NDA, 0, Level.PT, None)
+
+
+def test_a_page_within_a_large_one_reads_as_the_large_one():
+    found = large().module.tdh_phymem_page_rdmd(LARGE + 0x5000)
+    assert found == (0, PageType.REG, TDR, Level.PD, None)
+
+
+def test_a_busy_tdr_makes_reclaim_of_its_pages_busy(private):
+    module = torn_down(private)
+    module.hold(Lock.TDR, TDR)
+    assert module.tdh_phymem_page_reclaim(HPA)[:4] == (busy(Operand.TDR), PageType.REG, TDR, Level.PT)
+    assert module.tdh_phymem_page_reclaim(TDR).rax == busy(Operand.RCX)
+    module.release(Lock.TDR, TDR)
+    before = private.td.children
+    assert module.tdh_phymem_page_reclaim(HPA).ok and private.td.children == before - 1
+
+
+def test_a_tdr_of_a_living_td_cannot_be_reclaimed(private):
+    assert private.module.tdh_phymem_page_reclaim(TDR)[:4] == (0xC000060700000000, PageType.TDR, 0, Level.PT)
+
+
+def test_write_back_has_something_to_do_only_for_a_td_that_is_flushed(private):
+    assert private.module.tdh_phymem_cache_wb().rax == Status.NO_HKID_READY_TO_WBCACHE
+    private.module.tdh_vp_flush(private.td, private.vcpu)
+    private.module.tdh_mng_vpflushdone(private.td)
+    assert not private.td.cache_written_back
+    assert private.module.tdh_phymem_cache_wb().ok and private.td.cache_written_back
+
+
+def test_a_vcpu_is_flushed_once_and_while_its_td_has_its_key(private):
+    flush = private.module.tdh_vp_flush
+    private.touch()
+    assert flush(private.td, private.vcpu).ok and not private.vcpu.tlb and not private.vcpu.associated
+    assert flush(private.td, private.vcpu).rax == Status.VCPU_NOT_ASSOCIATED
+    private.module.hold(Lock.TDR, TDR)
+    assert flush(private.td, private.vcpu).rax == busy(Operand.TDR)
+    private.module.release(Lock.TDR, TDR)
+    private.out()
+    private.module.tdh_mng_vpflushdone(private.td)
+    assert flush(private.td, private.vcpu).rax == Status.TD_KEYS_NOT_CONFIGURED
+
+
+@pytest.mark.parametrize("leaf", ["tdh_mng_vpflushdone", "tdh_mng_key_freeid", "tdh_mr_finalize"])
+def test_lifecycle_leaves_are_busy_while_the_tdr_is_held(world, leaf):
+    world.module.hold(Lock.TDR, TDR, SHARED)
+    assert getattr(world.module, leaf)(world.td).rax == busy(Operand.RCX)
+
+
+def test_a_td_without_vcpus_is_not_finalized():
+    module = Module()
+    td = module.create_td(TDR, hkid=33)
+    assert module.tdh_mr_finalize(td).rax == Status.NO_VCPUS
+    module.create_vcpu(td, TDVPR)
+    assert module.tdh_mr_finalize(td).ok
+    assert module.tdh_mr_finalize(td).rax == Status.OP_STATE_INCORRECT
+
+
+@pytest.mark.parametrize("hpa", [TDR, 0x1001, 1 << 40])
+def test_a_page_that_is_taken_or_none_is_no_root_and_no_vcpu(world, hpa):
+    with pytest.raises(ValueError, match="is not free; any page of 4K below 0x10000000000"):
+        world.module.create_td(hpa, hkid=34)
+    with pytest.raises(ValueError, match="is not free"):
+        world.module.create_vcpu(world.td, hpa)
+
+
+def test_a_tds_pages_are_the_pamts(world):
+    assert world.module.pamt_of(TDR) == (PageType.TDR, 0, 0)
+    assert world.module.pamt_of(TDVPR) == (PageType.TDVPR, TDR // 4096, 0)
+    assert world.td.children == 1 + 3  # a vCPU and three tables
+    assert world.module.size == 1 << 40 and not world.module.interrupt_pending
+
+
+@pytest.mark.parametrize(
+    ("result", "ok"),
+    [
+        (Result(), True),
+        (Result(exit=Guest.DATA), True),
+        (Result(48), True),  # an exit reason is no error
+        (Result(48, exit=Guest.EXIT), False),
+        (Result(exit=Guest.VE), False),
+        (Result(exit=Guest.INTERRUPTED), False),
+        (Result(0x00000B0700000001), False),  # a warning
+        (Result(busy(Operand.RCX)), False),
+    ],
+)
+def test_only_a_success_that_did_the_guests_work_is_ok(result, ok):
+    assert result.ok is ok
+
+
+@pytest.mark.parametrize(
+    ("result", "text"),
+    [
+        (Result(), "TDX_SUCCESS"),
+        (Result(0xC0000B0600000001, 0xF7, 0x400), "TDX_GPA_RANGE_NOT_BLOCKED | RCX (RCX 0xf7, RDX 0x400)"),
+        (Result(rdx=1), "TDX_SUCCESS (RCX 0x0, RDX 0x1)"),
+        (Result(exit=Guest.VE), "#VE"),
+    ],
+)
+def test_a_result_is_printed_with_its_registers(result, text):
+    assert str(result) == text
+
+
+def test_a_gpa_has_an_entry_if_it_is_private_aligned_and_within_the_tds_width():
+    narrow, wide = Td(TDR, 33), Td(TDR, 33, top=Level.PML5)
+    assert narrow.has_entry((1 << 47) - 4096, Level.PT) and not narrow.has_entry(1 << 47, Level.PT)
+    assert wide.has_entry(1 << 47, Level.PT) and wide.has_entry((1 << 51) - 4096, Level.PT)
+    assert not wide.has_entry(1 << 51, Level.PT) and not wide.has_entry(1 << 52, Level.PT)
+    assert not narrow.has_entry(1 << 48, Level.PT)
+    assert narrow.has_entry(0, Level.PML4) and not narrow.has_entry(0, Level.PML5)
+    assert wide.has_entry(0, Level.PML5) and not wide.has_entry(0x1000, Level.PD)
+
+
+def test_a_td_begins_before_finalize_with_its_key():
+    td = Td(TDR, 33)
+    assert (td.lifecycle, td.op_state, td.fatal) == ("KEYS_CONFIGURED", "INITIALIZED", False)
+    assert td.ve_disable and td.top == Level.PML4 and not td.cache_written_back
+    assert td.children == 0 and td.epochs == (1, (0, 0))
+    vcpu = Vcpu(TDVPR)
+    assert (vcpu.epoch, vcpu.associated, vcpu.inside, vcpu.tlb) == (0, False, False, {})
+    assert Entry() == Entry(State.FREE, 0, 0, EntryLock())
 
 
 def test_teardown_has_one_order(private):

@@ -42,7 +42,7 @@ def play(seed, design, **more):
 
 
 def state(vm):
-    n = vm._next_pfn
+    n = vm.next_pfn
     return (
         vm.rmp.state[:n].tolist(), vm.rmp.gfn[:n].tolist(), vm.attributes.get(0, PAGES).tolist(),
         vm.mmu.leaves(0, PAGES).tolist(), vm.directmap.split.tolist(), vm.directmap.absent[:n].tolist(),

@@ -39,7 +39,7 @@ def play(seed, platform, design, **more):
 
 
 def state(vm):
-    n = vm._next_pfn
+    n = vm.next_pfn
     return (
         vm.rmp.state[:n].tolist(), vm.rmp.gfn[:n].tolist(), vm.attributes.get(0, PAGES).tolist(),
         vm.mmu.leaves(0, PAGES).tolist(), vm.directmap.split.tolist(), vm.directmap.absent[:n].tolist(),
@@ -79,7 +79,7 @@ def test_whatever_happens_the_machine_stays_consistent(platform, design, more, s
     for head in range(0, PAGES - 511, 512):
         block = leaves[head : head + 512]
         assert not (block & 1).any() or ((block & 1).all() and len(set(block.tolist())) == 512)
-    for head in range(512, vm._next_pfn, 512):
+    for head in range(512, vm.next_pfn, 512):
         big = vm.rmp.big(head, 512)
         assert big.all() or not big.any()
         if vm.rmp.region_assigned(head) and not vm.rmp.assigned(head, 512).all():

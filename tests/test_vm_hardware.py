@@ -160,6 +160,11 @@ def test_npf_error_code_bits_are_where_kvm_has_them():
     assert code == Npf.PRESENT | Npf.USER | Npf.GUEST_FINAL | Npf.ENC | Npf.RMP | Npf.SIZEM | Npf.VMPL
 
 
+def test_an_ordinary_fault_has_neither_sizem_nor_vmpl():
+    code = snp_pages.npf_code(present=False, write=True, enc=True, rmp=False)
+    assert code == Npf.WRITE | Npf.USER | Npf.GUEST_FINAL | Npf.ENC
+
+
 def test_a_write_where_the_directmap_is_absent_is_an_oops():
     vm = Vm("snp", 4, "v8-post-hook")
     vm.set_memory_attributes(0, P, True)

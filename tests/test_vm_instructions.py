@@ -257,6 +257,12 @@ def test_4k_rmpadjust_inside_a_2m_entry_is_run_again_after_the_hosts_psmash():
     vm.guest(0, vmpl=1).read(3 * P, 1)
 
 
+def test_rmpadjust_of_vmpl0_makes_no_vmsa_unless_asked():
+    assert snp_pages.rmpadjust(VALID, snp_pages.AFTER_RMPUPDATE, own=0, target=1, mask=1)[1] == VALID
+    was = VALID._replace(vmsa=True)
+    assert snp_pages.rmpadjust(was, snp_pages.AFTER_RMPUPDATE, own=0, target=1, mask=1)[1] == VALID
+
+
 @pytest.mark.parametrize(("own", "vmsa"), [(0, True), (1, False)])
 def test_rmpadjust_makes_a_vmsa_for_vmpl0_and_ignores_others(own, vmsa):
     held = (snp_pages.ALL,) * 4

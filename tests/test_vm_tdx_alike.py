@@ -45,7 +45,7 @@ def play(seed, design="upstream", **more):
 
 
 def state(vm):
-    n, module = vm._next_pfn, vm.tdx.module
+    n, module = vm.next_pfn, vm.tdx.module
     return (
         module.states(0, PAGES).tolist(), module.hpa[:PAGES].tolist(), vm.tdx.mirror_of(0, PAGES).tolist(),
         module.pamt[:n].tolist(), module.bepoch[:n].tolist(), module.epochs, sorted(module.table_at.items()),
@@ -105,7 +105,7 @@ def test_whatever_happens_the_mirror_is_the_secure_ept_and_the_pamt_knows_its_pa
     there = module.states(0, PAGES) != 0
     assert (there == (mirror != 0)).all() and (module.hpa[:PAGES][there] + 1 == mirror[there]).all()
     owned = {int(pfn) for pfn in module.hpa[:PAGES][there]}
-    assert {pfn for pfn in range(vm._next_pfn) if module.pamt[pfn] == 3} == owned
+    assert {pfn for pfn in range(vm.next_pfn) if module.pamt[pfn] == 3} == owned
     assert not vm.threads and vm.mmu.in_progress == 0
 
 

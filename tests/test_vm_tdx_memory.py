@@ -3,6 +3,7 @@
 import pytest
 
 from kvmlab import Design
+from kvmlab.design import Design
 from kvmlab.emulator import KernelBug, MachineCheck, PlatformError, TdxError, Vm, VmDead, VmError, VmSwitches
 from kvmlab.hw.tdx import Status
 from kvmlab.hw.tdx_lines import HOST_MC, MACHINE_LOST, MAY_PANIC, TD_LOST, Line
@@ -285,7 +286,7 @@ def test_the_page_is_zeroed_before_it_is_unmapped_or_that_oopses():
 
 
 def test_a_design_that_unmaps_and_clears_after_remove_oopses_there():
-    vm, _, pfn = td()
+    vm, _, pfn = td(design=Design.parse("base: upstream\nlinux: v6.16\n"))
     vm.directmap.absent[pfn] = 1
     with pytest.raises(KernelBug, match="tdx_clear_page"):
         vm.set_memory_attributes(0, P, False)

@@ -33,8 +33,18 @@ def test_upstream_saves_the_rmpupdates_of_pages_that_only_visit_the_shared_side(
     assert v8 - upstream == 2048 + 2 * 32
 
 
-def test_deferring_to_the_fault_saves_nothing_when_every_page_is_used():
-    assert load("defer-to-fault").total["rmpupdate"] == load("v8-post-hook").total["rmpupdate"]
+@pytest.mark.parametrize("phase", ["accept 2M", "accept 4K"])
+def test_deferring_to_the_fault_saves_nothing_of_what_the_guest_accepts(phase):
+    deferred, early = (load(design).phases[phase]["rmpupdate"] for design in ("defer-to-fault", "v8-post-hook"))
+    assert deferred == early
+
+
+def test_with_two_backings_deferring_both_ways_saves_what_upstream_saves():
+    assert load("defer-to-fault").total["rmpupdate"] == load("upstream").total["rmpupdate"]
+
+
+def test_a_shared_fault_that_takes_the_private_page_back_saves_nothing():
+    assert load("defer-to-fault-takes-back").total["rmpupdate"] == load("v8-post-hook").total["rmpupdate"]
 
 
 def test_deferring_saves_the_pages_that_are_never_used():

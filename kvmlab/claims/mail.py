@@ -275,7 +275,7 @@ def _c15(b: Bench) -> Said:
         "with two backings it can, in both directions, if the fault makes the RMP fit the page that it is about to "
         "map. If it looks at the private page in any case, a stale shared fault has taken that back before the stale "
         f"test says so, and an RMPUPDATE cannot be undone ({listed(taken)}). A discard must take the page out of the "
-        f"file before it makes it shared ({listed(late) if late else 'clean'}; v8 does it after: {listed(discard)}). "
+        f"file before it makes it shared ({listed(late) if late else 'clean'}; v8's is late: {listed(discard)}). "
         "Where one page serves both kinds the attribute must be read again under a lock that the ioctl holds "
         f"({listed(one_page) if one_page else 'clean'}), and even so the host may be the first to use a page that "
         f"went shared ({listed(host)})"

@@ -102,7 +102,8 @@ CALLS = (
     ),
     KnownCall(
         "memslot_invalid", FAULT,
-        "the memslot is being deleted: retry; (leave): and leave tdx's local loop, since v6.18",
+        "the memslot is being deleted: retry; (leave): and leave the loop in which tdx repeats a private fault, "
+        "since v6.18; elsewhere there is no such loop, and the word changes nothing",
     ),
     KnownCall("kvm_gmem_is_private", FAULT, "the same comparison again, under invalidate_lock"),
     KnownCall("is_page_fault_stale", FAULT, "a fault that raced with an invalidation retries"),

@@ -44,7 +44,7 @@ class Row:
 
 
 def adds_ranges(rows: Iterable[Row]) -> bool:
-    """Whether the window is widened range by range, as merged (kvm_mmu_invalidate_range_add()).
+    """Whether the window is widened range by range, as since v6.8 (kvm_mmu_invalidate_range_add()).
 
     Else, as in RFC v8 02/56, it covers the whole request from kvm_mmu_invalidate_begin() on.
     """

@@ -208,17 +208,21 @@ def _if(tree: Tree[Token], source: Source, depth: int) -> If:
         other = at(_token(tree, 3), source)
         if test.var == "flush":
             raise source.error("'if (flush)' has no else: flush only says whether to flush", other)
-        orelse, else_note = _block(_tree(tree, 4), source, depth, other), source.note(other)
-    then = _block(_tree(tree, 2), source, depth, place)
+        orelse, else_note = _block(_tree(tree, 4), source, depth, other, branch=True), source.note(other)
+    then = _block(_tree(tree, 2), source, depth, place, branch=True)
+    if orelse and not then:
+        return If(test.inverse(), orelse, (), place, source.note(place), else_note)
     return If(test, then, orelse, place, source.note(place), else_note)
 
 
-def _block(tree: Tree[Token], source: Source, depth: int, head: Place) -> tuple[Node, ...]:
-    """The statements below the if, else or call at `head`."""
+def _block(
+    tree: Tree[Token], source: Source, depth: int, head: Place, *, branch: bool = False
+) -> tuple[Node, ...]:
+    """The statements below the if, else (a `branch`, which `{ }` leaves empty) or call at `head`."""
     if depth >= DEEPEST:
         raise source.error(f"nested deeper than {DEEPEST}", head)
     nodes = settle(statements(tree, source, depth + 1), source)
-    if not nodes:
+    if not nodes and not branch:
         raise source.error("a block with no statement in it", head, STATEMENTS)
     return nodes
 
@@ -254,7 +258,11 @@ def _call(tree: Tree[Token], source: Source) -> Call:
 
 
 def settle(nodes: list[Node], source: Source) -> tuple[Node, ...]:
-    """Decide of each `name():` without a body: a title if a call of its own follows, else the call."""
+    """Decide of each `name():` without a body: a title if a call of its own follows, else the call.
+
+    An if with nothing in it is nothing.
+    """
+    nodes = [node for node in nodes if not isinstance(node, If) or node.then]
     out: list[Node] = []
     for i, node in enumerate(nodes):
         following = first_call(nodes[i + 1]) if i + 1 < len(nodes) else None

@@ -174,7 +174,7 @@ def calls_in(nodes: tuple[Node, ...]) -> Iterator[Call]:
 def first_call(node: Node) -> Call | None:
     """The call with which a statement begins."""
     if isinstance(node, If):
-        return first_call(node.then[0])
+        return first_call(node.then[0]) if node.then else None
     if isinstance(node, (Body, Title)):
         return node.head
     return node if isinstance(node, Call) else None

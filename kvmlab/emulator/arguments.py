@@ -63,6 +63,14 @@ def takes(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
+def settable(owner: object, name: str, value: Any, check: Check) -> Any:
+    """The value for an attribute that a script may set."""
+    try:
+        return check(owner, value)
+    except Refused as allowed:
+        raise InputError(f"{type(owner).__name__}.{name} = {shown(value)}: {allowed}") from None
+
+
 def _order(parameters: Any) -> str:
     return ", ".join(p.name for p in parameters.values() if p.name != "self" and p.kind != Parameter.KEYWORD_ONLY)
 
@@ -164,7 +172,7 @@ def _function(_: Any, value: Any) -> Any:
 
 
 def _pfn(owner: Any, value: Any) -> int:
-    last = len(getattr(owner, "vm", owner).directmap.absent) - 1
+    last = getattr(owner, "vm", owner).next_pfn - 1
     return int(whole(0, last, f"the host has PFNs 0 to {last:#x}")(owner, value))
 
 

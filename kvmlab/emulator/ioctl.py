@@ -1,7 +1,7 @@
 """KVM_SET_MEMORY_ATTRIBUTES: input checks, then the rows of the design's `ioctl:` section on a whole range.
 
 A store that no xa_reserve() came before may stop early; then the rest is handed back.  What else the text of a design
-does not say follows from its form.  With `range_add` it is the merged walk: mmu_lock is taken only if a memslot
+does not say follows from its form.  With `range_add` it is the walk of v6.8: mmu_lock is taken only if a memslot
 overlaps.  Without, it is the v8 era: the window covers the request, and a platform op that fails only logs.  With
 invalidate_lock it is the ioctl of a guest_memfd.
 """

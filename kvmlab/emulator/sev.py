@@ -74,7 +74,7 @@ class Sev:
         self.vm, self.rmp, self.directmap, self.log = vm, vm.rmp, vm.directmap, vm.log
 
     def adjust_direct_map(self, thread: Thread, pfn: int, n: int) -> None:
-        """Split the directmap under these pages to 4K, as merged; may sleep."""
+        """Split the directmap under these pages to 4K, as v6.11 does; may sleep."""
         thread.might_sleep("set_memory_4k() takes a mutex")
         self._split(pfn, n)
 

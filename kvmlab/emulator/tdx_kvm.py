@@ -212,7 +212,7 @@ class TdxKvm:
             raise VmDead(errno.EIO, f"the VM is dead: {self.dead}")
 
     def bug(self, call: str, rax: int) -> NoReturn:
-        """KVM_BUG_ON: the VM is dead, and what the call was about leaks."""
+        """KVM_BUG_ON: the VM is dead.  A page that could not be removed stays the TD's (one not added goes back)."""
         self.dead = f"KVM_BUG_ON: {call} = {tdx.name(rax)}"
         self.everybody_out()
         raise PlatformError(self.dead, rax)

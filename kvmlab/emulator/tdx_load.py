@@ -1,4 +1,4 @@
-"""Zapping private leaves one by one, as merged, or in batches, as the module would allow: counts side by side."""
+"""Zapping private leaves one by one, as v6.19 does, or in batches, as the module would allow: counts side by side."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Zapping private leaves: the mirror SPTE goes, then the rows of the section `zap:`, leaf by leaf or in batches.
 
-As merged every leaf has its own BLOCK, TRACK, kick and REMOVE.  With `Vm(zap_batch=N)` a row is run for up to N
+Since v6.16 every leaf has its own BLOCK, TRACK, kick and REMOVE.  With `Vm(zap_batch=N)` a row is run for up to N
 leaves before the next row is, TRACK and the kick once for all of them: the module asks for no more (one TRACK and
 one kick serve every BLOCK before them).  Once a batch has left the vCPUs as it found them, those behind it that are
 alike are done as one, counted as often.

@@ -31,6 +31,7 @@ from .arguments import (
     instance,
     one_of,
     optional,
+    settable,
     takes,
     whole,
 )
@@ -54,6 +55,12 @@ from .tdx_zap import Zap
 from .vmm import DISCARDS, POLICIES, Policy, Vmm
 
 MEMORY = instance(UserMemory, "the `user` of another memslot")
+HOOKS = {
+    **dict.fromkeys(("on_row", "on_point", "pending"), optional(FUNCTION)),
+    "mmio": optional(whole(0, (1 << 64) - 1, "what a read gives, up to 64 bits")),
+    "hypercall_exits": FLAG,
+    "supported_attributes": one_of(0, PRIVATE),
+}
 GUEST_KEY = 0x5EED  # of the stand-in cipher; 0 is "in clear"
 
 
@@ -107,7 +114,7 @@ class Vm:
             raise InputError(f"zap_batch={zap_batch} is for tdx: {platform} has no TRACK to save")
         self.zap_batch = zap_batch
         self.tdx: TdxKvm | None = None
-        self._next_pfn, self.page_table = 512, PageTable(private)
+        self.next_pfn, self.page_table = 512, PageTable(private)
         self.log, self.memory = Log(keep_events), CachedMemory() if caches else PhysicalMemory()
         self.rmp = Rmp(self.switches.identical_keeps_validated, self.switches.head_4k_over_2m)
         self.directmap = DirectMap()
@@ -121,6 +128,10 @@ class Vm:
         self._rows: dict[tuple[str, bool], tuple[Row, ...]] = {}
         self.new_pfns(0)  # room for the first 2M, which are the kernel's
         self._populate(pages, slots, private)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """InputError for a hook that cannot be called, or a setting that does not exist."""
+        super().__setattr__(name, settable(self, name, value, HOOKS[name]) if name in HOOKS else value)
 
     def _populate(self, pages: int, slots: Sequence[tuple[int, int]] | None, private: bool) -> None:
         if bool(pages) == (slots is not None):
@@ -252,7 +263,7 @@ class Vm:
         known = ["xa_store", "xa_reserve", "gmem_alloc", *["rmpupdate"] * self.has_rmp, *(BUSY if self.tdx else ())]
         if what not in known:
             raise InputError(f"cannot inject {shown(what)} on {self.platform}; there are: {', '.join(known)}")
-        if what == "rmpupdate" and (at >= len(self.directmap.absent) or code == Rmpupdate.OK):
+        if what == "rmpupdate" and (at >= self.next_pfn or code == Rmpupdate.OK):
             raise InputError(f"cannot inject {code.name} at PFN {at:#x}: a failure, and a PFN that the host has")
         if what == "rmpupdate":
             self.rmp.failures[at] = code
@@ -299,7 +310,7 @@ class Vm:
 
     @cached_property
     def merged(self) -> bool:
-        """Whether the ioctl is the merged walk over memslots (it says range_add), or of the v8 era."""
+        """Whether the ioctl is the walk of v6.8 over memslots (it says range_add), or of the v8 era."""
         return adds_ranges(self.rows("ioctl", True) + self.rows("ioctl", False))
 
     @cached_property
@@ -343,14 +354,14 @@ class Vm:
 
     def new_pfns(self, n: int) -> int:
         """The first of `n` new consecutive PFNs, 2M aligned; what is left of the last 2M is the kernel's."""
-        base = self._next_pfn
+        base = self.next_pfn
         if base + n > HOST_PAGES:
             raise VmErrno(errno.ENOMEM, f"{n:#x} pages more: the emulated host has 512 GiB")
-        self._next_pfn += n + -n % 512
-        self.rmp.grow(self._next_pfn)
-        self.directmap.grow(self._next_pfn)
+        self.next_pfn += n + -n % 512
+        self.rmp.grow(self.next_pfn)
+        self.directmap.grow(self.next_pfn)
         if self.tdx:
-            self.tdx.grow(self._next_pfn)
+            self.tdx.grow(self.next_pfn)
         return base
 
     def zap(self, thread: Thread, lo: int, hi: int, *, shared: bool, private: bool) -> bool:

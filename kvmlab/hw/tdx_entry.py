@@ -1,6 +1,7 @@
 """One entry of the secure EPT as bits: its states, and what the module shows of it in registers.
 
-Source: TDX module 1.5.01, sept_state_lookup.c, x86_defs.h, sept_manager.[ch].
+Source: TDX module 1.5.01, sept_state_lookup.c, x86_defs.h, sept_manager.[ch].  Left out: the nine states that only
+live migration knows.
 """
 
 from __future__ import annotations
@@ -40,19 +41,6 @@ class State(StrEnum):
         """Whether bit 7 says that the entry maps a page."""
         return bool(self.encoding >> 6)
 
-
-# (name, encoding, public number) of the states that only live migration knows; no table here takes them.
-MIGRATION_STATES = (
-    ("REMOVED", 0x0C, 5),
-    ("BLOCKEDW", 0x64, 8),
-    ("EXPORTED_BLOCKEDW", 0x66, 9),
-    ("EXPORTED_DIRTY", 0x63, 11),
-    ("EXPORTED_DIRTY_BLOCKEDW", 0x67, 12),
-    ("PENDING_BLOCKEDW", 0x74, 16),
-    ("PENDING_EXPORTED_BLOCKEDW", 0x76, 17),
-    ("PENDING_EXPORTED_DIRTY", 0x73, 19),
-    ("PENDING_EXPORTED_DIRTY_BLOCKEDW", 0x77, 20),
-)
 
 # Which errors put the entry and its level in RCX and RDX; after the others both are 0.
 REPORTS = frozenset(

@@ -40,7 +40,7 @@ def kvm_map_directmap(s: View, me: str, gfn: int) -> None:
 
 
 def adjust_direct_map(s: View, me: str, gfn: int) -> None:
-    """Split to 4K what is about to be a 4K RMP entry (adjust_direct_map(), as merged); may sleep."""
+    """Split to 4K what is about to be a 4K RMP entry (adjust_direct_map(), v6.11); may sleep."""
     might_sleep(s, me, "set_memory_4k() takes a mutex")
     if not (s.conf.folio_2m and _goes_whole(s)):
         _split(s)
