@@ -3,7 +3,6 @@
 import pytest
 
 from kvmlab import Design
-from kvmlab.design import Design
 from kvmlab.emulator import KernelBug, MachineCheck, PlatformError, TdxError, Vm, VmDead, VmError, VmSwitches
 from kvmlab.hw.tdx import Status
 from kvmlab.hw.tdx_lines import HOST_MC, MACHINE_LOST, MAY_PANIC, TD_LOST, Line
