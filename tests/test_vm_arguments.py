@@ -159,6 +159,17 @@ def test_without_its_flag_a_guest_memfd_is_not_looked_at():
     assert vm.slots.find(0).gmem is None
 
 
+def test_user_memory_is_that_of_this_vm_and_large_enough():
+    vm = snp()
+    calls = (
+        lambda: vm.set_user_memory_region2(1, M2, P, user=next(iter(snp().slots)).user),
+        lambda: vm.set_user_memory_region2(1, M2, 9 * P, user=next(iter(vm.slots)).user),
+    )
+    for call, why in zip(calls, ("another Vm's", "it has 8"), strict=True):
+        with pytest.raises(InputError, match=why):
+            call()
+
+
 def test_a_closed_file_is_a_bad_descriptor():
     vm = Vm("snp", slots=[])
     file = vm.create_guest_memfd(P, FLAG_MMAP | FLAG_INIT_SHARED)
