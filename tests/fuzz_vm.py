@@ -109,7 +109,7 @@ class Run:
         )
 
     def size(self):
-        return self.pick((P, P, 2 * P, 4 * P, M2, 600 * P), NO_NUMBER, (0, -P, 1, 4095, T4 + P, *FAR))
+        return self.pick((P, P, 0, 2 * P, 4 * P, M2, 600 * P), NO_NUMBER, (-P, 1, 4095, T4 + P, *FAR))
 
     def count(self, *good, over):
         return self.pick(good, NO_NUMBER, (-1, over, *FAR))
