@@ -39,7 +39,7 @@ from kvmlab.emulator.place import STATES
 from kvmlab.errors import shown
 from kvmlab.hw.snp import Rmpupdate
 
-P, M2, T4, NEAR = 4096, 1 << 21, 1 << 42, 1 << 20  # gfns beyond the last are not looked at
+P, M2, T4, NEAR = 4096, 1 << 21, 1 << 42, 1 << 13  # gfns beyond the last are not looked at
 REFUSALS = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.EEXIST, errno.EFAULT, errno.ENODEV)
 # After these somebody is left in the kernel, with what he holds.
 OVER = (KernelBug, PlatformError, Deadlock, RmpFault, MachineCheck, GuestSpins, VmDead)
@@ -312,7 +312,7 @@ def looked_at(vm):
         "RMP": vm.rmp.state[:end].copy(),
         "gfns of the RMP": vm.rmp.gfn[:end].copy(),
         "NPT": vm.mmu.npt[:NEAR].copy(),
-        "C-bits": vm.page_table._bits[:NEAR].copy(),
+        "C-bits": vm.page_table._others[:NEAR].copy(),
         "direct map": np.concatenate([vm.directmap.absent[:end], vm.directmap.split]),
         "files": [(at, f.closed, f.present.tobytes(), sorted(f.pinned)) for at, f in files.items()],
         "slots": [(s.as_id, s.id, s.base, s.npages, id(s.gmem), s.offset) for s in slots],
