@@ -280,10 +280,10 @@ def named(run, call, args):
     numbers = [int(a) for a in args if isinstance(a, int | np.integer) and not isinstance(a, bool)]
     owner = call.__self__
     file = owner.gmem if isinstance(owner, Mapping) else owner
-    if call.__name__ in ("set_user_memory_region2", "set_user_memory_region", "close"):
-        gfns = [(0, T4 // P)]
-    elif isinstance(file, GuestMemfd):
+    if isinstance(file, GuestMemfd):
         pfns = [(file.base, file.base + file.pages)]
+    elif call.__name__ in ("set_user_memory_region2", "set_user_memory_region", "close"):
+        gfns = [(0, T4 // P)]
     elif call.__name__ in ("directmap_write", "partial_write", "evict"):
         pfns = [(pfn, pfn + 1) for pfn in numbers[:1]]
     elif call.__name__ in ("psc_buffer", "psc_msr"):
