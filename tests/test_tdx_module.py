@@ -6,7 +6,7 @@ from kvmlab.hw.tdx import Guest, Level, Operand, Status, busy
 from kvmlab.hw.tdx_entry import State
 from kvmlab.hw.tdx_locks import EXCLUSIVE, SHARED, EntryLock, Lock
 from kvmlab.hw.tdx_module import Module
-from kvmlab.hw.tdx_pamt import PageType
+from kvmlab.hw.tdx_pamt import NDA, PageType
 from kvmlab.hw.tdx_parts import Entry, Result, Td, Vcpu
 
 TDR, TDVPR, HPA, LARGE, GPA = 0x1000, 0x2000, 0x10000, 0x40000000, 0x40000000
@@ -344,7 +344,15 @@ def test_one_track_and_one_exit_serve_many_blocks(world):
 
 def test_a_table_is_removed_when_blocked_tracked_and_empty(world):
     world.block_and_track(Level.PD)
+    before = world.td.children
     assert world.sept_remove(GPA)[:2] == (SUCCESS, 0xD000)
+    assert world.td.children == before - 1 and world.module.pamt_of(0xD000).type == PageType.NDA
+
+
+def test_a_table_is_removed_whatever_locks_its_free_entries_have(world):
+    world.block_and_track(Level.PD)
+    world.module.hold_entry(world.td, GPA)
+    assert world.sept_remove(GPA).ok
 
 
 def test_a_table_with_a_page_is_not_removed(private):
@@ -411,6 +419,8 @@ def test_demote_splits_into_512_pages_that_are_not_blocked():
     world.block_and_track(Level.PD)
     assert world.demote(GPA, HPA).ok
     assert {e.state for e in world.td.below(GPA, Level.PD)} == {State.MAPPED}
+    assert world.module.pamt_of(HPA) == (PageType.EPT, TDR // 4096, 0)
+    assert world.module.pamt_of(LARGE, Level.PD).type == PageType.NDA
     assert world.module.tdh_phymem_page_rdmd(LARGE + 0x1000)[1:4] == (PageType.REG, TDR, Level.PT)
 
 
@@ -435,6 +445,9 @@ def test_promote_merges_what_demote_split_and_returns_the_table():
     world.block_and_track(Level.PD)
     assert world.promote(GPA)[:2] == (SUCCESS, HPA)
     assert world.state(Level.PD) == State.MAPPED and world.module.tdh_phymem_page_wbinvd(HPA).ok
+    assert world.module.pamt_of(LARGE, Level.PD)[:2] == (PageType.REG, TDR // 4096)
+    assert {world.module.pamt_of(LARGE + i * 0x1000).type for i in range(512)} == {PageType.NDA}
+    assert world.module.pamt_of(LARGE - 0x1000) == NDA
 
 
 def test_promote_of_a_table_with_a_hole_is_refused(private):
@@ -450,6 +463,27 @@ def test_a_1g_page_comes_from_promote_and_goes_by_remove():
     assert world.promote(GPA, Level.PDPT).ok
     world.block_and_track(Level.PDPT)
     assert world.remove(GPA, Level.PDPT)[:2] == (SUCCESS, LARGE)
+
+
+def test_demote_of_an_interrupted_accept_begins_it_anew():
+    world = large(State.PENDING)
+    world.accept(Level.PD, interrupt_after=5)
+    world.out()
+    world.block_and_track(Level.PD)
+    world.td.entry(GPA, Level.PD).accept_counter = 5  # BLOCK had set it back
+    assert world.demote(GPA, HPA).ok and world.td.entry(GPA, Level.PD).accept_counter == 0
+    assert {e.state for e in world.td.below(GPA, Level.PD)} == {State.PENDING}
+
+
+def test_a_1g_page_is_split_into_2m_pages_one_behind_another():
+    world = World(Level.PD)
+    for i in range(512):
+        world.aug(GPA + (i << 21), LARGE + (i << 21), Level.PD)
+    world.block_and_track(Level.PDPT)
+    assert world.promote(GPA, Level.PDPT).ok
+    world.block_and_track(Level.PDPT)
+    assert world.demote(GPA, HPA, Level.PDPT).ok
+    assert [e.hpa for e in world.td.below(GPA, Level.PDPT)] == [LARGE + (i << 21) for i in range(512)]
 
 
 def test_the_child_count_returns_to_where_it_was():
@@ -651,7 +685,21 @@ def test_an_eighth_entry_to_the_same_fault_is_faked(world):
     for _ in range(7):
         world.touch(progress=False)
     result = world.vp_enter(world.vcpu)
-    assert (result.rax, result.r8, world.vcpu.inside) == (48, GPA, False)
+    assert result == (48, 2, 0, GPA, Guest.EXIT) and not world.vcpu.inside
+
+
+def test_any_other_exit_is_progress_and_so_is_an_access_unless_told_otherwise(world):
+    for _ in range(3):
+        world.touch(progress=False)
+    assert world.vcpu.stepping.violations == 3
+    world.accept()  # its exit is no progress, and no violation either
+    assert world.vcpu.stepping.violations == 3
+    world.vp_enter(world.vcpu)
+    world.out()
+    assert world.vcpu.stepping.violations == 0
+    for _ in range(9):
+        world.touch()
+    assert not world.vcpu.stepping.armed and world.touch().rcx == 2
 
 
 def test_a_page_that_is_there_again_ends_the_faking(private):

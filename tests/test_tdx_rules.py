@@ -254,6 +254,7 @@ def test_these_errors_show_the_entry_and_others_nothing():
 
 def test_an_entry_without_an_address_shows_its_bits_alone():
     assert tdx_entry.arch_entry(MAPPED) == 0x80000000000000F7
+    assert tdx_entry.arch_entry(BLOCKED) == 0x80000000000000F0
 
 
 def test_an_error_shows_the_accept_counter_of_a_large_pending_entry():
@@ -566,16 +567,13 @@ def test_a_change_of_the_pamt_in_words(change, text):
         (Leaf.PAGE_ADD, "page", NDA, PamtEntry(PageType.REG, 7, 0)),
         (Leaf.SEPT_ADD, "table", NDA, PamtEntry(PageType.EPT, 7, 0)),
         (Leaf.RANGE_BLOCK, "page", OURS, OURS._replace(bepoch=9)),
-        (Leaf.RANGE_UNBLOCK, "page", OURS, OURS),
         (Leaf.PAGE_REMOVE, "page", OURS, OURS._replace(type=PageType.NDA)),
         (Leaf.PAGE_DEMOTE, "page", OURS, OURS._replace(type=PageType.NDA)),
-        (Leaf.PAGE_DEMOTE, "children", NDA, PamtEntry(PageType.REG, 7, 0)),
+        (Leaf.PAGE_DEMOTE, "children", PamtEntry(bepoch=5), PamtEntry(PageType.REG, 7, 0)),
         (Leaf.PAGE_PROMOTE, "children", OURS, OURS._replace(type=PageType.NDA)),
         (Leaf.PAGE_PROMOTE, "page", NDA, PamtEntry(PageType.REG, 7, 0)),
-        (Leaf.ACCEPT, "page", OURS, OURS),
         (Leaf.RANGE_BLOCK, "table", OURS, OURS._replace(bepoch=9)),
         (Leaf.RANGE_BLOCK, "children", OURS, OURS),
-        (Leaf.RANGE_UNBLOCK, "table", OURS, OURS),
         (Leaf.PAGE_AUG, "children", OURS, OURS),
         (Leaf.PAGE_ADD, "table", OURS, OURS),
         (Leaf.SEPT_ADD, "page", OURS, OURS),
@@ -754,6 +752,12 @@ def test_vp_enter_takes_the_tree_only_when_zero_step_mitigation_is_armed():
 )
 def test_a_leaf_that_meets_a_taken_lock_is_busy_with_that_operand(leaf, held, rax):
     assert tdx_locks.busy_code(leaf, held) == rax
+
+
+def test_a_vcpu_that_is_not_suspicious_does_not_want_the_tree():
+    assert tdx_locks.contended(Leaf.VP_ENTER, Lock.TREE, EXCLUSIVE) is None
+    assert tdx_locks.busy_code(Leaf.VP_ENTER, {Lock.TREE: EXCLUSIVE}) is None
+    assert tdx_locks.busy_code(Leaf.VP_ENTER, {Lock.TREE: SHARED}, armed=True) == tdx.busy(Operand.SEPT_TREE)
 
 
 def test_a_host_that_fails_on_an_entry_lock_gets_priority_over_the_guest():
