@@ -8,6 +8,7 @@ from kvmlab.hw.tdx_locks import EXCLUSIVE, SHARED, EntryLock, Lock
 from kvmlab.hw.tdx_module import Module
 from kvmlab.hw.tdx_pamt import NDA, PageType
 from kvmlab.hw.tdx_parts import Entry, Result, Td, Vcpu
+from kvmlab.hw.tdx_sept import Children
 
 TDR, TDVPR, HPA, LARGE, GPA = 0x1000, 0x2000, 0x10000, 0x40000000, 0x40000000
 SUCCESS, NOT_DONE, NOT_BLOCKED = 0, 0xC0000B0800000001, 0xC0000B0600000001
@@ -128,6 +129,10 @@ def test_touching_a_pending_page_is_a_ve_or_an_exit_of_type_6(ve_disable, outcom
 
 def test_a_page_is_private_at_one_gpa_only(private):
     assert private.aug(GPA + 0x1000, HPA).rax == METADATA | Operand.R8
+
+
+def test_the_last_page_of_the_tdmr_is_taken(world):
+    assert world.aug(GPA, world.module.size - 0x1000).ok
 
 
 def test_a_page_outside_the_tdmr_is_refused(world):
@@ -363,6 +368,37 @@ def test_a_table_with_a_page_is_not_removed(private):
 def test_no_leaf_walks_through_a_blocked_table(private):
     private.block(GPA, Level.PD)
     assert private.block(GPA)[:3] == (0xC0000B0000000001, 0, 129 << 8 | 1)
+
+
+@pytest.mark.parametrize("level", [Level.PD, Level.PDPT, Level.PML4])
+def test_a_walk_stops_at_a_blocked_table_of_any_level(private, level):
+    span = level.pages * 4096
+    private.block(GPA // span * span, level)
+    assert private.block(GPA)[:3] == (0xC0000B0000000001, 0, 129 << 8 | level)
+
+
+def children(states, first=LARGE, stride=0x1000):
+    """What a table of 512 such pages is to PROMOTE and SEPT.REMOVE."""
+    td = Td(TDR, 33)
+    for i, entry in enumerate(td.below(GPA, Level.PD)):
+        entry.state, entry.hpa = states[i % len(states)], first + i * stride
+    return td.below_kind(GPA, Level.PD)
+
+
+@pytest.mark.parametrize(
+    ("kind", "args"),
+    [
+        (Children.MAPPED, ([State.MAPPED],)),
+        (Children.PENDING, ([State.PENDING],)),
+        (Children.FREE, ([State.FREE], 0, 0)),
+        (Children.MIXED, ([State.MAPPED, State.PENDING],)),
+        (Children.MIXED, ([State.BLOCKED],)),
+        (Children.MIXED, ([State.MAPPED], LARGE + 0x1000)),  # not aligned
+        (Children.MIXED, ([State.MAPPED], LARGE, 0x2000)),  # not one behind another
+    ],
+)
+def test_512_pages_are_one_kind_if_all_are_alike_contiguous_and_aligned(kind, args):
+    assert children(*args) == kind
 
 
 def test_a_blocked_table_keeps_the_td_out(private):
@@ -783,8 +819,10 @@ def test_what_is_nobodys_cannot_be_reclaimed_and_reads_as_nobodys(private):
 
 
 def test_a_page_within_a_large_one_reads_as_the_large_one():
-    found = large().module.tdh_phymem_page_rdmd(LARGE + 0x5000)
-    assert found == (0, PageType.REG, TDR, Level.PD, None)
+    module = large().module
+    assert module.tdh_phymem_page_rdmd(LARGE + 0x5000) == (0, PageType.REG, TDR, Level.PD, None)
+    module.hold(Lock.PAMT, (Level.PD, LARGE))
+    assert module.tdh_phymem_page_rdmd(LARGE + 0x5000).rax == busy(Operand.RCX)
 
 
 def test_a_busy_tdr_makes_reclaim_of_its_pages_busy(private):
@@ -806,7 +844,7 @@ def test_write_back_has_something_to_do_only_for_a_td_that_is_flushed(private):
     private.module.tdh_vp_flush(private.td, private.vcpu)
     private.module.tdh_mng_vpflushdone(private.td)
     assert not private.td.cache_written_back
-    assert private.module.tdh_phymem_cache_wb().ok and private.td.cache_written_back
+    assert private.module.tdh_phymem_cache_wb() == Result() and private.td.cache_written_back
 
 
 def test_a_vcpu_is_flushed_once_and_while_its_td_has_its_key(private):
@@ -850,6 +888,7 @@ def test_a_tds_pages_are_the_pamts(world):
     assert world.module.pamt_of(TDVPR) == (PageType.TDVPR, TDR // 4096, 0)
     assert world.td.children == 1 + 3  # a vCPU and three tables
     assert world.module.size == 1 << 40 and not world.module.interrupt_pending
+    assert Module().create_td(TDR, hkid=33).ve_disable
 
 
 @pytest.mark.parametrize(
