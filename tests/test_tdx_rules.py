@@ -418,6 +418,61 @@ def test_demote_leaves_512_entries_that_are_not_blocked(state, then):
     assert tdx_sept.demoted(state) == then
 
 
+def test_a_walk_that_fails_names_rcx_and_a_larger_page_its_level():
+    assert tdx_sept.walk("SEAMCALL", FREE, Level.PDPT).rax == 0xC0000B0000000001
+    assert tdx_sept.walk("ACCEPT", MAPPED, Level.PDPT).rax == 0x00000B0A00000002
+
+
+# The life of a TD.
+
+INITIALIZED, RUNNABLE = tdx_td.OpState.INITIALIZED, tdx_td.OpState.RUNNABLE
+WITH_KEY = tdx_td.Lifecycle.KEYS_CONFIGURED
+
+
+@pytest.mark.parametrize(
+    ("leaf", "before", "after"),
+    [
+        (Leaf.PAGE_ADD, True, False),
+        (Leaf.MR_FINALIZE, True, False),
+        (Leaf.VP_ENTER, False, True),
+        (Leaf.PAGE_AUG, True, True),
+        (Leaf.TRACK, True, True),
+    ],
+)
+def test_an_op_state_lets_a_leaf_in_or_not(leaf, before, after):
+    for op_state, let_in in ((INITIALIZED, before), (RUNNABLE, after), (tdx_td.OpState.UNINITIALIZED, False)):
+        status = tdx_td.admitted(leaf, lifecycle=WITH_KEY, op_state=op_state)
+        assert status == (Status.SUCCESS if let_in else Status.OP_STATE_INCORRECT)
+
+
+@pytest.mark.parametrize("lifecycle", [each for each in tdx_td.Lifecycle if each != WITH_KEY])
+def test_without_its_key_a_td_lets_nothing_in_whatever_its_op_state(lifecycle):
+    for op_state in tdx_td.OpState:
+        status = tdx_td.admitted(Leaf.PAGE_AUG, lifecycle=lifecycle, op_state=op_state)
+        assert status == Status.TD_KEYS_NOT_CONFIGURED
+        fatal = tdx_td.admitted(Leaf.PAGE_AUG, lifecycle=lifecycle, op_state=op_state, fatal=True)
+        assert fatal == Status.TD_FATAL
+
+
+@pytest.mark.parametrize(
+    ("leaf", "lifecycles", "not_ready"),
+    [
+        (Leaf.MNG_VPFLUSHDONE, {"HKID_ASSIGNED", "KEYS_CONFIGURED"}, Status.FLUSHVP_NOT_DONE),
+        (Leaf.MNG_KEY_FREEID, {"BLOCKED"}, Status.WBCACHE_NOT_COMPLETE),
+        (Leaf.PAGE_RECLAIM, {"TEARDOWN"}, Status.TD_ASSOCIATED_PAGES_EXIST),
+    ],
+)
+def test_each_step_of_a_tds_end_has_its_moment(leaf, lifecycles, not_ready):
+    for lifecycle in tdx_td.Lifecycle:
+        answers = [tdx_td.TEARDOWN(leaf=leaf, lifecycle=lifecycle, ready=ready) for ready in (True, False)]
+        in_time = [Status.SUCCESS, not_ready]
+        assert answers == (in_time if lifecycle in lifecycles else [Status.LIFECYCLE_STATE_INCORRECT] * 2)
+
+
+def test_tracking_counts_once_a_td_may_run():
+    assert [tdx_td.running(op_state) for op_state in tdx_td.OpState] == [False, False, True]
+
+
 # ACCEPT.
 
 
