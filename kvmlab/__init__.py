@@ -5,7 +5,7 @@ Layers, low to high; nothing imports upward (tests/test_frame.py):
     errors                  what is asked for and does not exist
     state  step             cells, packing, views; steps, programs, learned rows
     hw/                     SNP: the RMP, its instructions, access checks; page contents
-    kernel/                 locks and context; the direct map
+    kernel/                 locks and context; the directmap
     kvm/                    attributes, MMU and fault path, SNP ops
     actors  properties      guests, host threads; what must never happen
     design  designs/        the language of orderings, and the orderings

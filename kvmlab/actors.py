@@ -162,7 +162,7 @@ def kvm_run_fails(s: View, me: str) -> None:
 
 
 def host_thread(s: View, me: str, targets: tuple[str, ...]) -> None:
-    """A kernel thread writes through the direct map to one of `targets` (PFNs); one write is one step.
+    """A kernel thread writes through the directmap to one of `targets` (PFNs); one write is one step.
 
     "stray" targets are written only while they are present; "io" ones only while the page is the host's;
     "freed" ones once guest_memfd has given the page back, for then it is anybody's.

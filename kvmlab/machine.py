@@ -6,7 +6,7 @@ per gfn     attr, npt                                    the xarray; the NPT lea
 per 2M, 1G  npt_large, mixed                             a leaf of that size; the lpage flag
             npt_smm                                      the leaf in the page table of address space 1
 per gfn     gmem                                         the private page: cached, dying or free
-per PFN     rmp, memory, directmap (+ directmap_2m)      RMP entry, contents, direct map of one 2M region
+per PFN     rmp, memory, directmap (+ directmap_2m)      RMP entry, contents, directmap of one 2M region
 KVM         in_progress, invalidate_range, flush         the invalidation window
 locks       slots_lock, folio_lock, mmu_lock_*, invalidate_lock_*
 per vCPU    acc, tlb[vcpu, gfn], tlb_2m, snapshot, rmp_bit   the pending access, its translations, its fault

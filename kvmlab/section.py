@@ -65,7 +65,7 @@ WORD_ARGS: dict[str, Callable[[str | None], tuple[Any, ...]]] = {
 HELPER = frozenset(
     {"kvm_unmap_directmap", "rmpupdate", "kvm_map_directmap"}
 )  # parts of kvm_x86_update_mem_attr()
-# The direct map and RMP ops are absent on platforms without an RMP: they do nothing there.
+# The directmap and RMP ops are absent on platforms without an RMP: they do nothing there.
 RMP_ONLY = frozenset(
     {
         "kvm_unmap_directmap",

@@ -313,7 +313,7 @@ def looked_at(vm):
         "gfns of the RMP": vm.rmp.gfn[:end].copy(),
         "NPT": vm.mmu.npt[:NEAR].copy(),
         "C-bits": vm.page_table._others[:NEAR].copy(),
-        "direct map": np.concatenate([vm.directmap.absent[:end], vm.directmap.split]),
+        "directmap": np.concatenate([vm.directmap.absent[:end], vm.directmap.split]),
         "files": [(at, f.closed, f.present.tobytes(), sorted(f.pinned)) for at, f in files.items()],
         "slots": [(s.as_id, s.id, s.base, s.npages, id(s.gmem), s.offset) for s in slots],
         "MMU": repr((vm.mmu.window, vm.mmu.in_progress, vm.mmu.seq, [tlb.leaves for tlb in vm.mmu.tlbs])),

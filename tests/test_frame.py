@@ -290,3 +290,9 @@ def test_what_binder_brings_is_new_enough_for_the_lab_extra(root: Path) -> None:
     for requirement in map(Requirement, project["optional-dependencies"]["lab"]):
         brought = re.search(rf"/{requirement.name}-(\d[\w.]*)-", lock)
         assert not brought or brought[1] in requirement.specifier, f"{requirement}: Binder has {brought[1]}"
+
+
+def test_the_directmap_is_one_word_wherever_somebody_reads_it(root: Path, tracked: list[Path]) -> None:
+    two_words = re.compile(r"\bdirect\s+map\b", re.IGNORECASE)
+    texts = {path: (root / path).read_text(encoding="utf-8", errors="ignore") for path in tracked}
+    assert [str(path) for path, text in texts.items() if two_words.search(text)] == []

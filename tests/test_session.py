@@ -161,3 +161,16 @@ def test_several_threads_may_use_one_session(session):
     for thread in threads:
         thread.join()
     assert failed == []
+
+
+def test_a_mailed_run_is_opened_with_its_case_and_its_verdicts(session):
+    run = kvmlab.check("no-zap", scenario="tiny").trace()
+    session.open(run.text())
+    assert (session.design.name, session.report.violated[0], session.position) == ("no-zap", run.why, 0)
+    assert session.trace.schedule == run.schedule
+
+
+def test_a_text_without_a_code_is_refused_and_nothing_changes(session):
+    session.open("nothing of the kind")
+    assert "there is no kvmlab code" in session.problem
+    assert session.design.name == "v8-post-hook"

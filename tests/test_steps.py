@@ -194,7 +194,7 @@ def test_mmu_lock_is_asserted_for_write_unless_a_reader_is_enough(tiny, at, writ
     assert tiny.run(lambda s: locks.assert_held(s, "CPU0", "it", write=write), at=at).broke == broke
 
 
-# The direct map.
+# The directmap.
 
 
 @pytest.mark.parametrize(

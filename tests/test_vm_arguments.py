@@ -28,7 +28,7 @@ REFUSED = {
     "a negative PFN": (lambda: snp().rmp_entry(-1), "the host has PFNs 0 to"),
     "a read of PFN -1": (lambda: host().directmap_read(-1), "the host has PFNs 0 to"),
     "a write of PFN -1": (lambda: host().directmap_write(-1), "the host has PFNs 0 to"),
-    "more than a page through the direct map": (lambda: host().directmap_write(0, bytes(P + 1)), "it has 4096"),
+    "more than a page through the directmap": (lambda: host().directmap_write(0, bytes(P + 1)), "it has 4096"),
     "a partial write over a line's end": (lambda: host("tdx").partial_write(0, b"12", 63), "do not fit into a line"),
     "a partial write of a line": (lambda: host("tdx").partial_write(0, bytes(64)), "1 to 63 bytes"),
     "a negative address": (lambda: guest().pvalidate(-P, True), "a multiple of 4096 from 0 to 4 TiB"),

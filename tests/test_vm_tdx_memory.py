@@ -240,7 +240,7 @@ def test_lines_of_two_keyids_are_dirty_side_by_side():
     assert guest.read(0, 6) == b"secret"
 
 
-# The direct map
+# The directmap
 
 
 UNMAPS_FIRST = """// unmaps the private page

@@ -5,7 +5,7 @@ arguments                  what each public call takes, looked at in one place
 events locks costs         errors, log and counters; who holds what; published figures
 memory                     bytes in DRAM and the stand-in cipher
 caches rmp                 dirty lines by C-bit; RMP arrays under the rules of hw/
-sev                        RMPUPDATE in ranges, the direct map
+sev                        RMPUPDATE in ranges, the directmap
 gmem slots regions lpage   guest_memfd; memslots, their ioctl, their large pages
 mmu                        attributes, NPT, TLBs
 ioctl faults rmpfault      the rows of `ioctl:`, `fault:` and `rmp_fault:`

@@ -1,4 +1,4 @@
-"""The host: its userspace mapping of guest memory, and the kernel's direct map."""
+"""The host: its userspace mapping of guest memory, and the kernel's directmap."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Host:
 
     @takes(pfn=PFN, data=DATA)
     def directmap_write(self, pfn: int, data: bytes = b"host") -> None:
-        """A kernel store to the beginning of a page through the direct map; RmpFault or KernelBug (an oops)."""
+        """A kernel store to the beginning of a page through the directmap; RmpFault or KernelBug (an oops)."""
         _within(pfn, 0, len(data), PAGE, "page")
         self.may_write(pfn)
         self.vm.memory.write(pfn, 0, data)
@@ -124,7 +124,7 @@ class Host:
         """The check of a kernel store; RmpFault or KernelBug."""
         directmap = self.vm.directmap
         if directmap.absent[pfn]:
-            raise KernelBug(f"oops: PFN {pfn:#x} is not present in the direct map")
+            raise KernelBug(f"oops: PFN {pfn:#x} is not present in the directmap")
         large = not directmap.split[pfn // 512]
         if self.vm.has_rmp and self._check(pfn, large) != snp.OK:
             self.vm.log.add("host-rmp-fault", "kernel", pfn)
@@ -147,10 +147,10 @@ class Host:
 
     @takes(pfn=PFN, n=BYTES)
     def directmap_read(self, pfn: int, n: int = PAGE) -> bytes:
-        """A kernel load from the beginning of a page through the direct map: raw bytes, no RMP check."""
+        """A kernel load from the beginning of a page through the directmap: raw bytes, no RMP check."""
         _within(pfn, 0, n, PAGE, "page")
         if self.vm.directmap.absent[pfn]:
-            raise KernelBug(f"oops: PFN {pfn:#x} is not present in the direct map")
+            raise KernelBug(f"oops: PFN {pfn:#x} is not present in the directmap")
         return self.vm.memory.read(pfn, 0, n)
 
     @takes(pfn=PFN, private=FLAG)

@@ -56,7 +56,7 @@ def check_input(vm: Vm, gpa: int | None, size: int, attributes: int, flags: int)
 
 
 class _Unmapped(NamedTuple):
-    """What a row took out of the direct map: from which PFN on, and what was absent before."""
+    """What a row took out of the directmap: from which PFN on, and what was absent before."""
 
     row: Row
     pfn: int

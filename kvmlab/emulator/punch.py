@@ -1,7 +1,7 @@
 """PUNCH_HOLE on a guest_memfd: the rows of the design's `punch:` section, each on the whole range.
 
 The rows about mappings work on the gfns at which memslots are bound to the range, those about the RMP and the
-direct map on its pages: in the file still, or taken out by truncate_inode_pages_range().
+directmap on its pages: in the file still, or taken out by truncate_inode_pages_range().
 """
 
 from __future__ import annotations

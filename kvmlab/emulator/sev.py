@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class DirectMap:
-    """The kernel's direct map: which 2M regions are split (for good), which PFNs are absent."""
+    """The kernel's directmap: which 2M regions are split (for good), which PFNs are absent."""
 
     def __init__(self) -> None:
         self.split: U8 = np.zeros(0, np.uint8)
@@ -43,11 +43,11 @@ class DirectMap:
         return count
 
     def oops_if_absent(self, pfns: U32, what: str) -> None:
-        """The kernel works on pages through its direct map; KernelBug where one is not there."""
+        """The kernel works on pages through its directmap; KernelBug where one is not there."""
         absent = self.absent[pfns]
         if absent.any():
             pfn = int(pfns[int(absent.argmax())])
-            raise KernelBug(f"oops: {what} of PFN {pfn:#x}, which is not in the direct map")
+            raise KernelBug(f"oops: {what} of PFN {pfn:#x}, which is not in the directmap")
 
 
 def of_one_op(row: Row, other: Row) -> bool:
@@ -161,7 +161,7 @@ class Sev:
         return code
 
     def clear_highpage(self, pfn: int, n: int) -> None:
-        """Zero new pages through the direct map: KernelBug where it has none, RmpFault where the RMP forbids it.
+        """Zero new pages through the directmap: KernelBug where it has none, RmpFault where the RMP forbids it.
 
         Pages that were leaked are let be: the kernel would take others.
         """

@@ -177,7 +177,7 @@ def write_back(line: Line, keyid: int) -> Line:
 
 
 def clflush(line: Line) -> Line:
-    """CLFLUSH through the direct map: write back and invalidate the line of KeyID 0 only."""
+    """CLFLUSH through the directmap: write back and invalidate the line of KeyID 0 only."""
     return write_back(line, HOST)
 
 

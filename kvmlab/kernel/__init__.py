@@ -1,1 +1,1 @@
-"""The kernel around KVM: locks and context, the direct map."""
+"""The kernel around KVM: locks and context, the directmap."""

@@ -1,4 +1,4 @@
-"""The kernel's direct map: one 2M region that starts as one huge mapping and splits for good.
+"""The kernel's directmap: one 2M region that starts as one huge mapping and splits for good.
 
 Modelled because the RMP check of a host write goes by the size of the mapping that it uses.  Left out: stale
 host TLB entries after the _noflush helpers; splits end with a flush of all CPUs (set_memory.c).
@@ -54,7 +54,7 @@ def _goes_whole(s: View) -> bool:
 
 
 def host_write(s: View, pfn: str) -> str:
-    """One kernel write through the direct map to a PFN of the region: snp.OK, snp.HOST_PF or "absent"."""
+    """One kernel write through the directmap to a PFN of the region: snp.OK, snp.HOST_PF or "absent"."""
     if s.directmap[pfn] == ABSENT:
         return ABSENT
     mapping = snp.PG_2M if s.directmap_2m else snp.PG_4K

@@ -69,13 +69,13 @@ def wbinvd(s: View, pfn: str) -> None:
 
 
 def clflush(s: View, pfn: str) -> None:
-    """CLFLUSH through the direct map: KeyID 0 only."""
+    """CLFLUSH through the directmap: KeyID 0 only."""
     if mapped(s, pfn, "clflush"):
         s.memory[pfn] = tdx_lines.clflush(settled(s, pfn))
 
 
 def clear_by_movdir64b(s: View, pfn: str) -> None:
-    """tdx_clear_page(): MOVDIR64B of zeros through the direct map; heals poison and takes the owner bit away."""
+    """tdx_clear_page(): MOVDIR64B of zeros through the directmap; heals poison and takes the owner bit away."""
     if mapped(s, pfn, "tdx_clear_page()"):
         s.memory[pfn] = tdx_lines.zero(settled(s, pfn), HOST)
 
@@ -87,7 +87,7 @@ def clear_highpage(s: View, pfn: str) -> None:
 
 
 def mapped(s: View, pfn: str, what: str) -> bool:
-    """Whether the direct map has the page; the kernel oopses if not."""
+    """Whether the directmap has the page; the kernel oopses if not."""
     if s.directmap[pfn] == ABSENT:
         s.violate("kernel-bug", f"oops: {what} of {pfn}, which is not in the directmap")
         return False

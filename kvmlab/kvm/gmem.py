@@ -62,7 +62,7 @@ def _folio(s: View, gfn: int) -> tuple[int, ...]:
 
 
 def _clear_page(s: View, pfn: str) -> None:
-    """clear_highpage() goes through the direct map, as any write of the kernel does."""
+    """clear_highpage() goes through the directmap, as any write of the kernel does."""
     answer = host_write(s, pfn) if s.conf.has_rmp else snp.OK
     if answer == ABSENT:
         s.violate("kernel-bug", f"oops: clear_highpage({pfn}), which is not in the directmap")
