@@ -19,13 +19,15 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
     if arguments is not None:
         return _run(arguments)
     # What signal.py wraps, without the wait for it.
-    from _signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, signal  # type: ignore[import-not-found]
+    from _signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, getsignal, signal  # type: ignore[import-not-found]
 
-    signal(SIGINT, SIG_DFL)  # until there is somebody to catch it, Ctrl-C ends the process without a word
+    caught = [number for number in (SIGINT, SIGTERM) if getsignal(number) != SIG_IGN]  # a shell may have its reasons
+    for number in caught:
+        signal(number, SIG_DFL)  # until there is somebody to catch it, Ctrl-C ends the process without a word
     from . import commands  # noqa: F401 - so that what follows takes no time
 
-    signal(SIGINT, _stop)
-    signal(SIGTERM, _stop)
+    for number in caught:
+        signal(number, _stop)
     status = 2
     try:
         status = _run(sys.argv[1:])

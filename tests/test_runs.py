@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvmlab
-from kvmlab.code import INITIALS, TEXT_DIGITS, _digits, decode, replay
+from kvmlab.code import INITIALS, TEXT_DIGITS, _digits, decode, replay, unshown
 from kvmlab.design.patch import patch_of, patched
 from kvmlab.explore import arrays, liveness, paths, rows
 from kvmlab.explore.graph import Hit
@@ -125,6 +125,11 @@ def test_any_ordering_is_written_as_an_edit_of_one_that_ships_and_read_back(name
 def test_the_run_that_closes_a_cycle_comes_back_to_where_the_cycle_began():
     trace = trace_of("never-rmpupdate", "tiny", "livelock")
     assert trace.frames[trace.cycle].state == trace.frames[-1].state
+
+
+@pytest.mark.parametrize(("design", "scenario"), [("never-rmpupdate", "tiny"), ("upstream-no-zap", "huge")])
+def test_the_cycle_that_is_shown_is_fair_by_itself(design, scenario):
+    assert unshown(trace_of(design, scenario, "livelock")) == ""
 
 
 def test_several_counterexamples_differ_in_who_acts_or_in_the_last_step():

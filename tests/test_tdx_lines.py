@@ -141,6 +141,14 @@ def test_the_erratum_spares_memory_that_is_not_a_tds():
     assert not tdx_lines.partial_write(SHARED, HOST, "dma", erratum=True).poison
 
 
+def test_the_erratum_spares_what_a_td_writes_to_its_own_memory():
+    assert tdx_lines.partial_write(PRIVATE, TD, "x", erratum=True) == Line("x", TD)
+
+
+def test_memory_has_a_mac_unless_told_otherwise():
+    assert tdx_lines.read(PRIVATE, OTHER).got == POISON
+
+
 def test_an_ordinary_store_under_the_erratum_is_no_partial_write():
     line = tdx_lines.write_back(tdx_lines.store(PRIVATE, HOST, "x").line, HOST)
     assert tdx_lines.read(line, HOST).got == DATA

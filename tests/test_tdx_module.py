@@ -6,8 +6,9 @@ from kvmlab.hw.tdx import Guest, Level, Operand, Status, busy
 from kvmlab.hw.tdx_entry import State
 from kvmlab.hw.tdx_locks import EXCLUSIVE, SHARED, EntryLock, Lock
 from kvmlab.hw.tdx_module import Module
-from kvmlab.hw.tdx_pamt import PageType
+from kvmlab.hw.tdx_pamt import NDA, PageType
 from kvmlab.hw.tdx_parts import Entry, Result, Td, Vcpu
+from kvmlab.hw.tdx_sept import Children
 
 TDR, TDVPR, HPA, LARGE, GPA = 0x1000, 0x2000, 0x10000, 0x40000000, 0x40000000
 SUCCESS, NOT_DONE, NOT_BLOCKED = 0, 0xC0000B0800000001, 0xC0000B0600000001
@@ -128,6 +129,10 @@ def test_touching_a_pending_page_is_a_ve_or_an_exit_of_type_6(ve_disable, outcom
 
 def test_a_page_is_private_at_one_gpa_only(private):
     assert private.aug(GPA + 0x1000, HPA).rax == METADATA | Operand.R8
+
+
+def test_the_last_page_of_the_tdmr_is_taken(world):
+    assert world.aug(GPA, world.module.size - 0x1000).ok
 
 
 def test_a_page_outside_the_tdmr_is_refused(world):
@@ -344,7 +349,15 @@ def test_one_track_and_one_exit_serve_many_blocks(world):
 
 def test_a_table_is_removed_when_blocked_tracked_and_empty(world):
     world.block_and_track(Level.PD)
+    before = world.td.children
     assert world.sept_remove(GPA)[:2] == (SUCCESS, 0xD000)
+    assert world.td.children == before - 1 and world.module.pamt_of(0xD000).type == PageType.NDA
+
+
+def test_a_table_is_removed_whatever_locks_its_free_entries_have(world):
+    world.block_and_track(Level.PD)
+    world.module.hold_entry(world.td, GPA)
+    assert world.sept_remove(GPA).ok
 
 
 def test_a_table_with_a_page_is_not_removed(private):
@@ -355,6 +368,37 @@ def test_a_table_with_a_page_is_not_removed(private):
 def test_no_leaf_walks_through_a_blocked_table(private):
     private.block(GPA, Level.PD)
     assert private.block(GPA)[:3] == (0xC0000B0000000001, 0, 129 << 8 | 1)
+
+
+@pytest.mark.parametrize("level", [Level.PD, Level.PDPT, Level.PML4])
+def test_a_walk_stops_at_a_blocked_table_of_any_level(private, level):
+    span = level.pages * 4096
+    private.block(GPA // span * span, level)
+    assert private.block(GPA)[:3] == (0xC0000B0000000001, 0, 129 << 8 | level)
+
+
+def children(states, first=LARGE, stride=0x1000):
+    """What a table of 512 such pages is to PROMOTE and SEPT.REMOVE."""
+    td = Td(TDR, 33)
+    for i, entry in enumerate(td.below(GPA, Level.PD)):
+        entry.state, entry.hpa = states[i % len(states)], first + i * stride
+    return td.below_kind(GPA, Level.PD)
+
+
+@pytest.mark.parametrize(
+    ("kind", "args"),
+    [
+        (Children.MAPPED, ([State.MAPPED],)),
+        (Children.PENDING, ([State.PENDING],)),
+        (Children.FREE, ([State.FREE], 0, 0)),
+        (Children.MIXED, ([State.MAPPED, State.PENDING],)),
+        (Children.MIXED, ([State.BLOCKED],)),
+        (Children.MIXED, ([State.MAPPED], LARGE + 0x1000)),  # not aligned
+        (Children.MIXED, ([State.MAPPED], LARGE, 0x2000)),  # not one behind another
+    ],
+)
+def test_512_pages_are_one_kind_if_all_are_alike_contiguous_and_aligned(kind, args):
+    assert children(*args) == kind
 
 
 def test_a_blocked_table_keeps_the_td_out(private):
@@ -411,6 +455,8 @@ def test_demote_splits_into_512_pages_that_are_not_blocked():
     world.block_and_track(Level.PD)
     assert world.demote(GPA, HPA).ok
     assert {e.state for e in world.td.below(GPA, Level.PD)} == {State.MAPPED}
+    assert world.module.pamt_of(HPA) == (PageType.EPT, TDR // 4096, 0)
+    assert world.module.pamt_of(LARGE, Level.PD).type == PageType.NDA
     assert world.module.tdh_phymem_page_rdmd(LARGE + 0x1000)[1:4] == (PageType.REG, TDR, Level.PT)
 
 
@@ -435,6 +481,9 @@ def test_promote_merges_what_demote_split_and_returns_the_table():
     world.block_and_track(Level.PD)
     assert world.promote(GPA)[:2] == (SUCCESS, HPA)
     assert world.state(Level.PD) == State.MAPPED and world.module.tdh_phymem_page_wbinvd(HPA).ok
+    assert world.module.pamt_of(LARGE, Level.PD)[:2] == (PageType.REG, TDR // 4096)
+    assert {world.module.pamt_of(LARGE + i * 0x1000).type for i in range(512)} == {PageType.NDA}
+    assert world.module.pamt_of(LARGE - 0x1000) == NDA
 
 
 def test_promote_of_a_table_with_a_hole_is_refused(private):
@@ -450,6 +499,27 @@ def test_a_1g_page_comes_from_promote_and_goes_by_remove():
     assert world.promote(GPA, Level.PDPT).ok
     world.block_and_track(Level.PDPT)
     assert world.remove(GPA, Level.PDPT)[:2] == (SUCCESS, LARGE)
+
+
+def test_demote_of_an_interrupted_accept_begins_it_anew():
+    world = large(State.PENDING)
+    world.accept(Level.PD, interrupt_after=5)
+    world.out()
+    world.block_and_track(Level.PD)
+    world.td.entry(GPA, Level.PD).accept_counter = 5  # BLOCK had set it back
+    assert world.demote(GPA, HPA).ok and world.td.entry(GPA, Level.PD).accept_counter == 0
+    assert {e.state for e in world.td.below(GPA, Level.PD)} == {State.PENDING}
+
+
+def test_a_1g_page_is_split_into_2m_pages_one_behind_another():
+    world = World(Level.PD)
+    for i in range(512):
+        world.aug(GPA + (i << 21), LARGE + (i << 21), Level.PD)
+    world.block_and_track(Level.PDPT)
+    assert world.promote(GPA, Level.PDPT).ok
+    world.block_and_track(Level.PDPT)
+    assert world.demote(GPA, HPA, Level.PDPT).ok
+    assert [e.hpa for e in world.td.below(GPA, Level.PDPT)] == [LARGE + (i << 21) for i in range(512)]
 
 
 def test_the_child_count_returns_to_where_it_was():
@@ -651,7 +721,21 @@ def test_an_eighth_entry_to_the_same_fault_is_faked(world):
     for _ in range(7):
         world.touch(progress=False)
     result = world.vp_enter(world.vcpu)
-    assert (result.rax, result.r8, world.vcpu.inside) == (48, GPA, False)
+    assert result == (48, 2, 0, GPA, Guest.EXIT) and not world.vcpu.inside
+
+
+def test_any_other_exit_is_progress_and_so_is_an_access_unless_told_otherwise(world):
+    for _ in range(3):
+        world.touch(progress=False)
+    assert world.vcpu.stepping.violations == 3
+    world.accept()  # its exit is no progress, and no violation either
+    assert world.vcpu.stepping.violations == 3
+    world.vp_enter(world.vcpu)
+    world.out()
+    assert world.vcpu.stepping.violations == 0
+    for _ in range(9):
+        world.touch()
+    assert not world.vcpu.stepping.armed and world.touch().rcx == 2
 
 
 def test_a_page_that_is_there_again_ends_the_faking(private):
@@ -735,8 +819,10 @@ def test_what_is_nobodys_cannot_be_reclaimed_and_reads_as_nobodys(private):
 
 
 def test_a_page_within_a_large_one_reads_as_the_large_one():
-    found = large().module.tdh_phymem_page_rdmd(LARGE + 0x5000)
-    assert found == (0, PageType.REG, TDR, Level.PD, None)
+    module = large().module
+    assert module.tdh_phymem_page_rdmd(LARGE + 0x5000) == (0, PageType.REG, TDR, Level.PD, None)
+    module.hold(Lock.PAMT, (Level.PD, LARGE))
+    assert module.tdh_phymem_page_rdmd(LARGE + 0x5000).rax == busy(Operand.RCX)
 
 
 def test_a_busy_tdr_makes_reclaim_of_its_pages_busy(private):
@@ -758,7 +844,7 @@ def test_write_back_has_something_to_do_only_for_a_td_that_is_flushed(private):
     private.module.tdh_vp_flush(private.td, private.vcpu)
     private.module.tdh_mng_vpflushdone(private.td)
     assert not private.td.cache_written_back
-    assert private.module.tdh_phymem_cache_wb().ok and private.td.cache_written_back
+    assert private.module.tdh_phymem_cache_wb() == Result() and private.td.cache_written_back
 
 
 def test_a_vcpu_is_flushed_once_and_while_its_td_has_its_key(private):
@@ -802,6 +888,7 @@ def test_a_tds_pages_are_the_pamts(world):
     assert world.module.pamt_of(TDVPR) == (PageType.TDVPR, TDR // 4096, 0)
     assert world.td.children == 1 + 3  # a vCPU and three tables
     assert world.module.size == 1 << 40 and not world.module.interrupt_pending
+    assert Module().create_td(TDR, hkid=33).ve_disable
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,7 @@ def test_these_errors_show_the_entry_and_others_nothing():
 
 def test_an_entry_without_an_address_shows_its_bits_alone():
     assert tdx_entry.arch_entry(MAPPED) == 0x80000000000000F7
+    assert tdx_entry.arch_entry(BLOCKED) == 0x80000000000000F0
 
 
 def test_an_error_shows_the_accept_counter_of_a_large_pending_entry():
@@ -417,6 +418,61 @@ def test_demote_leaves_512_entries_that_are_not_blocked(state, then):
     assert tdx_sept.demoted(state) == then
 
 
+def test_a_walk_that_fails_names_rcx_and_a_larger_page_its_level():
+    assert tdx_sept.walk("SEAMCALL", FREE, Level.PDPT).rax == 0xC0000B0000000001
+    assert tdx_sept.walk("ACCEPT", MAPPED, Level.PDPT).rax == 0x00000B0A00000002
+
+
+# The life of a TD.
+
+INITIALIZED, RUNNABLE = tdx_td.OpState.INITIALIZED, tdx_td.OpState.RUNNABLE
+WITH_KEY = tdx_td.Lifecycle.KEYS_CONFIGURED
+
+
+@pytest.mark.parametrize(
+    ("leaf", "before", "after"),
+    [
+        (Leaf.PAGE_ADD, True, False),
+        (Leaf.MR_FINALIZE, True, False),
+        (Leaf.VP_ENTER, False, True),
+        (Leaf.PAGE_AUG, True, True),
+        (Leaf.TRACK, True, True),
+    ],
+)
+def test_an_op_state_lets_a_leaf_in_or_not(leaf, before, after):
+    for op_state, let_in in ((INITIALIZED, before), (RUNNABLE, after), (tdx_td.OpState.UNINITIALIZED, False)):
+        status = tdx_td.admitted(leaf, lifecycle=WITH_KEY, op_state=op_state)
+        assert status == (Status.SUCCESS if let_in else Status.OP_STATE_INCORRECT)
+
+
+@pytest.mark.parametrize("lifecycle", [each for each in tdx_td.Lifecycle if each != WITH_KEY])
+def test_without_its_key_a_td_lets_nothing_in_whatever_its_op_state(lifecycle):
+    for op_state in tdx_td.OpState:
+        status = tdx_td.admitted(Leaf.PAGE_AUG, lifecycle=lifecycle, op_state=op_state)
+        assert status == Status.TD_KEYS_NOT_CONFIGURED
+        fatal = tdx_td.admitted(Leaf.PAGE_AUG, lifecycle=lifecycle, op_state=op_state, fatal=True)
+        assert fatal == Status.TD_FATAL
+
+
+@pytest.mark.parametrize(
+    ("leaf", "lifecycles", "not_ready"),
+    [
+        (Leaf.MNG_VPFLUSHDONE, {"HKID_ASSIGNED", "KEYS_CONFIGURED"}, Status.FLUSHVP_NOT_DONE),
+        (Leaf.MNG_KEY_FREEID, {"BLOCKED"}, Status.WBCACHE_NOT_COMPLETE),
+        (Leaf.PAGE_RECLAIM, {"TEARDOWN"}, Status.TD_ASSOCIATED_PAGES_EXIST),
+    ],
+)
+def test_each_step_of_a_tds_end_has_its_moment(leaf, lifecycles, not_ready):
+    for lifecycle in tdx_td.Lifecycle:
+        answers = [tdx_td.TEARDOWN(leaf=leaf, lifecycle=lifecycle, ready=ready) for ready in (True, False)]
+        in_time = [Status.SUCCESS, not_ready]
+        assert answers == (in_time if lifecycle in lifecycles else [Status.LIFECYCLE_STATE_INCORRECT] * 2)
+
+
+def test_tracking_counts_once_a_td_may_run():
+    assert [tdx_td.running(op_state) for op_state in tdx_td.OpState] == [False, False, True]
+
+
 # ACCEPT.
 
 
@@ -566,16 +622,13 @@ def test_a_change_of_the_pamt_in_words(change, text):
         (Leaf.PAGE_ADD, "page", NDA, PamtEntry(PageType.REG, 7, 0)),
         (Leaf.SEPT_ADD, "table", NDA, PamtEntry(PageType.EPT, 7, 0)),
         (Leaf.RANGE_BLOCK, "page", OURS, OURS._replace(bepoch=9)),
-        (Leaf.RANGE_UNBLOCK, "page", OURS, OURS),
         (Leaf.PAGE_REMOVE, "page", OURS, OURS._replace(type=PageType.NDA)),
         (Leaf.PAGE_DEMOTE, "page", OURS, OURS._replace(type=PageType.NDA)),
-        (Leaf.PAGE_DEMOTE, "children", NDA, PamtEntry(PageType.REG, 7, 0)),
+        (Leaf.PAGE_DEMOTE, "children", PamtEntry(bepoch=5), PamtEntry(PageType.REG, 7, 0)),
         (Leaf.PAGE_PROMOTE, "children", OURS, OURS._replace(type=PageType.NDA)),
         (Leaf.PAGE_PROMOTE, "page", NDA, PamtEntry(PageType.REG, 7, 0)),
-        (Leaf.ACCEPT, "page", OURS, OURS),
         (Leaf.RANGE_BLOCK, "table", OURS, OURS._replace(bepoch=9)),
         (Leaf.RANGE_BLOCK, "children", OURS, OURS),
-        (Leaf.RANGE_UNBLOCK, "table", OURS, OURS),
         (Leaf.PAGE_AUG, "children", OURS, OURS),
         (Leaf.PAGE_ADD, "table", OURS, OURS),
         (Leaf.SEPT_ADD, "page", OURS, OURS),
@@ -754,6 +807,12 @@ def test_vp_enter_takes_the_tree_only_when_zero_step_mitigation_is_armed():
 )
 def test_a_leaf_that_meets_a_taken_lock_is_busy_with_that_operand(leaf, held, rax):
     assert tdx_locks.busy_code(leaf, held) == rax
+
+
+def test_a_vcpu_that_is_not_suspicious_does_not_want_the_tree():
+    assert tdx_locks.contended(Leaf.VP_ENTER, Lock.TREE, EXCLUSIVE) is None
+    assert tdx_locks.busy_code(Leaf.VP_ENTER, {Lock.TREE: EXCLUSIVE}) is None
+    assert tdx_locks.busy_code(Leaf.VP_ENTER, {Lock.TREE: SHARED}, armed=True) == tdx.busy(Operand.SEPT_TREE)
 
 
 def test_a_host_that_fails_on_an_entry_lock_gets_priority_over_the_guest():

@@ -33,8 +33,7 @@ REFUSED = {
     "a partial write of a line": (lambda: host("tdx").partial_write(0, bytes(64)), "1 to 63 bytes"),
     "a negative address": (lambda: guest().pvalidate(-P, True), "a multiple of 4096 from 0 to 4 TiB"),
     "half a page": (lambda: guest().set_memory_encrypted(1, 4095), "a multiple of 4096"),
-    "a negative size": (lambda: guest().page_state_change(0, -P, True), "at least a page"),
-    "no page": (lambda: guest().set_private(0, True, 0), "at least a page"),
+    "a negative size": (lambda: guest().page_state_change(0, -P, True), "a multiple of 4096, from 0"),
     "an address of 2^52": (lambda: guest().read(1 << 52, 1), "from 0 to 4 TiB"),
     "a range that ends beyond 4 TiB": (lambda: guest().touch(T4 - P, 2 * P), "ends beyond 4 TiB"),
     "2^64 bytes": (lambda: guest().fill(0, 1 << 64, 0), "from 0 to 1 GiB"),
@@ -55,7 +54,7 @@ REFUSED = {
     "a VMPL on tdx": (lambda: Vm("tdx", 4).guest(0, 1), "tdx has no VMPLs"),
     "a vCPU that is not there": (lambda: snp().guest(1), "there are 1 vCPUs"),
     "an ACCEPT beyond 4 TiB": (lambda: Vm("tdx", 4).guest().accept(T4), "holds 4 TiB"),
-    "a discard of nothing": (lambda: host().discard(0, -P), "at least a page"),
+    "a discard of nothing": (lambda: host().discard(0, -P), "a multiple of 4096, from 0"),
     "an address without a memslot": (lambda: snp().pfn(8 * P, True), "no memslot at gpa 0x8000"),
     "an injected success": (lambda: snp().fail("rmpupdate", 600, Rmpupdate.OK), "cannot inject OK"),
     "a failure at a PFN that is not there": (lambda: snp().fail("rmpupdate", 10**6), "a PFN that the host has"),
@@ -119,6 +118,22 @@ def test_a_refused_write_has_written_nothing():
     assert vm.memory.pages == {} and vm.counters == {}
 
 
+EMPTY = {
+    "pvalidate_range": {"length": 0, "validate": True},
+    "set_private": {"private": True, "size": 0},
+    "page_state_change": {"size": 0, "private": True},
+    "set_memory_encrypted": {"size": 0},
+    "touch": {"n": 0},
+}
+
+
+@pytest.mark.parametrize("call", EMPTY)
+def test_an_empty_range_is_no_page_and_no_mistake(call):
+    vm = snp()
+    getattr(vm.guest(), call)(0, **EMPTY[call])
+    assert not {"pvalidate", "npf", "set-attributes"} & set(vm.counters)
+
+
 def test_mmio_gives_as_many_bytes_as_were_read():
     vm = snp()
     vm.mmio = 0xBEEF
@@ -157,6 +172,17 @@ def test_without_its_flag_a_guest_memfd_is_not_looked_at():
     vm = Vm("snp", slots=[])
     vm.set_user_memory_region2(0, 0, P, vm.create_guest_memfd(P), flags=0)
     assert vm.slots.find(0).gmem is None
+
+
+def test_user_memory_is_that_of_this_vm_and_large_enough():
+    vm = snp()
+    calls = (
+        lambda: vm.set_user_memory_region2(1, M2, P, user=next(iter(snp().slots)).user),
+        lambda: vm.set_user_memory_region2(1, M2, 9 * P, user=next(iter(vm.slots)).user),
+    )
+    for call, why in zip(calls, ("another Vm's", "it has 8"), strict=True):
+        with pytest.raises(InputError, match=why):
+            call()
 
 
 def test_a_closed_file_is_a_bad_descriptor():

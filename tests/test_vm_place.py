@@ -125,6 +125,14 @@ def test_a_page_of_firmware_is_nobody_s_here():
     assert vm.placed(0) == ("foreign", "shared")
 
 
+def test_the_example_in_the_docs_runs_as_it_says(root):
+    text = (root / "docs/emulator.md").read_text(encoding="utf-8").partition("## A page in a named state")[2]
+    names: dict[str, object] = {}
+    with pytest.raises(RmpFault):
+        exec(text.split("```python")[1].split("```")[0], names)
+    assert names["vm"].placed(0x1000) == ("validated", "shared")
+
+
 @pytest.mark.parametrize(
     ("platform", "arguments", "allowed"),
     [

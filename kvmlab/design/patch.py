@@ -43,14 +43,19 @@ def patched(base: Design, edit: str) -> Design:
 def _nearest(design: Design) -> Design:
     """The shipped design with the fewest other lines; the one that was edited, if it is about as near."""
     own = [name for name in (design.name.rstrip("*"), design.base or "") if name in shipped("all")]
-    lines = Counter(_text(design).splitlines())
+    lines = _lines(design)
 
     def distance(base: Design) -> int:
-        other = Counter(_text(base).splitlines())
+        other = _lines(base)
         return ((lines - other) + (other - lines)).total() + (0 if base.name in own else NEARER)
 
     bases = [Design.load(name) for name in dict.fromkeys((*own, *shipped()))]
     return min((base for base in bases if base.backing in (None, design.backing)), key=distance)
+
+
+def _lines(design: Design) -> Counter[str]:
+    """The lines without their indentation, which changes with what stands around them."""
+    return Counter(line.strip() for line in _text(design).splitlines())
 
 
 def _text(design: Design) -> str:

@@ -1,6 +1,7 @@
 """The emulator: one concrete VM of any size, one run, by the same rules and designs as the explorer.
 
 switches                   what sources leave open, and what later kernels fixed
+arguments                  what each public call takes, looked at in one place
 events locks costs         errors, log and counters; who holds what; published figures
 memory                     bytes in DRAM and the stand-in cipher
 caches rmp                 dirty lines by C-bit; RMP arrays under the rules of hw/
@@ -16,6 +17,7 @@ tdx_memory tdx_module      tdx: lines by KeyID; S-EPT, PAMT and epochs as arrays
 tdx_kvm tdx_zap tdx_aug    its vCPUs and SEAMCALLs; the `zap:` and `aug:` rows of a design
 tdx_walk tdx_guest         accesses through two roots; ACCEPT and MapGPA
 tdx_linux tdx_load         a Linux guest; conversions in batches, side by side
+place                      a page in a named state
 vm workloads               the public Vm; a boot-like load
 """
 

@@ -213,7 +213,7 @@ FLAG, DATA, FUNCTION, PFN, VCPU, VMPL, BUFFER, SLOTS = (
 )  # fmt: skip
 ADDRESS = whole(0, LIMIT * PAGE, f"a guest address, from 0 to 4 TiB, {_HELD}")
 PAGE_ADDRESS = whole(0, LIMIT * PAGE, f"a multiple of 4096 from 0 to 4 TiB, {_HELD}", PAGE)
-PAGES = whole(PAGE, LIMIT * PAGE, "at least a page, in bytes, a multiple of 4096, up to 4 TiB", PAGE)
+PAGES = whole(0, LIMIT * PAGE, "whole pages, in bytes: a multiple of 4096, from 0 to 4 TiB", PAGE)
 BYTES = whole(0, MOST_BYTES, "bytes, from 0 to 1 GiB in one call")
 BYTE = whole(0, 255, "a byte, from 0 to 255")
 REGISTER = whole(0, (1 << 64) - 1, "what a 64-bit register holds")

@@ -47,18 +47,20 @@ OPS = one_of("read", "write")
 
 
 class PageTable:
-    """The guest's own page table, as far as it matters: a C-bit a gfn."""
+    """The guest's own page table, as far as it matters: a C-bit a gfn, at first all `private`."""
 
     def __init__(self, private: bool) -> None:
-        self.private, self._bits = private, np.zeros(0, np.uint8)
+        self.private, self._others = private, np.zeros(0, np.uint8)  # where it is no longer so
 
     def c_bits(self, lo: int, hi: int) -> U8:
-        """The C-bits of gfns [lo, hi), as a view."""
-        if hi > (old := len(self._bits)):
-            self._bits = grown(self._bits, hi)
-            if self.private:
-                self._bits[old:] = 1
-        return self._bits[lo:hi]
+        """The C-bits of gfns [lo, hi)."""
+        self._others = grown(self._others, hi)
+        return self._others[lo:hi] ^ np.uint8(self.private)
+
+    def set(self, lo: int, hi: int, private: bool) -> None:
+        """Set or clear the C-bits of gfns [lo, hi)."""
+        self._others = grown(self._others, hi)
+        self._others[lo:hi] = private != self.private
 
 
 class Guest:
@@ -135,7 +137,7 @@ class Guest:
     @takes(gpa=PAGE_ADDRESS, private=FLAG, size=PAGES)
     def set_private(self, gpa: int, private: bool, size: int = PAGE) -> None:
         """Set or clear the C-bit in the guest's page table, and nothing else."""
-        self.vm.page_table.c_bits(gpa // PAGE, (gpa + size) // PAGE)[:] = private
+        self.vm.page_table.set(gpa // PAGE, (gpa + size) // PAGE, private)
 
     @takes(
         gpa=PAGE_ADDRESS, size=PAGES, private=FLAG, page_size=SIZE, batch=whole(1, 0xFFFF, "entries, from 1 to 253")

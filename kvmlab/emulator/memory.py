@@ -20,6 +20,7 @@ U16 = NDArray[np.uint16]
 U32 = NDArray[np.uint32]
 T = TypeVar("T", bound=np.generic)
 
+CHUNK = 1 << 20
 _ZEROS = np.zeros(PAGE, np.uint8)
 _BLOCKS = np.arange(PAGE // 8, dtype=np.uint64)
 
@@ -73,7 +74,9 @@ def grown(array: NDArray[T], size: int) -> NDArray[T]:
     if size <= len(array):
         return array
     bigger = np.zeros(max(size, 2 * len(array)), array.dtype)
-    bigger[: len(array)] = array
+    for at in range(0, len(array), CHUNK):
+        if (part := array[at : at + CHUNK]).any():  # what is zero would cost its room by being copied
+            bigger[at : at + len(part)] = part
     return bigger
 
 

@@ -51,8 +51,7 @@ def set_region(
     if any(other.id != number for other, _, _ in space.pieces(gpa // PAGE, (gpa + size) // PAGE)):
         raise VmErrno(errno.EEXIST, f"memslot {number} overlaps another one in guest addresses")
     file = gmem if flags & GUEST_MEMFD and isinstance(gmem, GuestMemfd) else None
-    if user is not None and (user.pages < pages or (vm.in_place and file)):
-        why = "the guest_memfd is mapped in its stead" if vm.in_place and file else f"it has {user.pages} pages"
+    if user is not None and (why := _not_for_it(vm, pages, file, user)):
         raise InputError(f"this `user` memory cannot be that of a memslot of {pages} pages: {why}")
     if file:
         file.may_bind(vm, offset, pages)
@@ -71,10 +70,18 @@ def set_region(
         init_mixed(new, vm.attributes, reserved)
 
 
+def _not_for_it(vm: Vm, pages: int, file: GuestMemfd | None, user: UserMemory) -> str:
+    if user.vm is not vm:
+        return "it is another Vm's"
+    if vm.in_place and file:
+        return "the guest_memfd is mapped in its stead"
+    return f"it has {user.pages}" if user.pages < pages else ""
+
+
 def _user_memory(vm: Vm, pages: int, file: GuestMemfd | None, offset: int) -> UserMemory:
     """New anonymous memory; in-place it is the guest_memfd itself, mapped."""
     base = file.base + offset // PAGE if vm.in_place and file else vm.new_pfns(pages)
-    return UserMemory(base, pages)
+    return UserMemory(vm, base, pages)
 
 
 def delete(vm: Vm, as_id: int, number: int) -> None:

@@ -6,6 +6,7 @@ import errno
 from bisect import bisect_right, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,19 +16,23 @@ from .events import VmErrno
 from .gmem import GuestMemfd
 from .memory import U8, U32
 
+if TYPE_CHECKING:
+    from .vm import Vm
+
 LEVELS = {"2M": 9, "1G": 18}  # log2 of the pages of a huge page
 KVM_USER_MEM_SLOTS = 32764  # SHRT_MAX - 3, include/linux/kvm_host.h
 LPAGE_MIXED = np.uint32(1 << 31)  # KVM_LPAGE_MIXED_FLAG; the bits below count other reasons
 LOG_DIRTY_PAGES, READONLY, GUEST_MEMFD = 1 << 0, 1 << 1, 1 << 2
 
 
-@dataclass
+@dataclass(eq=False)
 class UserMemory:
-    """Anonymous memory of the VMM: `pages` pages from PFN `base` on; `present` once somebody touched one.
+    """Anonymous memory of the VMM of `vm`: `pages` pages from PFN `base` on; `present` once somebody touched one.
 
     Where it is a mapped guest_memfd whose attributes decide who may touch it, `present` is: the VMM has a PTE.
     """
 
+    vm: Vm = field(repr=False)
     base: int
     pages: int
     present: U8 = field(init=False, repr=False)

@@ -186,7 +186,7 @@ def _fair(graph: Graph, v: int, part: frozenset[int]) -> Cycle | None:
     moves = {graph.actor[e] for i in part for e in _edges(graph, i) if graph.dst[e] in part}
     needed = [v]
     for a in range(len(graph.model.actors)):
-        if a == v or not all(_owes(graph, a, i) for i in part):
+        if a == v or not all(owes(graph, a, i) for i in part):
             continue
         if a not in moves:
             return None
@@ -198,7 +198,7 @@ def _edges(graph: Graph, i: int) -> range:
     return range(int(graph.start[i]), int(graph.start[i + 1]))
 
 
-def _owes(graph: Graph, a: int, i: int) -> bool:
+def owes(graph: Graph, a: int, i: int) -> bool:
     """Whether actor `a` is inside an operation in state `i` and can move."""
     pc = graph.learner.pc[a].get(graph.packed(i))
     return not graph.model.actors[a].program[pc].idle and any(graph.actor[e] == a for e in _edges(graph, i))

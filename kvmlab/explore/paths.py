@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 from .graph import END, Graph, Hit
-from .liveness import FAULT, Cycle
+from .liveness import FAULT, Cycle, owes
 
 Schedule = tuple[tuple[int, int], ...]  # (actor, choice) step by step
 
@@ -121,28 +121,48 @@ def _back(best: _Best, state: int, last: int | None) -> Schedule:
 
 
 def lasso(graph: Graph, cycle: Cycle) -> tuple[Schedule, Schedule]:
-    """A shortest stem to the fair cycle, and a round of it in which every actor that owes a step moves."""
+    """A shortest stem to the fair cycle, and a round of it that is fair by itself.
+
+    Every actor that owes a step all along the round moves in it.
+    """
     entry = min(cycle.states, key=lambda i: (int(graph.depth[i]), i))
     stem = shortest(graph, [Hit(entry, None, None)])
+    needed = list(cycle.needed)
+    while True:
+        loop, states = _round(graph, cycle, entry, needed)
+        others = set(range(len(graph.model.actors))) - {a for a, _ in loop} - set(needed)
+        left = [a for a in sorted(others) if all(owes(graph, a, i) for i in states)]
+        if not left:
+            return stem, tuple(loop)
+        needed += left
+
+
+def _round(
+    graph: Graph, cycle: Cycle, entry: int, needed: Iterable[int]
+) -> tuple[list[tuple[int, int]], set[int]]:
+    """A walk from `entry` back to it in which each actor needed moves or, where it may, owes nothing; its states."""
     faults = {n for n, label in enumerate(graph.labels) if FAULT in label.counts}
-    here, loop = entry, []
-    for a in cycle.needed:
+    here, states = entry, {entry}
+    loop: list[tuple[int, int]] = []
+    for a in needed:
 
         def moves(e: int, a: int = a) -> bool:
+            if a not in cycle.needed and not owes(graph, a, int(graph.dst[e])):
+                return True
             return graph.actor[e] == a and (a != cycle.actor or graph.label[e] in faults)
 
-        run, here = _nearest(graph, cycle, here, moves)
-        loop += run
+        run, seen = _nearest(graph, cycle, here, moves)
+        here, loop, states = seen[-1], loop + run, states | set(seen)
     if here != entry:
-        run, _ = _nearest(graph, cycle, here, lambda e: graph.dst[e] == entry)
-        loop += run
-    return stem, tuple(loop)
+        run, seen = _nearest(graph, cycle, here, lambda e: graph.dst[e] == entry)
+        loop, states = loop + run, states | set(seen)
+    return loop, states
 
 
 def _nearest(
     graph: Graph, cycle: Cycle, here: int, wanted: Callable[[int], bool]
-) -> tuple[list[tuple[int, int]], int]:
-    """Walk inside the cycle from `here` over the nearest edge that is `wanted`; returns the walk and its end."""
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """Walk inside the cycle from `here` over the nearest edge `wanted`: its steps, and the state after each."""
     came: dict[int, tuple[int, int]] = {}
     todo = deque([here])
     seen = {here}
@@ -153,11 +173,12 @@ def _nearest(
             if j not in cycle.states:
                 continue
             if wanted(e):
-                run = [_step(graph, e)]
+                run, states = [_step(graph, e)], [j]
                 while i != here:
+                    states.append(i)
                     i, back = came[i]
                     run.append(_step(graph, back))
-                return run[::-1], j
+                return run[::-1], states[::-1]
             if j not in seen:
                 seen.add(j)
                 came[j] = (i, e)

@@ -124,11 +124,6 @@ class Module(Platform):
         )
         self.pamt[size, hpa] = entry
 
-    def _note_own(self, leaf: Leaf, td: Td, entry: Entry, level: Level) -> None:
-        """The same for the page or table that an entry points to."""
-        of = tdx_pamt.OF_PAGE if entry.state.leaf else tdx_pamt.OF_TABLE
-        self._note(leaf, of, td, *self._own_key(entry, level))
-
     def _put(self, leaf: Leaf, td: Td, gpa: int, level: Level, hpa: int) -> Result:
         result, entry = self._mem(leaf, td, gpa, level, hpa)
         if result.ok:
@@ -156,15 +151,13 @@ class Module(Platform):
         result, entry = self._mem(Leaf.RANGE_BLOCK, td, gpa, level)
         if result.ok:
             entry.accept_counter = 0
-            self._note_own(Leaf.RANGE_BLOCK, td, entry, level)
+            of = tdx_pamt.OF_PAGE if entry.state.leaf else tdx_pamt.OF_TABLE
+            self._note(Leaf.RANGE_BLOCK, of, td, *self._own_key(entry, level))
         return result
 
     def tdh_mem_range_unblock(self, td: Td, gpa: int, level: Level = Level.PT) -> Result:
         """TDH.MEM.RANGE.UNBLOCK: undo BLOCK, once tracked."""
-        result, entry = self._mem(Leaf.RANGE_UNBLOCK, td, gpa, level)
-        if result.ok:
-            self._note_own(Leaf.RANGE_UNBLOCK, td, entry, level)
-        return result
+        return self._mem(Leaf.RANGE_UNBLOCK, td, gpa, level)[0]
 
     def tdh_mem_track(self, td: Td) -> Result:
         """TDH.MEM.TRACK: start the next epoch."""
@@ -315,8 +308,6 @@ class Module(Platform):
             return Result(EXIT_REASON_EPT_VIOLATION, _WRITE, info, gpa, Guest.EXIT_ACCEPT)
         if stopped.ok and not self._zero(entry, level, interrupt_after):
             return Result(exit=Guest.INTERRUPTED)
-        if stopped.ok:
-            self._note_own(Leaf.ACCEPT, td, entry, level)
         entry.state = stopped.state
         return Result(stopped.rax)
 

@@ -88,17 +88,15 @@ EFFECTS_LEAVES = (
     Leaf.SEPT_ADD,
     Leaf.PAGE_AUG,
     Leaf.RANGE_BLOCK,
-    Leaf.RANGE_UNBLOCK,
     Leaf.PAGE_REMOVE,
     Leaf.PAGE_DEMOTE,
     Leaf.PAGE_PROMOTE,
     Leaf.SEPT_REMOVE,
     Leaf.PAGE_RECLAIM,
-    Leaf.ACCEPT,
 )
 
 EFFECTS = Rules(
-    "TDX module 1.5.01, one file a leaf: what a leaf that succeeds writes into the PAMT",
+    "TDX module 1.5.01, one file a leaf: what a leaf that succeeds writes into the PAMT (others: nothing)",
     {
         "leaf": EFFECTS_LEAVES,
         "of": (
@@ -115,7 +113,6 @@ EFFECTS = Rules(
         # tdh_mem_range_block.c: of a table it is the S-EPT page's own entry that gets the epoch.
         (Leaf.RANGE_BLOCK, frozenset({OF_PAGE, OF_TABLE}), Change(bepoch="TD_EPOCH")),
         (Leaf.RANGE_BLOCK, OF_CHILDREN, _NOTHING),
-        (frozenset({Leaf.RANGE_UNBLOCK, Leaf.ACCEPT}), ANY, _NOTHING),
         # tdh_mem_page_remove.c: only the type is written, so OWNER and BEPOCH stay, and mean nothing.
         (frozenset({Leaf.PAGE_REMOVE, Leaf.PAGE_RECLAIM}), OF_PAGE, _FREED),
         (Leaf.PAGE_REMOVE, frozenset({OF_TABLE, OF_CHILDREN}), _NOTHING),
