@@ -157,9 +157,12 @@ def _bug(s: View, call: str, answer: Answer) -> None:
 
 
 def kvm_unmap_gfn_range(s: View, me: str, gfn: int) -> str | None:
-    """Zap the mirror leaf: a plain write, then the SEAMCALLs; a leaf that is not present costs none."""
+    """Zap the mirror leaf: a plain write, then the SEAMCALLs; a leaf that is not present costs none.
+
+    FROZEN_SPTE is not present either, so tdp_mmu_zap_leafs() passes by it.
+    """
     assert_held(s, me, "kvm_unmap_gfn_range()")
-    if s.mirror[gfn] is None:
+    if s.mirror[gfn] in (None, FROZEN):
         return "skip"
     if s.conf.asks_flush:
         s.flush = True
