@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 from .graph import END, Graph, Hit
-from .liveness import FAULT, Cycle, owes
+from .liveness import EXIT, FAULT, Cycle, owes
 
 Schedule = tuple[tuple[int, int], ...]  # (actor, choice) step by step
 
@@ -170,7 +170,8 @@ def _nearest(
         i = todo.popleft()
         for e in range(int(graph.start[i]), int(graph.start[i + 1])):
             j = int(graph.dst[e])
-            if j not in cycle.states:
+            leaves = graph.actor[e] == cycle.actor and EXIT in graph.labels[graph.label[e]].counts
+            if j not in cycle.states or leaves:  # to come back from the VMM is no part of the cycle
                 continue
             if wanted(e):
                 run, states = [_step(graph, e)], [j]
