@@ -847,6 +847,13 @@ def test_the_first_epoch_is_1():
     assert Epochs() == (1, (0, 0))
 
 
+@pytest.mark.parametrize(("epoch", "counts"), [(1, [(0, 1), (0, 2), (0, 1)]), (2, [(1, 0), (2, 0), (1, 0)])])
+def test_who_is_inside_is_counted_by_the_parity_of_its_epoch(epoch, counts):
+    one, vcpu, _ = tdx_tlb.enter(Epochs(epoch), 0)
+    two, _, _ = tdx_tlb.enter(one, 0)
+    assert [one.refcount, two.refcount, tdx_tlb.leave(two, vcpu).refcount] == counts
+
+
 def test_track_is_busy_while_a_vcpu_is_inside_with_the_epoch_before():
     epochs, _, _ = tdx_tlb.enter(Epochs(), 0)
     status, epochs = tdx_tlb.track(epochs)
