@@ -16,8 +16,10 @@ BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 DOCUMENTS := README.md $(wildcard docs/*.md)
 
-# What a user has configured for IPython must not change stored outputs.
-test unit nbval notebooks: export IPYTHONDIR := $(CURDIR)/.venv/ipython
+# What a user has configured for IPython or matplotlib must not change stored outputs; nor may the message that
+# matplotlib prints while it first lists the fonts.
+test unit nbval notebooks .venv/test.stamp: export IPYTHONDIR := $(CURDIR)/.venv/ipython
+test unit nbval notebooks .venv/test.stamp: export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 
 .PHONY: lab test lint unit nbval browser notebooks links bench clean
 
@@ -69,6 +71,7 @@ NO_NEWS := jupyter-labextension disable "@jupyterlab/apputils-extension:announce
 .venv/test.stamp: .venv/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[lab,test]"
 	@$(BIN)/$(NO_NEWS) 2>/dev/null
+	@$(BIN)/python -c "import matplotlib.font_manager"
 	@touch .venv/lab.stamp $@
 
 # The first Python that is new enough and can make an environment; a name that exists may still not run.

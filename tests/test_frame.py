@@ -56,6 +56,7 @@ HEAVY_MODULES = {
     "explore/levels.py",
     "explore/tables.py",
     "nbfiles.py",
+    "show/plots.py",
     "show/widget.py",
 }
 
