@@ -99,6 +99,9 @@ def _case(parser: argparse.ArgumentParser, many: bool, switches: bool = True) ->
     parser.add_argument(
         "--limit", type=_positive, metavar="STATES", help="stop after so many states (not complete: status 3)"
     )
+    parser.add_argument(
+        "--seconds", type=_positive, metavar="N", help="stop each search after so many seconds (the same)"
+    )
     if switches:
         parser.add_argument(
             "--switch",
@@ -244,7 +247,9 @@ def _reports(options: argparse.Namespace) -> Iterator[Report | str]:
     for n, (design, platform, scenario, backing) in enumerate(cases, 1):
         progress(f"{n} of {len(cases)}: {design.name} {platform} {scenario} {backing}")
         try:
-            report: Report | str = check(design, platform, scenario, backing, switches, options.limit)
+            report: Report | str = check(
+                design, platform, scenario, backing, switches, options.limit, options.seconds
+            )
         except NotApplicable as reason:
             report = f"{design.name}, {platform}, {scenario}, {backing} backing: n/a ({reason})"
         progress()
@@ -324,13 +329,14 @@ def _matrix(options: argparse.Namespace) -> int:
         elements=options.json,
         jobs=options.jobs or os.cpu_count() or 1,
         limit=options.limit,
+        seconds=options.seconds,
     )
     progress()
     if options.json:
         emit(json.dumps([square.as_json() for square in found.squares], indent=1))
     else:
         emit(found.text())
-    bad = any(square.worst not in ("ok", "n/a") for square in found.squares)
+    bad = any(square.worst not in ("ok", "?", "n/a") for square in found.squares)
     return _status(bad, all(square.complete for square in found.squares))
 
 
@@ -351,6 +357,7 @@ def _trace(options: argparse.Namespace) -> int:
         options.backing or design.backing or "split",
         parse_switches(options.switch),
         options.limit,
+        options.seconds,
     )
     if options.measure:
         found = [report.example(options.measure)]

@@ -43,10 +43,11 @@ class Square:
 
     @property
     def worst(self) -> str:
-        """The gravest property violated, "ok", or "n/a"."""
+        """The gravest property violated, "ok", "?" where the search did not get to its end, or "n/a"."""
         if self.reason:
             return "n/a"
-        return next((name for name in BY_NAME if self.verdicts[name] in (SOMETIMES, ALWAYS)), "ok")
+        clean = "ok" if self.complete else "?"
+        return next((name for name in BY_NAME if self.verdicts[name] in (SOMETIMES, ALWAYS)), clean)
 
     @property
     def short(self) -> str:
@@ -106,12 +107,13 @@ def matrix(
     elements: bool = False,
     jobs: int = 1,
     limit: int | None = None,
+    seconds: float | None = None,
 ) -> Matrix:
     """Check every design (default: those of the thread and their variants) in every scenario.
 
     `progress` is called with a line before each check (with `jobs` processes: when its result is awaited);
-    `elements` keeps what `--json` prints; `limit` as for `check`.  InputError for a name that does not exist, or
-    no process at all.
+    `elements` keeps what `--json` prints; `limit` and `seconds`, of each, as for `check`.  InputError for a name
+    that does not exist, or no process at all.
     """
     named = _named(designs)
     cases = [
@@ -127,7 +129,7 @@ def matrix(
         check_names(platform, backing)
         find_scenario(scenario)
     squares = []
-    with spread(partial(_square, elements=elements, limit=limit), cases, jobs) as results:
+    with spread(partial(_square, elements=elements, limit=limit, seconds=seconds), cases, jobs) as results:
         waiting = iter(results)
         for n, ((name, _), platform, scenario, backing) in enumerate(cases, 1):
             if progress:
@@ -149,13 +151,17 @@ def _named(designs: Iterable[Design | str] | None) -> list[tuple[str, str | None
 
 
 def _square(
-    where: Where, elements: bool = False, switches: Switches | None = None, limit: int | None = None
+    where: Where,
+    elements: bool = False,
+    switches: Switches | None = None,
+    limit: int | None = None,
+    seconds: float | None = None,
 ) -> Square:
     (name, text), platform, scenario, backing = where
     design = Design.load(name) if text is None else Design.parse(text, name)
     empty = Square(name, platform, scenario, backing)
     try:
-        report = check(design, platform, scenario, backing, switches, limit)
+        report = check(design, platform, scenario, backing, switches, limit, seconds)
     except NotApplicable as reason:
         return replace(empty, reason=str(reason))
     return replace(

@@ -227,10 +227,10 @@ def _shape(run: Trace) -> tuple[object, ...]:
 def explore(model: Model, limit: int = LIMIT, watch: Watch | None = None) -> Graph:
     """Explore a model with the engine that fits its size; complete unless `limit` states are exceeded.
 
-    `watch` is told now and then how many states are known; what it raises ends the search.
+    `watch` is told now and then how many states are known; it may end the search.
     """
     graph = rows.search(model, min(SMALL, limit), watch)
-    if graph.complete or limit <= SMALL:
+    if graph.complete or limit <= SMALL or (watch is not None and watch(len(graph.states))):
         return graph
     from .explore import arrays
 
@@ -244,15 +244,22 @@ def check(
     backing: str = "split",
     switches: Switches | None = None,
     limit: int | None = None,
+    seconds: float | None = None,
 ) -> Report:
     """Explore every interleaving of `design` in one scenario and return the verdicts.
 
     `design` is a `Design`, the name of one that ships, a file, or a text with line breaks.  After `limit` states
-    (default: LIMIT) the search stops, and the report is not `complete`.  Raises DesignError for a bad design,
-    InputError for a name that does not exist, NotApplicable for a case that does not, MemoryError in words.
+    (default: LIMIT) or so many `seconds` the search stops, and the report is not `complete`.  Raises DesignError
+    for a bad design, InputError for a name that does not exist, NotApplicable for a case that does not,
+    MemoryError in words.
     """
     case = Case(as_design(design), platform, scenario, backing, switches or Switches())
-    return check_case(case, limit)
+    began = time.perf_counter()
+    if seconds is None:
+        return check_case(case, limit)
+    if not isinstance(seconds, int | float) or not seconds > 0:
+        raise InputError("the seconds are a number above 0")
+    return check_case(case, limit, lambda states: time.perf_counter() - began > seconds)
 
 
 def check_case(case: Case, limit: int | None = None, watch: Watch | None = None) -> Report:

@@ -200,9 +200,9 @@ def _codes(count: int, rng: random.Random, told: list[tuple[str, str]]) -> Count
 def says_no_more(given: str, diagram: str) -> bool:
     """Whether a text with the diagram's code says what the diagram says, or has neither title nor verdict left.
 
-    Spaces, quote marks and the length of a rule make no difference here; the columns are tested by themselves.
+    Spaces, line breaks, quote marks and the length of a rule make no difference here; the columns are tested by themselves.
     """
-    plain = [re.sub(r"(?m)^(?:>[> ]*)|-+$", "", text[: text.index("kvmlab:2:")]) for text in (given, diagram)]
+    plain = [re.sub(r"(?m)^(?:>[> ]*)|-{3,}", "", text[: text.index("kvmlab:2:")]) for text in (given, diagram)]
     above, drawn = ("".join(text.split()) for text in plain)
     return above.endswith(drawn) or not re.search(r"=>|\(amodel,nothardware\)|\dsteps?,\d+switch", above)
 

@@ -5,7 +5,7 @@ import pytest
 from kvmlab.design import Design, DesignError, shipped
 from kvmlab.explore import arrays, liveness, rows
 from kvmlab.report import UNJUDGED, check, explore
-from kvmlab.scenario import SCENARIOS, NotApplicable, build, with_forgetful_tlbs
+from kvmlab.scenario import SCENARIOS, InputError, NotApplicable, build, with_forgetful_tlbs
 
 
 def violated(text, *case):
@@ -176,3 +176,22 @@ def test_every_part_of_the_graph_is_looked_at_for_a_livelock_however_many_there_
     assert {frozenset(map(found.packed, part)) for part in parts} == {
         frozenset(map(listed.packed, part)) for part in others
     }
+
+
+@pytest.mark.parametrize("search", [rows.search, arrays.search])
+def test_a_search_that_is_told_to_stop_ends_where_it_is_and_is_not_complete(search):
+    whole = build(Design.load("no-zap"), SCENARIOS["to-private"])
+    part = search(whole, watch=lambda states: states > 3_000)
+    assert not part.complete and 0 < len(part.depth) < len(search(whole).depth)
+    assert len(part.start) == len(part.depth) + 1 and len(part.quiet) == len(part.depth)
+
+
+def test_a_check_that_runs_out_of_time_says_so_and_never_of_nothing():
+    report = check("upstream", "tdx", "to-shared", seconds=1e-6)
+    assert not report.complete and {v.verdict for v in report.verdicts.values()} == {UNJUDGED}
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), "soon"])
+def test_a_time_that_is_none_is_refused(seconds):
+    with pytest.raises(InputError, match="above 0"):
+        check("upstream", seconds=seconds)

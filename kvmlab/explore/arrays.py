@@ -73,9 +73,8 @@ class _Search:
         space.levels = [0, 1]
         while low < high:
             for start, stop in chunks(low, high):
-                if self.watch is not None:
-                    self.watch(seen.n)
-                cut = self.chunk(start, stop, depth)
+                told = self.watch is not None and bool(self.watch(seen.n))
+                cut = self.chunk(start, stop, depth, told)
                 if cut is not None:
                     space.levels[-1] = seen.n = cut
                     space.complete = False
@@ -85,8 +84,8 @@ class _Search:
         space.levels.pop()
         return self.result()
 
-    def chunk(self, start: int, stop: int, depth: int) -> int | None:
-        """Expand states `start : stop`; returns where to cut when the limit was passed."""
+    def chunk(self, start: int, stop: int, depth: int, told: bool) -> int | None:
+        """Expand states `start : stop`; returns where to cut when the limit was passed, or if `told` to stop."""
         rows, seen = self.rows, self.seen
         states = seen.states[start:stop]
         row = rows.find(states)
@@ -94,6 +93,8 @@ class _Search:
         edges = rows.edges(row)
         ends = self.follow(states, edges)
         cut = self.cut(edges, ends)
+        if cut is None and told:
+            cut = stop - start - 1
         if cut is not None:
             stop, flags = start + cut + 1, flags[: cut + 1]
             last = int(np.searchsorted(edges.source, cut, side="right"))

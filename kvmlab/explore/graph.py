@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from ..state import WORD
 from ..step import Learner, Model
 
-Watch = Callable[[int], None]  # is told how many states are known; what it raises ends the search
+# Is told how many states are known.  What it raises ends the search; if it says True, the search stops where it is.
+Watch = Callable[[int], bool | None]
 END = -1  # the successor of a fatal edge: the run is over
 
 

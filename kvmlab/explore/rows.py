@@ -12,7 +12,7 @@ WATCHED = 1024  # states between two calls of the watch
 
 
 def search(model: Model, limit: int | None = None, watch: Watch | None = None) -> Graph:
-    """Explore `model` completely, or until `limit` states are known (then the graph is not `complete`)."""
+    """Explore `model` completely, or until `limit` states are known or `watch` says so (then not `complete`)."""
     learner = Learner(model)
     graph = Graph(model, learner)
     states, depth, start = [model.initial], [0], [0]
@@ -24,8 +24,7 @@ def search(model: Model, limit: int | None = None, watch: Watch | None = None) -
     index = {model.initial: 0}
     lanes = [(a, cell.mask, cell.shift, learner.tables[a]) for a, cell in enumerate(learner.pc)]
     for i, x in enumerate(states):  # grows while we go
-        if watch is not None and not i % WATCHED:
-            watch(len(states))
+        stop = watch is not None and not i % WATCHED and watch(len(states))
         inside = moved = False
         d = depth[i]
         for a, mask, shift, tables in lanes:
@@ -62,7 +61,7 @@ def search(model: Model, limit: int | None = None, watch: Watch | None = None) -
                     graph.hit(prop, d, Hit(i, None, None))
         elif not moved:
             graph.hit("deadlock", d, Hit(i, None, None))
-        if limit is not None and len(states) > limit:
+        if stop or (limit is not None and len(states) > limit):
             graph.complete = False
             del states[i + 1 :], depth[i + 1 :]
             dst = [j if j <= i else END for j in dst]

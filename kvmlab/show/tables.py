@@ -157,7 +157,7 @@ def _square(square: Square) -> Html:
     if square.reason:
         return td(quiet("n/a"), title=square.reason, style=edge)
     size = el("span", f" {square.states:,}{'' if square.complete else '+'}", style=f"{SMALL};font-weight:400")
-    if square.worst == "ok":
-        return td(quiet("ok", size), style=edge)
+    if square.worst in ("ok", "?"):
+        return td(quiet(square.worst, size), style=edge)
     ground = ALARM if square.worst in HOST_DOWN else f"background:{tint(VERMILLION, 0.2)};font-weight:700"
     return td(square.short, size, title=square.worst, style=f"{edge};{ground}")
