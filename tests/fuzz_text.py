@@ -200,7 +200,8 @@ def _codes(count: int, rng: random.Random, told: list[tuple[str, str]]) -> Count
 def says_no_more(given: str, diagram: str) -> bool:
     """Whether a text with the diagram's code says what the diagram says, or has neither title nor verdict left.
 
-    Spaces, line breaks, quote marks and the length of a rule make no difference here; the columns are tested by themselves.
+    Spaces, line breaks, quote marks and the length of a rule make no difference here; the columns are tested
+    by themselves.
     """
     plain = [re.sub(r"(?m)^(?:>[> ]*)|-{3,}", "", text[: text.index("kvmlab:2:")]) for text in (given, diagram)]
     above, drawn = ("".join(text.split()) for text in plain)
