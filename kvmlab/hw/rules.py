@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from itertools import product
 from typing import Any
 
@@ -71,10 +72,18 @@ class Rules:
         """The table's rows as text, the heads first."""
         return [[*self.inputs, self.outcome], *([_cell_text(value) for value in row] for row in self.rows)]
 
-    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
-        from ..show.tables import rules_html
+    def html(self) -> str:
+        """Return the table as HTML; a long name may be wrapped at its underscores."""
+        lines = []
+        for n, row in enumerate(self.cells()):
+            tag = "td" if n else "th"
+            shown = (escape(cell).replace("/", " / ").replace("_", "_<wbr>") for cell in row)
+            lines.append("".join(f'<{tag} style="text-align:left">{cell}</{tag}>' for cell in shown))
+        table = "".join(f"<tr>{line}</tr>" for line in lines)
+        return f"<div>{escape(self.source)}</div><table>{table}</table>"
 
-        return {"text/plain": self.text(), "text/html": rules_html(self)}
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        return {"text/plain": self.text(), "text/html": self.html()}
 
 
 def _meant(want: Any, values: Sequence[Any]) -> Sequence[Any]:

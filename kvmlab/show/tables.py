@@ -17,7 +17,6 @@ from .style import (
     alarm,
     blank,
     block,
-    breakable,
     el,
     join,
     plural,
@@ -31,7 +30,6 @@ from .style import (
 
 if TYPE_CHECKING:
     from ..grid import Matrix, Square
-    from ..hw.rules import Rules
     from ..report import Report
     from ..trace import Case
 
@@ -83,19 +81,6 @@ def report_html(report: Report) -> Html:
         el("div", quiet(size_line(report)), style="margin-bottom:6px"),
         verdict_table(report),
     )
-
-
-def rules_html(rules: Rules) -> Html:
-    """A rule of the hardware as its table, below the place that it is from."""
-    heads, *rows = rules.cells()
-    lines = [tr(*(th(quiet(head), style=RULED) for head in heads))]
-    lines += [tr(*(td(_code(cell), style=RULED) for cell in row)) for row in rows]
-    return block(el("div", quiet(rules.source), style="margin-bottom:4px"), table(lines, MONO))
-
-
-def _code(cell: str) -> Html:
-    """A value of a rule; a long name may be wrapped at its underscores."""
-    return Html(breakable(cell.replace("/", " / ")).replace("_", "_<wbr>"))
 
 
 def comparison_html(reports: Sequence[Report]) -> Html:
