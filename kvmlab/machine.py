@@ -48,7 +48,7 @@ NEIGHBOUR = "N"
 TLB = "TLB"  # who drops entries of TLBs, where that is asked: scenario.with_forgetful_tlbs()
 
 
-WORDS: dict[str, tuple[object, object]] = {"rmp_checked_at": ("access", "fill")}  # not True or False
+WORDS: dict[str, tuple[bool | str, bool | str]] = {"rmp_checked_at": ("access", "fill")}  # not True or False
 
 
 @dataclass(frozen=True)

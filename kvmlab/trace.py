@@ -10,7 +10,7 @@ from typing import NamedTuple
 from .design import Design
 from .errors import Refusal
 from .explore.paths import Schedule, switches
-from .machine import Switches
+from .machine import WORDS, Switches
 from .scenario import InputError, build, find_scenario
 from .step import Model, run_step
 
@@ -53,15 +53,13 @@ def _switch_text(value: bool | str) -> str:
 
 def parse_switches(pairs: Iterable[str]) -> Switches:
     """Read `name=value` pairs; InputError names the switches and values that exist."""
-    allowed = {"rmp_checked_at": {"access": "access", "fill": "fill"}}
-    yes_no: dict[str, bool | str] = {"yes": True, "no": False}
     chosen: dict[str, bool | str] = {}
     names = [f.name for f in fields(Switches)]
     for pair in pairs:
         name, _, value = pair.partition("=")
         if name not in names:
             raise InputError(f"unknown switch {name[:40]!r}; there are: {', '.join(names)}")
-        values: dict[str, bool | str] = {**allowed.get(name, yes_no)}
+        values = {_switch_text(value): value for value in WORDS.get(name, (True, False))}
         if value not in values:
             raise InputError(f"switch {name} cannot be {value[:40]!r}; allowed: {', '.join(values)}")
         chosen[name] = values[value]
