@@ -2,20 +2,20 @@
 
 Layers, low to high; nothing imports upward (tests/test_frame.py):
 
-    errors                  what is asked for and does not exist
-    state  step             cells, packing, views; steps, programs, learned rows
-    hw/                     SNP: the RMP, its instructions, access checks; page contents
+    errors  pool            what is asked for and does not exist; processes
+    model/                  cells, packing, views; steps, programs, learned rows
+    hw/                     rules of the hardware, snp/ and tdx/: tables, pure functions
     kernel/                 locks and context; the directmap
-    kvm/                    attributes, MMU and fault path, SNP ops
-    actors  properties      guests, host threads; what must never happen
-    design  designs/        the language of orderings, and the orderings
-    machine             the cells of a machine
-    assembly section program scenario  designs into programs; who acts
+    kvm/                    attributes, MMU and fault path, SNP and TDX ops
+    guest/                  vCPUs and what their accesses meet; VMM threads, the host's threads
+    design/  designs/       the language of orderings, and the orderings
+    machine/                the cells of a machine, what never changes, what must never happen
     emulator/               one VM at real size, by the same rules and the same text
+    compile/                designs and scenarios into models
     explore/                every interleaving: two engines, liveness, shortest runs
-    trace code report session    runs and codes; verdicts; the workbench without a widget
+    verdict/                runs and codes; reports, the matrix, the claims; the workbench without a widget
     show/                   text, HTML, widget; the board of a secure EPT entry
-    console pool commands cli  what is printed; processes; the command
+    cli/                    what is printed; the command
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _WHERE = {
     "DesignError": "design",
     "InputError": "errors",
     "NotApplicable": "errors",
-    "ReplayError": "trace",
-    "Report": "report",
-    "Session": "session",
-    "Switches": "machine",
-    "Trace": "trace",
-    "check": "report",
-    "compare": "report",
-    "matrix": "grid",
-    "replay": "code",
+    "ReplayError": "verdict.trace",
+    "Report": "verdict.report",
+    "Session": "verdict.session",
+    "Switches": "machine.conf",
+    "Trace": "verdict.trace",
+    "check": "verdict.report",
+    "compare": "verdict.report",
+    "matrix": "verdict.matrix",
+    "replay": "verdict.code",
     "sept_board": "show.sept",
     "workbench": "show.widget",
 }
@@ -55,22 +55,22 @@ HOW_TO_INSTALL = "`make lab` in the repository sets everything up, and so does t
 if TYPE_CHECKING:
     from typing import Any
 
-    from .code import replay as replay
     from .design import Design as Design
     from .design import DesignError as DesignError
     from .emulator import *  # noqa: F403
     from .errors import InputError as InputError
     from .errors import NotApplicable as NotApplicable
-    from .grid import matrix as matrix
-    from .machine import Switches as Switches
-    from .report import Report as Report
-    from .report import check as check
-    from .report import compare as compare
-    from .session import Session as Session
+    from .machine.conf import Switches as Switches
     from .show.sept import sept_board as sept_board
     from .show.widget import workbench as workbench
-    from .trace import ReplayError as ReplayError
-    from .trace import Trace as Trace
+    from .verdict.code import replay as replay
+    from .verdict.matrix import matrix as matrix
+    from .verdict.report import Report as Report
+    from .verdict.report import check as check
+    from .verdict.report import compare as compare
+    from .verdict.session import Session as Session
+    from .verdict.trace import ReplayError as ReplayError
+    from .verdict.trace import Trace as Trace
 
 
 def __getattr__(name: str) -> Any:

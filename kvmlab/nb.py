@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kvmlab import nbrules
+from . import nbrules
 
 Notebook = dict[str, Any]
 

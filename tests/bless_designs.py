@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from kvmlab.compile.scenario import SCENARIOS, NotApplicable
 from kvmlab.design import Design, shipped
 from kvmlab.design.calls import BACKINGS
-from kvmlab.report import check
-from kvmlab.scenario import SCENARIOS, NotApplicable
+from kvmlab.verdict.report import check
 
 LONG_ON_TDX = ("two-vmms", "two-ranges", "hostile")  # millions of states a design: left to `kvmlab matrix`
 ON_SEV = ("smm",)  # what neither snp nor tdx has

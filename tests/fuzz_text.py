@@ -26,14 +26,14 @@ from pathlib import Path
 from unittest.mock import patch
 
 import kvmlab
-from kvmlab import code
 from kvmlab.design import Design, DesignError, shipped
 from kvmlab.design.calls import CALLS, CONDITIONS, SECTIONS
 from kvmlab.design.files import shipped_text
 from kvmlab.design.patch import patch_of, patched
-from kvmlab.machine import Switches
+from kvmlab.machine.conf import Switches
 from kvmlab.show import text
-from kvmlab.trace import ReplayError, Trace
+from kvmlab.verdict import code
+from kvmlab.verdict.trace import ReplayError, Trace
 
 Counts = Counter[str]
 BAD = "GOT THROUGH: "  # what has to be 0 begins so

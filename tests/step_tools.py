@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from kvmlab.compile.scenario import SCENARIOS, build
 from kvmlab.design import Design
-from kvmlab.machine import Switches
-from kvmlab.scenario import SCENARIOS, build
-from kvmlab.state import Blocked, View
+from kvmlab.machine.conf import Switches
+from kvmlab.model.state import Blocked, View
 
 BLOCKED = "blocked"  # the step cannot be taken
 

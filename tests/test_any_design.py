@@ -5,13 +5,13 @@ import contextlib
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvmlab.compile.scenario import NotApplicable
 from kvmlab.design import Design
 from kvmlab.design.calls import CALLS, NEEDS_WORD, SECTIONS, SECTIONS_OF_WORD, WORD_ONLY_IN, WORDS
 from kvmlab.emulator import Vm, VmError
 from kvmlab.emulator.memory import PAGE
 from kvmlab.emulator.vmm import DISCARDS
-from kvmlab.report import check
-from kvmlab.scenario import NotApplicable
+from kvmlab.verdict.report import check
 
 
 def _words(call, section):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from kvmlab.claims import ANSWERED, CLAIMS, CONFIRMED, QUALIFIED, REFUTED, SOURCE, Bench, answers
-from kvmlab.claims.mail import out_of_the_file_first
-from kvmlab.scenario import SCENARIOS, InputError
+from kvmlab.compile.scenario import SCENARIOS, InputError
+from kvmlab.verdict.claims import ANSWERED, CLAIMS, CONFIRMED, QUALIFIED, REFUTED, SOURCE, Bench, answers
+from kvmlab.verdict.claims.mail import out_of_the_file_first
 
 ANSWERS = {
     "C01": QUALIFIED, "C02": CONFIRMED, "C03": CONFIRMED, "C04": CONFIRMED, "C05": REFUTED, "C06": CONFIRMED,

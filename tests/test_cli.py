@@ -14,9 +14,9 @@ from bless_docs import BLOCK, pages
 
 import kvmlab
 from kvmlab import cli
+from kvmlab.compile.scenario import SCENARIOS
 from kvmlab.design import shipped
-from kvmlab.properties import BY_NAME
-from kvmlab.scenario import SCENARIOS
+from kvmlab.machine.properties import BY_NAME
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def test_what_is_not_complete_never_says_never(run):
 
 
 def test_every_search_has_a_limit_that_says_so_when_it_is_met(run, monkeypatch):
-    monkeypatch.setattr("kvmlab.report.LIMIT", 20)
+    monkeypatch.setattr("kvmlab.verdict.report.LIMIT", 20)
     status, out, _ = run("check", "v8-post-hook", "--scenario", "tiny")
     assert status == 3 and "interleavings beyond the first" in out
 
@@ -269,13 +269,13 @@ def test_out_of_memory_is_2_and_says_what_to_do(run, monkeypatch):
     def exhausted(*_):
         raise MemoryError
 
-    monkeypatch.setattr("kvmlab.report.explore", exhausted)
+    monkeypatch.setattr("kvmlab.verdict.report.explore", exhausted)
     status, out, err = run("check", "no-zap", "--scenario", "tiny")
     assert (status, out) == (2, "") and "out of memory; a limit on states" in err
 
 
 def test_a_bug_is_told_in_one_line_and_is_no_verdict(run, monkeypatch):
-    monkeypatch.setattr("kvmlab.report.explore", lambda *_: 1 / 0)
+    monkeypatch.setattr("kvmlab.verdict.report.explore", lambda *_: 1 / 0)
     status, out, err = run("check", "no-zap", "--scenario", "tiny")
     assert (status, out) == (2, "") and err.startswith("kvmlab: this is a bug in kvmlab: ZeroDivisionError")
 
@@ -422,7 +422,7 @@ def test_a_matrix_says_how_far_it_is_and_what_its_short_words_mean(at_a_terminal
 
 
 def test_check_and_switches_say_how_far_they_are(at_a_terminal, monkeypatch):
-    from kvmlab import grid
+    from kvmlab.verdict import matrix as grid
 
     assert "2 of 2: no-zap snp to-shared split" in at_a_terminal("check", "no-zap")[2]
     monkeypatch.setattr(grid, "ALTERNATIVES", [("snp", grid.Switches(preempt_count=False), ("tiny",))])

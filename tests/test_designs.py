@@ -3,10 +3,10 @@
 import pytest
 from bless_designs import _split, verdicts
 
+from kvmlab.compile.scenario import SCENARIOS, NotApplicable, build
 from kvmlab.design import Design, shipped
 from kvmlab.design.calls import BACKINGS
-from kvmlab.properties import BY_NAME
-from kvmlab.scenario import SCENARIOS, NotApplicable, build
+from kvmlab.machine.properties import BY_NAME
 
 EXPECTED = [
     (name, platform, where)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from kvmlab.explore import arrays, rows
 from kvmlab.explore.dedup import Lookup, StateSet
 from kvmlab.explore.graph import Graph, joined
-from kvmlab.state import Field, Layout, View
-from kvmlab.step import Actor, Instr, Learner, Model, run_step
+from kvmlab.model.state import Field, Layout, View
+from kvmlab.model.step import Actor, Instr, Learner, Model, run_step
 
 
 def model(fields: list[Field], programs: dict[str, list[Instr]], **more: Any) -> Model:
@@ -371,8 +371,8 @@ def test_a_state_is_joined_from_its_words_low_to_high() -> None:
 @pytest.mark.parametrize("name", ["v8-post-hook", "v8-as-posted", "upstream"])
 @pytest.mark.parametrize("scenario", ["tiny", "careless", "round-trip"])
 def test_both_engines_agree_on_designs(name: str, scenario: str) -> None:
+    from kvmlab.compile.scenario import SCENARIOS, build
     from kvmlab.design import Design
-    from kvmlab.scenario import SCENARIOS, build
 
     made = build(Design.load(name), SCENARIOS[scenario])
     full, lean = rows.search(made), arrays.sweep(replace(made, title="again"))

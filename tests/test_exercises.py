@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("anywidget", reason="needs anywidget")
 
 from kvmlab import nb, nbrules
-from kvmlab.hw.tdx_entry import State
+from kvmlab.hw.tdx.entry import State
 from kvmlab.show.sept import SeptBoard
 from kvmlab.show.sept_walk import At, Click, answer, possible
 from kvmlab.show.widget import Workbench

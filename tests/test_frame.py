@@ -20,34 +20,28 @@ from kvmlab import links
 # Low to high: a module may import what stands in its own line or above. A folder means all its modules, and
 # a name all names that go on after an underscore (design: design_rows, ...).
 LAYERS = [
-    ["console", "errors", "links", "nbrules", "pool"],
-    ["state", "step"],
+    ["errors", "links", "nbrules", "pool"],
+    ["model"],
     ["hw"],
     ["kernel"],
     ["kvm"],
-    ["accesses", "properties"],
-    ["actors", "sync"],
+    ["guest"],
     ["design", "designs"],
     ["machine"],
     ["emulator"],
-    ["assembly"],
-    ["section"],
-    ["program"],
-    ["scenario"],
+    ["compile"],
     ["explore"],
-    ["code", "trace"],
-    ["claims", "grid", "report", "session", "vm"],
+    ["verdict"],
     ["show"],
-    ["__init__", "__main__", "cli", "commands", "nb", "nbfiles"],
+    ["__init__", "__main__", "cli", "nb", "nbfiles"],
 ]
 # What a function may import although it is higher, and why.
 LATE = {
-    ("report.py", "show"): "a report renders itself, but only when somebody looks at it",
-    ("grid.py", "show"): "as a report does",
-    ("trace.py", "show"): "as a report does",
-    ("code.py", "show"): "a code vouches for what a replay shows",
-    ("session.py", "show"): "as a report does",
-    ("hw/rules.py", "show"): "as a report does",
+    ("verdict/report.py", "show"): "a report renders itself, but only when somebody looks at it",
+    ("verdict/matrix.py", "show"): "as a report does",
+    ("verdict/trace.py", "show"): "as a report does",
+    ("verdict/code.py", "show"): "a code vouches for what a replay shows",
+    ("verdict/session.py", "show"): "as a report does",
 }
 HEAVY = {"IPython", "anywidget", "ipywidgets", "jupyterlab", "matplotlib", "numpy", "scipy"}
 HEAVY_MODULES = {
@@ -135,9 +129,10 @@ def test_an_upward_import_is_found(tmp_path: Path, statement: str) -> None:
 
 
 def test_a_late_import_is_allowed_only_in_a_function(tmp_path: Path) -> None:
-    (tmp_path / "report.py").write_text("def text():\n    from .show import text\n")
+    (tmp_path / "verdict").mkdir()
+    (tmp_path / "verdict" / "report.py").write_text("def text():\n    from ..show import text\n")
     assert upward_imports(tmp_path) == []
-    (tmp_path / "report.py").write_text("from .show import text\n")
+    (tmp_path / "verdict" / "report.py").write_text("from ..show import text\n")
     assert len(upward_imports(tmp_path)) == 1
 
 

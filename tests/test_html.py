@@ -14,7 +14,6 @@ import pytest
 import kvmlab
 from kvmlab import nbrules
 from kvmlab.design import Design
-from kvmlab.session import Session
 from kvmlab.show import html, style
 from kvmlab.show.lanes import rows
 from kvmlab.show.page import page_html
@@ -23,6 +22,7 @@ from kvmlab.show.style import el
 from kvmlab.show.text import machine_text
 from kvmlab.show.told import broken
 from kvmlab.show.view import places, view
+from kvmlab.verdict.session import Session
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 TAGS = {"b", "div", "span", "table", "tbody", "td", "th", "thead", "tr", "wbr"}

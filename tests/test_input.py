@@ -6,8 +6,8 @@ import sys
 import pytest
 
 import kvmlab
+from kvmlab.compile.scenario import InputError
 from kvmlab.pool import processes, spread
-from kvmlab.scenario import InputError
 
 
 @pytest.mark.parametrize("design", [None, 7, ["no-zap"]])
@@ -30,7 +30,7 @@ def test_out_of_memory_says_in_which_case_and_what_to_do(monkeypatch):
     def exhausted(*_):
         raise MemoryError
 
-    monkeypatch.setattr("kvmlab.report.explore", exhausted)
+    monkeypatch.setattr("kvmlab.verdict.report.explore", exhausted)
     with pytest.raises(MemoryError, match="no-zap, snp, tiny, split backing: out of memory; a limit on states"):
         kvmlab.check("no-zap", scenario="tiny")
 

@@ -2,10 +2,10 @@
 
 import pytest
 
+from kvmlab.compile.scenario import NotApplicable
 from kvmlab.kvm.memslots import SMM, MemSlot, Piece, clip, pieces, visits
-from kvmlab.report import check
-from kvmlab.scenario import NotApplicable
-from kvmlab.trace import Case
+from kvmlab.verdict.report import check
+from kvmlab.verdict.trace import Case
 
 
 def states(report, *cells):

@@ -111,7 +111,7 @@ MUTATIONS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("ids", change("cells/1/id", "a1b2c3d4")),
     ("counts", change("cells/2/execution_count", 7)),
     ("counts", change("cells/2/execution_count", None)),
-    ("private", printed("see /home/someone/kvmlab/state.py")),
+    ("private", printed("see /home/someone/kvmlab/model/state.py")),
     ("private", printed("C:\\Users\\someone")),
     ("private", printed("someone@host:~$ make test")),
     ("private", source("Open [it](/tmp/kvmlab/01_two.ipynb).", 0)),

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvmlab
-from kvmlab.code import INITIALS, TEXT_DIGITS, _digits, decode, replay, unshown
+from kvmlab.compile.scenario import SCENARIOS, build
 from kvmlab.design.patch import patch_of, patched
 from kvmlab.explore import arrays, liveness, paths, rows
 from kvmlab.explore.graph import Hit
-from kvmlab.report import check
-from kvmlab.scenario import SCENARIOS, build
-from kvmlab.trace import ReplayError, Trace, options, play
+from kvmlab.verdict.code import INITIALS, TEXT_DIGITS, _digits, decode, replay, unshown
+from kvmlab.verdict.report import check
+from kvmlab.verdict.trace import ReplayError, Trace, options, play
 
 BAD = [
     ("rmp-under-lock-directmap-post", "tiny", "host-rmp-fault"),
@@ -333,7 +333,7 @@ def test_a_cycle_in_which_somebody_who_could_go_on_never_does_is_not_fair():
 
 
 def test_every_property_has_initials_of_its_own():
-    assert len(INITIALS) == len(kvmlab.properties.BY_NAME)
+    assert len(INITIALS) == len(kvmlab.machine.properties.BY_NAME)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ import contextlib
 
 import pytest
 
+from kvmlab.compile.scenario import SCENARIOS, InputError, NotApplicable
 from kvmlab.design import Design
-from kvmlab.grid import dependence
-from kvmlab.machine import Switches
-from kvmlab.report import check
-from kvmlab.scenario import SCENARIOS, InputError, NotApplicable
+from kvmlab.machine.conf import Switches
+from kvmlab.verdict.matrix import dependence
+from kvmlab.verdict.report import check
 
 SIZES = {
     ("v8-post-hook", "tiny"): (940, 2_770, 37),

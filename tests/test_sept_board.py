@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 import kvmlab
 from kvmlab import nbrules
-from kvmlab.hw import tdx, tdx_sept
-from kvmlab.hw.tdx_entry import State
-from kvmlab.hw.tdx_module import Module
-from kvmlab.hw.tdx_parts import Result, Td, Vcpu
-from kvmlab.hw.tdx_td import OpState
-from kvmlab.scenario import InputError
+from kvmlab.compile.scenario import InputError
+from kvmlab.hw import tdx
+from kvmlab.hw.tdx import sept as tdx_sept
+from kvmlab.hw.tdx.entry import State
+from kvmlab.hw.tdx.module import Module
+from kvmlab.hw.tdx.parts import Result, Td, Vcpu
+from kvmlab.hw.tdx.td import OpState
 from kvmlab.show import sept_picture
 from kvmlab.show.sept import SeptBoard, log_line
 from kvmlab.show.sept_walk import ENTRY_STATES, At, Click, answer, possible, reachable

@@ -5,7 +5,7 @@ from threading import Thread
 import pytest
 
 import kvmlab
-from kvmlab.scenario import InputError
+from kvmlab.compile.scenario import InputError
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_a_check_that_runs_out_of_memory_leaves_everything_and_says_so(session, 
         raise MemoryError
 
     before = session.report
-    monkeypatch.setattr("kvmlab.report.explore", exhausted)
+    monkeypatch.setattr("kvmlab.verdict.report.explore", exhausted)
     session.choose(scenario="to-private")
     assert session.report is before
     assert "out of memory; a limit on states" in session.problem

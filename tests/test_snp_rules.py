@@ -2,10 +2,12 @@
 
 import pytest
 
-from kvmlab.hw import snp, snp_entry, snp_pages
+from kvmlab.hw import snp
 from kvmlab.hw.memory import EMPTY, GUEST_KEY, Content, readable_by_host, seen_by_guest
 from kvmlab.hw.rules import ANY, Rules
 from kvmlab.hw.snp import HYPERVISOR, Npf, Pvalidate, RmpEntry, Rmpupdate
+from kvmlab.hw.snp import entry as snp_entry
+from kvmlab.hw.snp import pages as snp_pages
 
 OURS = snp.assigned_to(asid=1, gpa=7)
 VALIDATED = OURS._replace(validated=True)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmlab.state import Field, Layout, ModelError, View
+from kvmlab.model.state import Field, Layout, ModelError, View
 
 LAYOUT = Layout(
     [

@@ -3,7 +3,7 @@
 import pytest
 from step_tools import BLOCKED, Machine, Ran
 
-from kvmlab.accesses import Access
+from kvmlab.guest.access import Access
 from kvmlab.hw import snp
 from kvmlab.hw.memory import EMPTY, Content
 from kvmlab.kernel import directmap, locks

@@ -3,7 +3,7 @@
 import pytest
 from step_tools import BLOCKED, Machine, Ran
 
-from kvmlab.accesses import Access
+from kvmlab.guest.access import Access
 from kvmlab.hw.memory import GUEST_KEY, Content
 from kvmlab.hw.tdx import HOST, ZERO, Age, Answer, Leaf, Line, Operand, State, Status
 from kvmlab.kernel import keyids

@@ -3,8 +3,8 @@
 import pytest
 
 from kvmlab.design import Design
-from kvmlab.machine import Switches
-from kvmlab.report import NEVER, SOMETIMES, check
+from kvmlab.machine.conf import Switches
+from kvmlab.verdict.report import NEVER, SOMETIMES, check
 
 SIZES = {
     ("upstream", "tiny", "split"): (4_018, 8_994, 67),

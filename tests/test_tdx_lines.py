@@ -2,8 +2,8 @@
 
 import pytest
 
-from kvmlab.hw import tdx_lines
-from kvmlab.hw.tdx_lines import DATA, HOST, NOISE, POISON, ZERO, ZEROS, Line
+from kvmlab.hw.tdx import lines as tdx_lines
+from kvmlab.hw.tdx.lines import DATA, HOST, NOISE, POISON, ZERO, ZEROS, Line
 
 TD, OTHER = 33, 34
 PRIVATE, SHARED = Line("secret", TD), Line("hello", HOST)

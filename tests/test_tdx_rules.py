@@ -7,20 +7,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmlab import hw
-from kvmlab.hw import tdx, tdx_entry, tdx_lines, tdx_locks, tdx_pamt, tdx_sept, tdx_td, tdx_tlb, tdx_words
+from kvmlab.hw import tdx
 from kvmlab.hw.rules import Rules
 from kvmlab.hw.tdx import Guest, Leaf, Level, Operand, Status
-from kvmlab.hw.tdx_entry import State
-from kvmlab.hw.tdx_locks import EXCLUSIVE, NONE, SHARED, EntryLock, Lock
-from kvmlab.hw.tdx_pamt import NDA, PageType, PamtEntry
-from kvmlab.hw.tdx_sept import Children, seamcall
-from kvmlab.hw.tdx_tlb import CALM, Age, Epochs
+from kvmlab.hw.tdx import entry as tdx_entry
+from kvmlab.hw.tdx import lines as tdx_lines
+from kvmlab.hw.tdx import locks as tdx_locks
+from kvmlab.hw.tdx import pamt as tdx_pamt
+from kvmlab.hw.tdx import sept as tdx_sept
+from kvmlab.hw.tdx import td as tdx_td
+from kvmlab.hw.tdx import tlb as tdx_tlb
+from kvmlab.hw.tdx import words as tdx_words
+from kvmlab.hw.tdx.entry import State
+from kvmlab.hw.tdx.locks import EXCLUSIVE, NONE, SHARED, EntryLock, Lock
+from kvmlab.hw.tdx.pamt import NDA, PageType, PamtEntry
+from kvmlab.hw.tdx.sept import Children, seamcall
+from kvmlab.hw.tdx.tlb import CALM, Age, Epochs
 
 MODULES = (tdx_words, tdx_sept, tdx_locks, tdx_pamt, tdx_td, tdx_tlb, tdx_lines)
-WRITTEN_IN = [
-    found.name for found in pkgutil.iter_modules(hw.__path__, "kvmlab.hw.") if ".tdx_" in found.name
-]
+WRITTEN_IN = [found.name for found in pkgutil.iter_modules(tdx.__path__, "kvmlab.hw.tdx.")]
 TABLES = [table for module in MODULES for table in vars(module).values() if isinstance(table, Rules)]
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
+from kvmlab.compile.scenario import SCENARIOS, InputError, NotApplicable, build, with_forgetful_tlbs
 from kvmlab.design import Design, DesignError, shipped
 from kvmlab.explore import arrays, liveness, rows
-from kvmlab.report import UNJUDGED, check, explore
-from kvmlab.scenario import SCENARIOS, InputError, NotApplicable, build, with_forgetful_tlbs
+from kvmlab.verdict.report import UNJUDGED, check, explore
 
 
 def violated(text, *case):

@@ -7,14 +7,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_any_design import statement
 
+from kvmlab.compile.scenario import NotApplicable, Scenario, build
 from kvmlab.design import Design, DesignError, shipped
 from kvmlab.emulator import Deadlock, GuestSpins, KernelBug, PlatformError, RmpFault, VcFault, Vm, VmError
 from kvmlab.explore import liveness, rows
 from kvmlab.kernel.directmap import ABSENT
 from kvmlab.kvm.mmu import large_leaf, leaf
-from kvmlab.properties import FATAL
-from kvmlab.report import as_design
-from kvmlab.scenario import NotApplicable, Scenario, build
+from kvmlab.machine.properties import FATAL
+from kvmlab.verdict.report import as_design
 
 P = 4096
 LARGE = [name for name in (*shipped("thread"), *shipped("variant")) if "zap" not in name and name != "gmem-in-place"]

@@ -11,8 +11,9 @@ from kvmlab.emulator import (
     Vm,
     VmSwitches,
 )
-from kvmlab.hw import snp, snp_pages
+from kvmlab.hw import snp
 from kvmlab.hw.snp import HYPERVISOR, PG_2M, PG_4K, Npf, RmpEntry
+from kvmlab.hw.snp import pages as snp_pages
 
 # Which accesses are checked
 

@@ -10,9 +10,10 @@ from kvmlab.emulator import (
     Vm,
     VmplFault,
 )
-from kvmlab.hw import snp, snp_pages
+from kvmlab.hw import snp
 from kvmlab.hw.snp import HYPERVISOR, PG_2M, PG_4K, Npf, Pvalidate, RmpEntry, Rmpupdate
-from kvmlab.hw.snp_pages import SIZEM, rmpupdate_at
+from kvmlab.hw.snp import pages as snp_pages
+from kvmlab.hw.snp.pages import SIZEM, rmpupdate_at
 
 # RMPUPDATE
 

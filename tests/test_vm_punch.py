@@ -15,7 +15,7 @@ from kvmlab.emulator import (
     VmErrno,
     VmSwitches,
 )
-from kvmlab.hw.tdx_sept import State
+from kvmlab.hw.tdx.sept import State
 
 P, M2 = 4096, 1 << 21
 

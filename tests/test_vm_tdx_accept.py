@@ -17,8 +17,8 @@ from kvmlab.emulator import (
 )
 from kvmlab.hw import tdx
 from kvmlab.hw.tdx import Leaf, Level, Operand, Status
-from kvmlab.hw.tdx_pamt import PageType
-from kvmlab.hw.tdx_sept import State
+from kvmlab.hw.tdx.pamt import PageType
+from kvmlab.hw.tdx.sept import State
 
 P, M2, G1 = 4096, 1 << 21, 1 << 30
 ACCEPT = "TDG.MEM.PAGE.ACCEPT"

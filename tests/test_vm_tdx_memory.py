@@ -5,7 +5,7 @@ import pytest
 from kvmlab import Design
 from kvmlab.emulator import KernelBug, MachineCheck, PlatformError, TdxError, Vm, VmDead, VmError, VmSwitches
 from kvmlab.hw.tdx import Status
-from kvmlab.hw.tdx_lines import HOST_MC, MACHINE_LOST, MAY_PANIC, TD_LOST, Line
+from kvmlab.hw.tdx.lines import HOST_MC, MACHINE_LOST, MAY_PANIC, TD_LOST, Line
 
 P, M2 = 4096, 1 << 21
 

@@ -8,7 +8,7 @@ from kvmlab.emulator.locks import Deadlock
 from kvmlab.emulator.switches import VmSwitches
 from kvmlab.emulator.tdx_load import batching
 from kvmlab.hw.tdx import Leaf
-from kvmlab.hw.tdx_sept import State
+from kvmlab.hw.tdx.sept import State
 
 P, M2 = 4096, 1 << 21
 BLOCK, TRACK, REMOVE = (str(leaf) for leaf in (Leaf.RANGE_BLOCK, Leaf.TRACK, Leaf.PAGE_REMOVE))

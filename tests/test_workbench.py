@@ -14,13 +14,13 @@ pytest.importorskip("anywidget", reason="needs anywidget")
 from fuzz_messages import fuzz
 
 import kvmlab
+from kvmlab.compile.scenario import InputError
 from kvmlab.design import DesignError
 from kvmlab.explore.graph import Watch
-from kvmlab.report import Report
-from kvmlab.scenario import InputError
 from kvmlab.show import search, widget
 from kvmlab.show.widget import Workbench
-from kvmlab.trace import Case, Trace
+from kvmlab.verdict.report import Report
+from kvmlab.verdict.trace import Case, Trace
 
 FAULTY = "rmp-under-lock-directmap-post"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -258,7 +258,7 @@ def test_out_of_memory_is_told_in_words(bench: Workbench, monkeypatch: pytest.Mo
         raise MemoryError
 
     before = bench.report
-    monkeypatch.setattr("kvmlab.report.explore", exhausted)
+    monkeypatch.setattr("kvmlab.verdict.report.explore", exhausted)
     assert "out of memory; a limit on states" in say(bench, "choose", scenario="to-private")["problem"]
     assert "out of memory" in say(bench, "versus", design="upstream")["versus"]["problem"]
     assert bench.report is before

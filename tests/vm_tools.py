@@ -3,7 +3,7 @@
 from kvmlab.emulator import Vm
 from kvmlab.hw import snp
 from kvmlab.hw.snp import PG_2M
-from kvmlab.hw.snp_pages import pvalidate_at
+from kvmlab.hw.snp.pages import pvalidate_at
 
 P, M2 = 4096, 1 << 21
 OURS = snp.assigned_to(1, 0)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..hw import snp_pages
 from ..hw.snp import VC_NOT_VALIDATED_CODE
+from ..hw.snp import pages as snp_pages
 from .events import GuestSpins, MemoryFaultExit, VcFault, VmplFault
 from .faults import LEAVE, RETRY, run_fault
 from .memory import PAGE, U8, U32, prefix

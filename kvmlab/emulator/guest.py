@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import InputError, shown
-from ..hw import snp, snp_pages
+from ..hw import snp
 from ..hw.snp import PG_2M, PG_4K, Pvalidate, Rmpupdate
+from ..hw.snp import pages as snp_pages
 from . import alike, linux, psc, tdx_guest, tdx_linux
 from .access import Walker
 from .arguments import (

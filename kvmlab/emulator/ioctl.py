@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..design import Row
 from ..design.calls import DIRECTMAP
 from ..hw.snp import PG_2M, PG_4K, Rmpupdate
-from ..hw.snp_pages import PAGES_2M
+from ..hw.snp.pages import PAGES_2M
 from ..kvm.memslots import visits
 from .events import PlatformError, VmErrno
 from .lpage import hull, update_mixed

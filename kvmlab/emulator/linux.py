@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..hw.snp import Pvalidate
-from ..hw.snp_pages import PAGES_2M
+from ..hw.snp.pages import PAGES_2M
 from . import alike, psc, tdx_linux
 from .caches import CachedMemory
 from .events import GuestTerminated, InstructionError, PscError

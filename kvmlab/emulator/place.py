@@ -13,9 +13,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, shown
-from ..hw.snp_pages import PAGES_2M
+from ..hw.snp.pages import PAGES_2M
 from ..hw.tdx import Leaf
-from ..hw.tdx_entry import State
+from ..hw.tdx.entry import State
 from . import linux, psc
 from .events import TdxError, VmError
 from .memory import PAGE, prefix

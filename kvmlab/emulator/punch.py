@@ -12,7 +12,7 @@ from ..design import Row
 from ..design.calls import DIRECTMAP, INCLUSIVE
 from ..design.rows import adds_ranges
 from ..hw.snp import Rmpupdate
-from ..hw.snp_pages import PAGES_2M
+from ..hw.snp.pages import PAGES_2M
 from .memory import runs, without
 from .sev import Shared, of_one_op
 

@@ -13,9 +13,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ..hw import snp, snp_pages
+from ..hw import snp
 from ..hw.snp import PG_2M, PG_4K, RmpEntry, Rmpupdate
-from ..hw.snp_pages import PAGES_2M
+from ..hw.snp import pages as snp_pages
+from ..hw.snp.pages import PAGES_2M
 from .memory import U8, U16, U32, grown, prefix
 
 ASSIGNED, BIG, IMMUTABLE, VMSA, VALIDATED, ASID = 1, 2, 4, 8, 16, 1 << 5
@@ -51,7 +52,7 @@ def distinct(keys: U16) -> list[int]:
 
 
 class Rmp:
-    """RMP entries of all PFNs; every change goes through a rule of hw/snp.py or hw/snp_pages.py.
+    """RMP entries of all PFNs; every change goes through a rule of hw/snp.py or hw/snp/pages.py.
 
     `failures` maps a PFN to the code that RMPUPDATE is made to answer there (an injected failure).
     """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..design import Row
 from ..hw.snp import PG_2M, PG_4K, Npf, Rmpupdate
-from ..hw.snp_pages import PAGES_2M
+from ..hw.snp.pages import PAGES_2M
 from .events import VmErrno
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..design import Row
 from ..hw.snp import PG_2M, PG_4K, Rmpupdate
-from ..hw.snp_pages import PAGES_2M
+from ..hw.snp.pages import PAGES_2M
 from .events import KernelBug, PlatformError
 from .memory import U8, U32, grown, runs, without
 

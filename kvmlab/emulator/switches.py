@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..machine import Switches
+from ..machine.conf import Switches
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from ..design import Row
 from ..hw import tdx
 from ..hw.tdx import Leaf, Status
-from ..hw.tdx_pamt import PageType
+from ..hw.tdx.pamt import PageType
 from .memory import U8, U32, grown, prefix
 from .tdx_kvm import FROZEN, TdxKvm
 from .tdx_module import FREE, TABLE_LEVELS, Done

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from ..errors import InputError
 from ..hw import tdx
 from ..hw.tdx import EXIT_REASON_EPT_VIOLATION, Leaf, Level, Operand, Status
-from ..hw.tdx_sept import LEVELS, State, seamcall
+from ..hw.tdx.sept import LEVELS, State, seamcall
 from . import alike
 from .events import TdxError, VmErrno
 from .memory import LIMIT, PAGE, prefix

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from ..hw import tdx, tdx_lines, tdx_tlb
+from ..hw import tdx
 from ..hw.tdx import Leaf, Level, Operand, Status
+from ..hw.tdx import lines as tdx_lines
+from ..hw.tdx import tlb as tdx_tlb
 from .events import GuestSpins, MachineCheck, PlatformError, ShutdownExit, TdxError, VmDead
 from .memory import U8, U32, grown
 from .mmu import Tlb

@@ -1,6 +1,6 @@
 """Physical memory under a TD: bytes by 64-byte lines, each with KeyID, poison and what caches hold of it.
 
-Every rule is a function of hw/tdx_lines.py.  A page whose lines were all written with one KeyID, with nothing dirty
+Every rule is a function of hw/tdx/lines.py.  A page whose lines were all written with one KeyID, with nothing dirty
 over them and no poison, is plain: one byte (`owner`), and its content unless that is zeros.  So gigabytes can be
 accepted and removed.  Others are kept line by line.  Unless `caches`, a store is written back at once, and
 no order of flushes matters.
@@ -12,8 +12,8 @@ from collections.abc import Callable, Hashable, Mapping
 
 import numpy as np
 
-from ..hw import tdx_lines
-from ..hw.tdx_lines import DATA, HOST, NOISE, POISON, ZERO, ZEROS, Line
+from ..hw.tdx import lines as tdx_lines
+from ..hw.tdx.lines import DATA, HOST, NOISE, POISON, ZERO, ZEROS, Line
 from .memory import PAGE, U8, PhysicalMemory, grown, not_aes_keystream
 
 LINE = 64

@@ -1,4 +1,4 @@
-"""The TDX module at real size: S-EPT entries by gfn, PAMT by PFN, epochs, as arrays under the tables of hw/tdx_*.py.
+"""The TDX module at real size: S-EPT entries by gfn, PAMT by PFN, epochs, as arrays under the tables of hw/tdx/*.py.
 
 A range is brought down to keys (state, tracked, page free); each key is answered once by the scalar rule, and the
 answers are scattered with a look-up table.  One TD, finalized, 4-level; KVM maps 4K leaves only, so entries above
@@ -15,11 +15,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..hw import tdx_pamt, tdx_sept, tdx_td, tdx_tlb
 from ..hw.tdx import Leaf, Level, Operand, Status, with_operand
-from ..hw.tdx_entry import State
-from ..hw.tdx_pamt import PageType, PamtEntry
-from ..hw.tdx_tlb import TRACKED, Age
+from ..hw.tdx import pamt as tdx_pamt
+from ..hw.tdx import sept as tdx_sept
+from ..hw.tdx import td as tdx_td
+from ..hw.tdx import tlb as tdx_tlb
+from ..hw.tdx.entry import State
+from ..hw.tdx.pamt import PageType, PamtEntry
+from ..hw.tdx.tlb import TRACKED, Age
 from .memory import U8, U32, grown, prefix
 from .tdx_memory import TdMemory
 
@@ -48,7 +51,7 @@ class Answers(NamedTuple):
 
 @lru_cache(None)
 def answers(leaf: Leaf, running: bool) -> Answers:
-    """SEPT of hw/tdx_sept.py as arrays, for 4K entries."""
+    """SEPT of hw/tdx/sept.py as arrays, for 4K entries."""
     found = Answers(np.zeros(32, bool), np.zeros(32, np.uint8), np.zeros(32, np.uint64))
     for key in range(32):
         if key % 8 < len(tdx_sept.STATES):

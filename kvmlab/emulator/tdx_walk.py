@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..hw import tdx, tdx_sept
+from ..hw import tdx
+from ..hw.tdx import sept as tdx_sept
 from . import access
 from .events import GuestSpins, MemoryFaultExit, VeFault
 from .faults import LEAVE, RETRY, run_fault
@@ -25,7 +26,7 @@ READ, WRITE = 1, 2  # exit qualification
 
 @lru_cache(None)
 def private_outcomes(ve_disable: bool) -> U8:
-    """ACCESS of hw/tdx_sept.py by state; a table stands at no 4K entry."""
+    """ACCESS of hw/tdx/sept.py by state; a table stands at no 4K entry."""
     leaves = [s if s.leaf or s == tdx_sept.FREE else tdx_sept.FREE for s in tdx_sept.STATES]
     return np.array([OUTCOMES[tdx_sept.access(s, ve_disable=ve_disable)] for s in leaves], np.uint8)
 

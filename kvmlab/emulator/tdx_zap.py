@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..design import Row
-from ..hw import tdx, tdx_tlb
+from ..hw import tdx
 from ..hw.tdx import Leaf, Status
+from ..hw.tdx import tlb as tdx_tlb
 from ..kvm import versions
 from .locks import Deadlock, Thread
 from .memory import U32, prefix, runs

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..step import Learner, Model
+from ..model.step import Learner, Model
 from .dedup import MULTIPLIERS, Multipliers, Numbers, StateSet, Words
 from .graph import END, Graph, Hit, Label, Watch
 from .levels import LevelSpace, chunks

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..state import WORD
+from ..model.state import WORD
 
 Words = NDArray[np.uint64]
 Numbers = NDArray[np.int64]

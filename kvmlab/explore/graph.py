@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..state import WORD
-from ..step import Learner, Model
+from ..model.state import WORD
+from ..model.step import Learner, Model
 
 # Is told how many states are known.  What it raises ends the search; if it says True, the search stops where it is.
 Watch = Callable[[int], bool | None]

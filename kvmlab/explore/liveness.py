@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..state import Cell
+from ..model.state import Cell
 from .graph import END, Graph, Hit
 
 FAULT, EXIT = "npf", "exits"

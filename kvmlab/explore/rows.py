@@ -5,7 +5,7 @@ It is the reference for the array engine, and the faster of the two below some t
 
 from __future__ import annotations
 
-from ..step import Learner, Model
+from ..model.step import Learner, Model
 from .graph import END, Graph, Hit, Label, Watch
 
 WATCHED = 1024  # states between two calls of the watch

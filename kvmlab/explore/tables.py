@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..state import WORD
-from ..step import Learner, Outcome
+from ..model.state import WORD
+from ..model.step import Learner, Outcome
 from .dedup import Column, Lookup, Numbers, Words
 from .graph import Label, joined
 

@@ -7,7 +7,7 @@ host TLB entries after the _noflush helpers; splits end with a flush of all CPUs
 from __future__ import annotations
 
 from ..hw import snp
-from ..state import View
+from ..model.state import View
 from .locks import might_sleep
 
 PRESENT, ABSENT = "present", "absent"

@@ -1,6 +1,6 @@
 """Memory through KeyIDs: what the kernel and a TD do to a page that caches and TDX's owner bit watch over (tdx).
 
-Each page is one line (hw/tdx_lines.py).  A dirty line may be written back at any time; since that matters only to
+Each page is one line (hw/tdx/lines.py).  A dirty line may be written back at any time; since that matters only to
 who touches the page next, the moment is chosen there: every order of write-backs that could have happened is tried.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 from itertools import permutations
 from typing import Any
 
-from ..hw import tdx_lines
-from ..hw.tdx_lines import HOST, POISON, Line, write_back
-from ..state import View
+from ..hw.tdx import lines as tdx_lines
+from ..hw.tdx.lines import HOST, POISON, Line, write_back
+from ..model.state import View
 from .directmap import ABSENT
 
 HKID = 1  # the TD's private KeyID

@@ -7,7 +7,7 @@ disables preemption.  `slots_lock` and the folio lock sleep, and so does guest_m
 
 from __future__ import annotations
 
-from ..state import View
+from ..model.state import View
 
 SPINNING = frozenset({"mmu_lock"})
 MUTEXES = ("slots_lock", "folio_lock")

@@ -7,7 +7,7 @@ comparison would say: "same" until an invalidation ends, then "moved"; "none" wh
 from __future__ import annotations
 
 from ..kernel.locks import assert_held, might_sleep
-from ..state import View
+from ..model.state import View
 
 NO_RANGE = None
 

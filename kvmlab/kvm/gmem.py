@@ -12,7 +12,7 @@ from ..hw.memory import EMPTY
 from ..kernel import keyids
 from ..kernel.directmap import ABSENT, host_write
 from ..kernel.locks import might_sleep
-from ..state import View
+from ..model.state import View
 from . import memslots
 
 

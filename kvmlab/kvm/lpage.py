@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..kernel.locks import assert_held
-from ..state import View
+from ..model.state import View
 from .attributes import kvm_mmu_invalidate_range_add, left_reserved
 
 LEVELS = {"hugepage": ("2M", "1G"), "PG_LEVEL_2M": ("2M",)}  # what a design may say of range_add

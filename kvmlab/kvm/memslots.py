@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..state import View
+from ..model.state import View
 
 SMM = 1  # the second address space (x86: system management mode)
 

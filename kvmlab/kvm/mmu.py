@@ -7,7 +7,7 @@ when the fault is entered.  A stale fault returns "retry" (RET_PF_RETRY), a mism
 from __future__ import annotations
 
 from ..kernel.locks import assert_held
-from ..state import View
+from ..model.state import View
 from . import tdx, versions
 from .attributes import mmu_invalidate_retry_gfn
 from .gmem import put_page

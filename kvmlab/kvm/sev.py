@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..hw import snp, snp_pages
-from ..state import View
+from ..hw import snp
+from ..hw.snp import pages as snp_pages
+from ..model.state import View
 from .mmu import drop_translation
 
 ASID = 1

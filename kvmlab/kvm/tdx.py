@@ -1,19 +1,21 @@
 """KVM's TDX side: mirror page table, SEAMCALLs of the zap and of the fault (arch/x86/kvm/vmx/tdx.c, mmu/tdp_mmu.c).
 
-The module's answers come from hw/tdx_sept.py and hw/tdx_tlb.py.  A host SEAMCALL is one step; ACCEPT and VP.ENTER are
-two, their lock held in between (accesses_tdx.py), so busy answers arise by themselves.  In scenario seamcall-busy one
+The module's answers come from hw/tdx/sept.py and hw/tdx/tlb.py.  A host SEAMCALL is one step; ACCEPT and VP.ENTER are
+two, their lock held in between (guest/td.py), so busy answers arise by themselves.  In scenario seamcall-busy one
 more may come from nowhere, as when zero-step mitigation holds the tree.
 """
 
 from __future__ import annotations
 
-from ..hw import tdx, tdx_sept, tdx_tlb
+from ..hw import tdx
 from ..hw.tdx import Leaf, Operand, Status
-from ..hw.tdx_sept import Answer, State
-from ..hw.tdx_tlb import Age
+from ..hw.tdx import sept as tdx_sept
+from ..hw.tdx import tlb as tdx_tlb
+from ..hw.tdx.sept import Answer, State
+from ..hw.tdx.tlb import Age
 from ..kernel import keyids
 from ..kernel.locks import assert_held
-from ..state import View
+from ..model.state import View
 from . import versions
 from .gmem import put_page
 

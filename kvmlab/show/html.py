@@ -5,9 +5,9 @@ What they return survives JupyterLab's sanitizer and means the same without any 
 
 from __future__ import annotations
 
-from ..properties import BY_NAME, MEASURES
-from ..step import Model
-from ..trace import Trace
+from ..machine.properties import BY_NAME, MEASURES
+from ..model.step import Model
+from ..verdict.trace import Trace
 from .lanes import lanes
 from .parts import machine_table
 from .sides import side_by_side_html

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..kernel import locks
-from ..step import Actor
-from ..trace import Event, Frame, Trace
+from ..model.step import Actor
+from ..verdict.trace import Event, Frame, Trace
 from .style import (
     CLEAR,
     FAINT,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..hw.tdx_lines import ZERO, Line
-from ..step import Model
+from ..hw.tdx.lines import ZERO, Line
+from ..model.step import Model
 
 
 class Part(NamedTuple):

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..compile.scenario import InputError
 from ..errors import Refusal
-from ..scenario import InputError
 
 LARGEST = 1_000_000  # no number of a message means anything beyond
 CODE = re.compile(r"kvmlab:\d+:")  # how the code of a run begins, whatever its version

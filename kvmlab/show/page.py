@@ -9,7 +9,7 @@ from hashlib import sha256
 from html import escape
 from pathlib import Path
 
-from ..report import Report
+from ..verdict.report import Report
 from .html import report_html, trace_html
 from .style import MONO, Html, alarm, el, quiet, table, td, tr
 from .tables import RULED, case_line

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from ..step import Model
+from ..model.step import Model
 from .machine import Part, machine
 from .style import CHANGED, LINE, MONO, Html, breakable, el, join, quiet, table, td, th, tr
 

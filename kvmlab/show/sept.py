@@ -13,10 +13,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..hw import tdx, tdx_sept
+from ..hw import tdx
 from ..hw.rules import ANY, Rules
-from ..hw.tdx_sept import SEPT, Children, Tracking
-from ..hw.tdx_td import OpState
+from ..hw.tdx import sept as tdx_sept
+from ..hw.tdx.sept import SEPT, Children, Tracking
+from ..hw.tdx.td import OpState
 from . import sept_picture
 from .page import stylesheet
 from .sept_walk import ENTRY_STATES, MEANINGS, Answer, At, Click, answer, possible, reachable, walked

@@ -1,6 +1,6 @@
 """The state machine of a secure EPT entry as SVG: states, the leaves between them, and how the epochs stand.
 
-Arrows and captions are read off the tables of hw/tdx_sept.py; only their places are chosen here.  The root's data-*
+Arrows and captions are read off the tables of hw/tdx/sept.py; only their places are chosen here.  The root's data-*
 attributes say where the machine is, and the rules in its <style> mark it, so a script that walks has nothing to draw.
 Greys fit a light and a dark page alike, for an <img> knows nothing of the page's theme.
 """
@@ -13,11 +13,11 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from ..hw import tdx_sept
 from ..hw.tdx import Leaf
-from ..hw.tdx_entry import State
-from ..hw.tdx_sept import Tracking
-from ..hw.tdx_tlb import Age
+from ..hw.tdx import sept as tdx_sept
+from ..hw.tdx.entry import State
+from ..hw.tdx.sept import Tracking
+from ..hw.tdx.tlb import Age
 from .sept_walk import ENTRY_STATES, At, Click
 from .style import BLUE, GREEN, VERMILLION
 

@@ -1,6 +1,6 @@
 """One secure EPT entry and one vCPU as a finite machine: every click, with the module's answer to it.
 
-Every answer is one of the pure functions of hw/tdx_*.py; nothing is decided here.  The page is 4K, the tables over it
+Every answer is one of the pure functions of hw/tdx/*.py; nothing is decided here.  The page is 4K, the tables over it
 are there, and nobody else holds a lock of the module.
 """
 
@@ -11,12 +11,16 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import NamedTuple
 
-from ..hw import tdx, tdx_pamt, tdx_sept, tdx_td, tdx_tlb
+from ..compile.scenario import InputError
+from ..hw import tdx
 from ..hw.tdx import EXIT_REASON_EPT_VIOLATION, Guest, Leaf, Level, Status
-from ..hw.tdx_entry import State
-from ..hw.tdx_td import Lifecycle, OpState
-from ..hw.tdx_tlb import Age
-from ..scenario import InputError
+from ..hw.tdx import pamt as tdx_pamt
+from ..hw.tdx import sept as tdx_sept
+from ..hw.tdx import td as tdx_td
+from ..hw.tdx import tlb as tdx_tlb
+from ..hw.tdx.entry import State
+from ..hw.tdx.td import Lifecycle, OpState
+from ..hw.tdx.tlb import Age
 
 ENTRY_STATES = (State.FREE, State.PENDING, State.MAPPED, State.BLOCKED, State.PENDING_BLOCKED)
 

@@ -10,7 +10,7 @@ from .style import MONO, ORANGE, SMALL, Html, blank, block, el, plural, quiet, t
 from .tables import case_line, size_line, verdict_table
 
 if TYPE_CHECKING:
-    from ..report import Report
+    from ..verdict.report import Report
 
 SAME, LEFT, RIGHT, MOVED = " ", "-", "+", "~"
 KEY = "~ moved, - only left, + only right"

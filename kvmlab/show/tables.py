@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..properties import BY_NAME
-from ..report import ALWAYS, NEVER, SOMETIMES, UNJUDGED
+from ..machine.properties import BY_NAME
+from ..verdict.report import ALWAYS, NEVER, SOMETIMES, UNJUDGED
 from .style import (
     ALARM,
     LINE,
@@ -29,9 +29,9 @@ from .style import (
 )
 
 if TYPE_CHECKING:
-    from ..grid import Matrix, Square
-    from ..report import Report
-    from ..trace import Case
+    from ..verdict.matrix import Matrix, Square
+    from ..verdict.report import Report
+    from ..verdict.trace import Case
 
 RULED = f"padding:3px 12px 3px 0;border-bottom:1px solid {LINE}"
 HOST_DOWN = ("host-rmp-fault", "kernel-bug", "platform-error", "deadlock")

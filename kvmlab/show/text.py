@@ -8,15 +8,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..properties import BY_NAME, MEASURES
+from ..machine.properties import BY_NAME, MEASURES
 from .machine import machine
 from .told import broken, said
 
 if TYPE_CHECKING:
-    from ..grid import Matrix
-    from ..report import Report
-    from ..step import Model
-    from ..trace import Event, Trace
+    from ..model.step import Model
+    from ..verdict.matrix import Matrix
+    from ..verdict.report import Report
+    from ..verdict.trace import Event, Trace
 
 WIDTH = 75  # columns of a diagram: it is pasted into mails
 TAKES, DROPS = ("write_lock(mmu", "read_lock(mmu"), ("write_unlock(mmu", "read_unlock(mmu")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..properties import BY_NAME
-from ..step import Model
-from ..trace import Event, Trace, options
+from ..machine.properties import BY_NAME
+from ..model.step import Model
+from ..verdict.trace import Event, Trace, options
 
 
 class Said(NamedTuple):

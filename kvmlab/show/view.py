@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from ..compile.scenario import SCENARIOS
 from ..design import Design, Row, shipped
 from ..design.calls import BACKINGS, DEFAULTS_FROM, SECTIONS
-from ..machine import PLATFORMS
-from ..properties import BY_NAME
-from ..report import NEVER, UNJUDGED, Report
-from ..scenario import SCENARIOS
-from ..session import Session
-from ..trace import Case, Event, Trace, options
+from ..machine.conf import PLATFORMS
+from ..machine.properties import BY_NAME
+from ..verdict.report import NEVER, UNJUDGED, Report
+from ..verdict.session import Session
+from ..verdict.trace import Case, Event, Trace, options
 from .html import trace_title
 from .lanes import bodies, foot, head
 from .parts import changes, machine_lines

@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 import anywidget
 import traitlets
 
-from ..code import replay
+from ..compile.scenario import InputError
 from ..design import Design, shipped
 from ..design.calls import SECTIONS
 from ..errors import Refusal
 from ..explore.graph import Watch
-from ..properties import BY_NAME
-from ..report import Report, as_design, check_case
-from ..scenario import InputError
-from ..session import Session, changed_case
-from ..trace import Case, Trace
+from ..machine.properties import BY_NAME
+from ..verdict.code import replay
+from ..verdict.report import Report, as_design, check_case
+from ..verdict.session import Session, changed_case
+from ..verdict.trace import Case, Trace
 from .html import report_html, run_html, side_by_side_html, trace_title
 from .messages import Message, a_number, a_text, has_code, in_words, one_of
 from .page import script, stylesheet

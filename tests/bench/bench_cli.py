@@ -45,7 +45,7 @@ def command(*arguments: str) -> Callable[[], object]:
 
 def edits(scenario: str) -> Callable[[], object]:
     """An edit of the design, there and back, in a session that is open."""
-    from kvmlab.session import Session
+    from kvmlab.verdict.session import Session
 
     session = Session("v8-post-hook", scenario=scenario)
     ours, other = session.design.text, Session("v7-under-lock", scenario=scenario).design.text

@@ -19,13 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 if __package__:  # imported by a test
-    from . import promela, snpconv
+    from kvmlab import promela, snpconv
 else:
     import promela
     import snpconv
 
 from kvmlab.explore import arrays, rows
-from kvmlab.step import Model
+from kvmlab.model.step import Model
 
 RUNS = 3
 Run = Callable[[], tuple[int, int, float]]  # states, transitions, seconds

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvmlab.state import Field, Layout, View
-from kvmlab.step import Actor, Instr, Model
+from kvmlab.model.state import Field, Layout, View
+from kvmlab.model.step import Actor, Instr, Model
 
 NAMES = ("after the lock", "under the lock", "RMPUPDATE first", "no sequence check")
 KINDS = ("shared", "private")

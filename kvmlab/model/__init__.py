@@ -1,0 +1,1 @@
+"""What a model is: named cells packed into words; steps, programs, learned rows."""

@@ -1,0 +1,1 @@
+"""What a search says: runs and their codes, reports, the matrix, the claims."""

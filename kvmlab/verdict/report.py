@@ -1,0 +1,317 @@
+"""Check a design: explore everything, give one verdict a property, and the runs that show it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+from ..compile.scenario import InputError, with_forgetful_tlbs
+from ..design import Design
+from ..design.files import is_text
+from ..explore import liveness, paths, rows
+from ..explore.graph import Graph, Hit, Watch
+from ..machine.conf import Switches
+from ..machine.properties import BY_NAME, MEASURES, PROPERTIES
+from ..model.step import Model
+from .trace import Case, Trace
+
+NEVER, SOMETIMES, ALWAYS, UNJUDGED = "Never", "Sometimes", "Always", "not judged"
+HITS_TRIED = 40  # how many shortest violations are looked at for runs that differ
+LIMIT = 16_000_000  # states after which a search stops unless told otherwise: some 4 GB; what ships needs 12 million
+SMALL = 6_000  # states up to which the dict engine is the faster one
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the exploration says of one property; `depth` is the length of a shortest violation."""
+
+    name: str
+    verdict: str
+    depth: int | None = None
+
+
+@dataclass
+class Report:
+    """The outcome of one check.  `complete` only if every interleaving was explored."""
+
+    case: Case
+    graph: Graph = field(repr=False)
+    seconds: float
+    watch: Watch | None = field(default=None, repr=False)  # of the search, and of those that a verdict needs
+
+    @property
+    def complete(self) -> bool:
+        """Whether every interleaving was explored."""
+        return self.graph.complete
+
+    @property
+    def states(self) -> int:
+        """Number of reachable states."""
+        return len(self.graph.depth)
+
+    @property
+    def transitions(self) -> int:
+        """Number of edges between them."""
+        return self.graph.transitions
+
+    @property
+    def depth(self) -> int:
+        """Steps to the farthest state."""
+        return self.graph.max_depth
+
+    @cached_property
+    def verdicts(self) -> dict[str, Verdict]:
+        """One verdict a property, in the order of `properties`."""
+        return {p.name: self._judge(p.name) for p in PROPERTIES}
+
+    @cached_property
+    def _livelock(self) -> liveness.Cycle | None:
+        return liveness.livelock(self.graph)
+
+    def _judge(self, name: str) -> Verdict:
+        if BY_NAME[name].guest and not self.case.model.conf.correct_guest:
+            return Verdict(name, UNJUDGED)
+        if name == "livelock" and (cycle := self._livelock):
+            depth = min(int(self.graph.depth[i]) for i in cycle.states)
+        elif name in self.graph.hits:
+            depth = self.graph.hit_depth[name]
+        else:
+            return Verdict(name, NEVER if self.complete else UNJUDGED)
+        return Verdict(name, ALWAYS if self._unavoidable(name) else SOMETIMES, depth)
+
+    def _unavoidable(self, name: str) -> bool:
+        """Whether every run that finishes violates the property, also where TLBs lose entries."""
+
+        def avoids(graph: Graph) -> bool:
+            ends = name in ("deadlock", "livelock")  # what never finishes cannot be avoided by finishing
+            return not graph.complete or (liveness.finishes(graph) if ends else liveness.avoidable(graph, name))
+
+        return not avoids(self.graph) and not avoids(self._forgetful)
+
+    @cached_property
+    def _forgetful(self) -> Graph:
+        return explore(with_forgetful_tlbs(self.case.model), watch=self.watch)
+
+    @property
+    def violated(self) -> list[str]:
+        """Names of the properties that some run violates."""
+        return [v.name for v in self.verdicts.values() if v.verdict in (SOMETIMES, ALWAYS)]
+
+    @cached_property
+    def witnesses(self) -> dict[str, bool]:
+        """Good things that must be reachable: the conversion returns; the guest gets to use its page."""
+        return {"conversion returns": any(self.graph.quiet), "guest uses the page": self._used() is not None}
+
+    def _used(self) -> int | None:
+        """The nearest quiet state in which the guest has used the page in its last kind."""
+        model = self.case.model
+        guest = [model.layout.cell("guest", gfn) for gfn in model.conf.used]
+        for i, quiet in enumerate(self.graph.quiet):
+            if quiet and all(cell.get(self.graph.packed(i)) == "ready" for cell in guest):
+                return i
+        return None
+
+    @cached_property
+    def measures(self) -> dict[str, dict[str, int | None]]:
+        """Least and most of each measure over the finishing runs; `most` is None when unbounded."""
+        return liveness.measures(self.graph, MEASURES)
+
+    def trace(self, prop: str | None = None) -> Trace:
+        """The shortest run, with the fewest changes of CPU, that violates `prop` (default: the gravest violated).
+
+        If nothing is violated: a sample run to a quiet end.  KeyError for an unknown property.
+        """
+        name = prop or next(iter(self.violated), None)
+        if name is None or (prop is not None and self.verdicts[prop].depth is None):
+            return self.sample()
+        if name == "livelock" and self._livelock is not None:
+            stem, loop = paths.lasso(self.graph, self._livelock)
+            return Trace(self.case, stem + loop, name, len(stem))
+        return Trace(self.case, paths.shortest(self.graph, self.graph.hits[name]), name)
+
+    def traces(self, prop: str, most: int = 3) -> list[Trace]:
+        """Up to `most` shortest runs that violate `prop` and differ in who acts after whom, or in the last step.
+
+        The first is `trace(prop)`.  Only shortest violations are remembered, so there may be fewer.
+        """
+        first = self.trace(prop)
+        if prop not in self.graph.hits or self.verdicts[prop].depth is None:
+            return [first]
+        found = {_shape(first): first}
+        for hit in self.graph.hits[prop][:HITS_TRIED]:
+            run = Trace(self.case, paths.shortest(self.graph, [hit]), prop)
+            found.setdefault(_shape(run), run)
+        return sorted(found.values(), key=lambda run: run.switches)[:most]
+
+    def example(self, measure: str) -> Trace:
+        """A shortest run that counts `measure`, or the sample run if none does; InputError if there is no such."""
+        if measure not in MEASURES:
+            raise InputError(f"unknown measure {measure!r}; there are: {', '.join(MEASURES)}")
+        hits = liveness.first_edges(self.graph, measure)
+        hits = (
+            hits
+            or [Hit(i, None, None) for i, found in self.graph.quiet_found.items() if measure in found[1]][:1]
+        )
+        return Trace(self.case, paths.shortest(self.graph, hits), measure) if hits else self.sample()
+
+    def sample(self) -> Trace:
+        """A shortest run to a quiet end in which the guest has used its page, or as far as any run gets."""
+        end = self._used()
+        if end is None:
+            end = next((i for i, quiet in enumerate(self.graph.quiet) if quiet), len(self.graph.depth) - 1)
+        return Trace(self.case, paths.shortest(self.graph, [Hit(end, None, None)]), "sample")
+
+    def as_json(self) -> dict[str, Any]:
+        """The element that `kvmlab check --json` prints."""
+        properties: dict[str, Any] = {}
+        for name, verdict in self.verdicts.items():
+            trace = self.trace(name) if verdict.depth is not None else None
+            properties[name] = {
+                "verdict": verdict.verdict if verdict.verdict != UNJUDGED else None,
+                "steps": trace.steps if trace else None,
+                "switches": trace.switches if trace else None,
+                "code": trace.code if trace else None,
+            }
+        return {
+            "design": self.case.design.name,
+            "platform": self.case.platform,
+            "scenario": self.case.scenario,
+            "backing": self.case.backing,
+            "complete": self.complete,
+            "states": self.states,
+            "transitions": self.transitions,
+            "depth": self.depth,
+            "seconds": round(self.seconds, 3),
+            "properties": properties,
+            "measures": self.measures,
+            "witnesses": self.witnesses,
+            "not_checked": list(self.not_checked),
+            "notes": list(self.case.design.notes),
+        }
+
+    @property
+    def not_checked(self) -> list[str]:
+        """What this run does not say anything about, in words."""
+        careless = [p.name for p in PROPERTIES if p.guest and not self.case.model.conf.correct_guest]
+        left = [f"{', '.join(careless)}: not judged, the guest is careless"] if careless else []
+        if not self.complete:
+            left.append(f"interleavings beyond the first {self.states:,} states")
+        return left
+
+    def text(self) -> str:
+        """The verdicts as plain text, one line a property that is violated, and what all others are."""
+        from ..show.text import report_text
+
+        return report_text(self)
+
+    __str__ = text
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        from ..show.html import report_html
+
+        return {"text/plain": self.text(), "text/html": report_html(self)}
+
+
+def _shape(run: Trace) -> tuple[object, ...]:
+    """Who acts after whom, and what the last step is: runs alike in this tell the same story."""
+    turns = tuple(actor for actor, _ in groupby(actor for actor, _ in run.schedule))
+    last = run.frames[-1].event
+    return (turns, last.call if last else "", last.actor if last else "")
+
+
+def explore(model: Model, limit: int = LIMIT, watch: Watch | None = None) -> Graph:
+    """Explore a model with the engine that fits its size; complete unless `limit` states are exceeded.
+
+    `watch` is told now and then how many states are known; it may end the search.
+    """
+    graph = rows.search(model, min(SMALL, limit), watch)
+    if graph.complete or limit <= SMALL or (watch is not None and watch(len(graph.states))):
+        return graph
+    from ..explore import arrays
+
+    return arrays.search(model, limit, learner=graph.learner, watch=watch)
+
+
+def check(
+    design: Design | str,
+    platform: str = "snp",
+    scenario: str = "to-private",
+    backing: str = "split",
+    switches: Switches | None = None,
+    limit: int | None = None,
+    seconds: float | None = None,
+) -> Report:
+    """Explore every interleaving of `design` in one scenario and return the verdicts.
+
+    `design` is a `Design`, the name of one that ships, a file, or a text with line breaks.  After `limit` states
+    (default: LIMIT) or so many `seconds` the search stops, and the report is not `complete`.  Raises DesignError
+    for a bad design, InputError for a name that does not exist, NotApplicable for a case that does not,
+    MemoryError in words.
+    """
+    case = Case(as_design(design), platform, scenario, backing, switches or Switches())
+    began = time.perf_counter()
+    if seconds is None:
+        return check_case(case, limit)
+    if not isinstance(seconds, int | float) or not seconds > 0:
+        raise InputError("the seconds are a number above 0")
+    return check_case(case, limit, lambda states: time.perf_counter() - began > seconds)
+
+
+def check_case(case: Case, limit: int | None = None, watch: Watch | None = None) -> Report:
+    """Check a case as `check` does; `watch` as for `explore`."""
+    most = LIMIT if limit is None else limit
+    if not isinstance(most, int) or most < 1:
+        raise InputError("the limit is a positive whole number of states")
+    began = time.perf_counter()
+    report = None
+    try:
+        report = Report(case, explore(case.model, most, watch), 0.0, watch)
+        report.verdicts  # noqa: B018 - part of the check, so part of its time
+    except MemoryError:  # raised anew below, where the memory is free again
+        report = None
+    if report is None:
+        words = "out of memory; a limit on states, or a smaller scenario, takes less"
+        raise MemoryError(f"{case}: {words}")
+    report.seconds = time.perf_counter() - began
+    report.watch = None
+    return report
+
+
+def as_design(design: Design | str) -> Design:
+    """Take a design, or parse a text, or load a name."""
+    if isinstance(design, Design):
+        return design
+    if not isinstance(design, str | os.PathLike):
+        raise InputError(f"a design is a Design, a name, a file or a text; this is a {type(design).__name__}")
+    return Design.parse(design) if isinstance(design, str) and is_text(design) else Design.load(design)
+
+
+@dataclass
+class Comparison:
+    """Several designs in the same scenario, property by property."""
+
+    reports: Sequence[Report]
+
+    def text(self) -> str:
+        """A table: designs down, violated properties across."""
+        from ..show.text import comparison_text
+
+        return comparison_text(self.reports)
+
+    __str__ = text
+    __repr__ = text
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        from ..show.html import comparison_html
+
+        return {"text/plain": self.text(), "text/html": comparison_html(self.reports)}
+
+
+def compare(designs: Iterable[Design | str], **case: Any) -> Comparison:
+    """Check several designs in one scenario; keyword arguments as for `check`."""
+    return Comparison([check(design, **case) for design in designs])
