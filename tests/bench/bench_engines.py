@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 if __package__:  # imported by a test
-    from kvmlab import promela, snpconv
+    from . import promela, snpconv
 else:
     import promela
     import snpconv
