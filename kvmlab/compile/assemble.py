@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..design import Row
 from ..model.state import ModelError, View
 from ..model.step import Instr, Step
 
@@ -17,12 +18,13 @@ class Draft:
     step: Step
     args: tuple[Any, ...] = ()
     text: str = ""
-    line: int = 0
+    row: Row | None = None
     section: str = ""
     label: str | None = None
     after: str | None = None
     jumps: dict[str, str] = field(default_factory=dict)
     idle: bool = False
+    loop: int = 0
 
 
 def assemble(drafts: Sequence[Draft]) -> tuple[Instr, ...]:
@@ -39,9 +41,8 @@ def assemble(drafts: Sequence[Draft]) -> tuple[Instr, ...]:
             "stuck": where["stuck"],
             **{name: where[label] for name, label in d.jumps.items()},
         }
-        return Instr(
-            d.step, d.args, where[d.after] if d.after else pc + 1, jumps, d.idle, d.text, d.line, d.section
-        )
+        after = where[d.after] if d.after else pc + 1
+        return Instr(d.step, d.args, after, jumps, d.idle, d.text, d.row, d.section, d.loop)
 
     return tuple(instr(pc, d) for pc, d in enumerate(drafts))
 

@@ -45,7 +45,7 @@ def fault_paths(design: Design, conf: Conf) -> tuple[list[Draft], set[tuple[str,
                     mmu.had_rmp_bit,
                     (keeps,),
                     "if (error_code & PFERR_GUEST_RMP)",
-                    0,
+                    None,
                     "rmp_fault",
                     label=f"handler-{kind}",
                     jumps={"skip": "guest"},
@@ -79,9 +79,9 @@ def _leave(section: Section, done: str) -> list[Draft]:
     """The end of a section in the vCPU's loop, with the ways out that drop locks first."""
     drafts = section.drafts
     if section.holding:
-        drafts.append(Draft(locks.leave, ("enters the guest",), "enters the guest", 0, section.section))
+        drafts.append(Draft(locks.leave, ("enters the guest",), "enters the guest", None, section.section))
     if (drafts and drafts[-1].step is nothing) or not drafts:
-        drafts.append(Draft(nothing, (), "re-enters the guest", 0, section.section))
+        drafts.append(Draft(nothing, (), "re-enters the guest", None, section.section))
     drafts[-1].after = done
     leaves = f"auto-{section.kind}" if section.conf.auto_convert else "guest"
     # tdx_handle_ept_violation() retries a private fault without entering the TD in between.
@@ -94,7 +94,7 @@ def _unwound(section: Section, drafts: list[Draft], targets: Mapping[str, str]) 
     """The drafts with the code behind them that drops what is held on each way out, and then goes on."""
     for label, (holding, why) in section.unwinds.items():
         undo = [
-            Draft(UNDO[take], (name,), f"{UNDO[take].__name__}({name})", 0, section.section)
+            Draft(UNDO[take], (name,), f"{UNDO[take].__name__}({name})", None, section.section)
             for take, name in reversed(holding)
         ]
         if not undo:
@@ -122,17 +122,17 @@ class Ioctl:
             self.drafts += self._punch(label, gfns)
             self.drafts += self._whole(start, gfns)
         else:
-            self.drafts += [Draft(nothing, (), "", 0, "ioctl", label=label), *self._whole(start, gfns)]
+            self.drafts += [Draft(nothing, (), "", None, "ioctl", label=label), *self._whole(start, gfns)]
         holds = any(draft.step is gmem.hold_page for draft in self.drafts)
-        self.drafts.append(Draft(nothing, (), "", 0, "ioctl", label=f"{label}-done"))
+        self.drafts.append(Draft(nothing, (), "", None, "ioctl", label=f"{label}-done"))
         if holds:
-            self.drafts.append(Draft(_puts_pages, (), "put_page()", 0, "ioctl"))
+            self.drafts.append(Draft(_puts_pages, (), "put_page()", None, "ioctl"))
         if conf.punch == "after" and to == "shared":
             self.drafts += self._punch(f"{label}-punch", gfns)
 
     def returns(self, after: str | None) -> list[Draft]:
         """All of it, and the return to user space."""
-        return [*self.drafts, Draft(actors.ioctl_return, (), "return 0", 0, "ioctl", after=after)]
+        return [*self.drafts, Draft(actors.ioctl_return, (), "return 0", None, "ioctl", after=after)]
 
     def _whole(self, label: str, gfns: tuple[int, ...]) -> list[Draft]:
         """One ioctl on `gfns`; what it could not store it is called for again."""
@@ -157,7 +157,7 @@ class Ioctl:
         return drafts
 
     def _to(self, target: str, drafts: list[Draft]) -> list[Draft]:
-        return [*drafts, Draft(nothing, (), "", 0, "ioctl", label=f"before {target}", after=target)]
+        return [*drafts, Draft(nothing, (), "", None, "ioctl", label=f"before {target}", after=target)]
 
     def _punch(self, label: str, gfns: tuple[int, ...]) -> list[Draft]:
         drafts, nests = punch_drafts(self.design, self.conf, label, gfns)
@@ -185,7 +185,7 @@ def vmm_program(
 ) -> tuple[tuple[Instr, ...], set[tuple[str, str]]]:
     """A VMM thread beside the asking one: its own ioctl on `gfns`, once the guest has asked."""
     ioctl = Ioctl(design, conf, conf.eras[1], "ioctl", gfns)
-    waits = Draft(actors.vmm_waits, (), "", 0, "ioctl", label="waits", idle=True)
+    waits = Draft(actors.vmm_waits, (), "", None, "ioctl", label="waits", idle=True)
     return _vmm_thread([waits, *ioctl.returns(None)]), ioctl.nests
 
 
@@ -193,7 +193,7 @@ def vmm_punch_program(design: Design, conf: Conf) -> tuple[tuple[Instr, ...], se
     """A VMM thread that discards the private pages whenever it likes, once."""
     drafts, nests = punch_drafts(design, conf, "punch", conf.punched or conf.gfns)
     return _vmm_thread(
-        [Draft(actors.vmm_punches, (), "", 0, "punch", label="any", idle=True), *drafts]
+        [Draft(actors.vmm_punches, (), "", None, "punch", label="any", idle=True), *drafts]
     ), nests
 
 
@@ -235,13 +235,13 @@ def _region_thread(
     section.row(Row("mutex_lock", lock="slots_lock"))
     work()
     section.row(Row("mutex_unlock", lock="slots_lock"))
-    begins = Draft(memslots.set_memory_region, (what,), "", 0, "ioctl", label="any", idle=True)
+    begins = Draft(memslots.set_memory_region, (what,), "", None, "ioctl", label="any", idle=True)
     return _vmm_thread([begins, *section.drafts]), section.nests
 
 
 def _vmm_thread(drafts: list[Draft]) -> tuple[Instr, ...]:
-    done = Draft(actors.vmm_done, (), "", 0, "ioctl", label="done", idle=True)
-    stuck = Draft(locks.stuck, (), "hangs", 0, "ioctl", label="stuck")
+    done = Draft(actors.vmm_done, (), "", None, "ioctl", label="done", idle=True)
+    stuck = Draft(locks.stuck, (), "hangs", None, "ioctl", label="stuck")
     return assemble(without_markers([*drafts, done, stuck]))
 
 
@@ -255,7 +255,7 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
     for era, to in eras if asks else ():
         label = f"ioctl{era}"
         asking = Draft(
-            actors.ask, (), "", 0, "guest", label=f"ask{era}", after=label, jumps={"rescind": "guest"}
+            actors.ask, (), "", None, "guest", label=f"ask{era}", after=label, jumps={"rescind": "guest"}
         )
         ways[f"rescinded{era}"] = label
         ioctl = Ioctl(design, conf, to, label, conf.converted)
@@ -264,41 +264,41 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
     if asks and len(eras) > 1:
         again = {f"ask{era}": f"ask{era}" for era, _ in eras}
         head.append(
-            Draft(actors.guest_between, (), "", 0, "guest", label="between", after="guest", jumps=again)
+            Draft(actors.guest_between, (), "", None, "guest", label="between", after="guest", jumps=again)
         )
         ways["between"] = "between"
     body = [
         Draft(
-            actors.guest_idle, (), "", 0, "guest", label="idle", after="guest", jumps={"idle": "idle"}, idle=True
+            actors.guest_idle, (), "", None, "guest", label="idle", after="guest", jumps={"idle": "idle"}, idle=True
         ),
         Draft(
             accesses_tdx.guest_runs if conf.tdx else accesses.guest_runs,
             (),
             "",
-            0,
+            None,
             "guest",
             label="guest",
             jumps=ways,
         ),
-        Draft(locks.stuck, (), "hangs", 0, "guest", label="stuck"),
+        Draft(locks.stuck, (), "hangs", None, "guest", label="stuck"),
     ]
     for kind in KINDS if conf.auto_convert else ():
         ioctl = Ioctl(design, conf, kind, f"auto-ioctl-{kind}", conf.converted)
-        body.append(Draft(actors.auto_convert, (kind,), "", 0, "ioctl", label=f"auto-{kind}"))
+        body.append(Draft(actors.auto_convert, (kind,), "", None, "ioctl", label=f"auto-{kind}"))
         body += ioctl.returns("guest")
         nests |= ioctl.nests
     if conf.looks_up:
         emulated = accesses.completed_by_userspace
-        body.append(Draft(emulated, (), "re-enters behind it", 0, "guest", label="userspace", jumps=ways))
+        body.append(Draft(emulated, (), "re-enters behind it", None, "guest", label="userspace", jumps=ways))
     if conf.injects:
-        body.append(Draft(actors.kvm_run_fails, (), "", 0, "fault", label="killed", after="idle"))
+        body.append(Draft(actors.kvm_run_fails, (), "", None, "fault", label="killed", after="idle"))
     if not conf.kind_from_c_bit:
         body.append(
             Draft(
                 mmu.fault_kind,
                 (),
                 "reads the attribute",
-                0,
+                None,
                 "fault",
                 label="fault",
                 jumps={label: label for label in entries},
@@ -312,8 +312,8 @@ def host_program(targets: tuple[tuple[str, str], ...]) -> tuple[Instr, ...]:
     """The host thread: one write after another, owing nothing."""
     return assemble(
         [
-            Draft(actors.host_thread, (targets,), "", 0, "host", label="host", after="host", idle=True),
-            Draft(locks.stuck, (), "hangs", 0, "host", label="stuck"),
+            Draft(actors.host_thread, (targets,), "", None, "host", label="host", after="host", idle=True),
+            Draft(locks.stuck, (), "hangs", None, "host", label="stuck"),
         ]
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -148,7 +149,8 @@ class Section:
         self.covered: tuple[int, int] | None = None
         self.as_id = 0  # the address space whose memslot the rows work on
         self.rows: Sequence[Row] = ()
-        self._labels = 0
+        self.loop = 0  # which loop over the pages of the request is being compiled; 0: none
+        self._labels = self._loops = 0
 
     def compile(self, rows: Sequence[Row]) -> None:
         """Add the drafts of a whole section, skipping what has no memslot to work on."""
@@ -256,12 +258,13 @@ class Section:
     def page_by_page(self, rows: Sequence[Row]) -> None:
         """The op of the series: all its work on one page, then the next; it gives up where RMPUPDATE fails."""
         gfns, self.failed = self.gfns or (), self.new_label()
-        for self.gfns in ((gfn,) for gfn in gfns):
-            self.unassigned = self.new_label()  # nothing to restore where nothing was taken
-            self.look_up(rows)
-            for row in rows:
-                self.row(row)
-            self.mark(self.unassigned)
+        with self.page_loop():
+            for self.gfns in ((gfn,) for gfn in gfns):
+                self.unassigned = self.new_label()  # nothing to restore where nothing was taken
+                self.look_up(rows)
+                for row in rows:
+                    self.row(row)
+                self.mark(self.unassigned)
         self.gfns, self.unassigned = gfns, None
         self.mark(self.failed)
         self.failed = None
@@ -283,8 +286,11 @@ class Section:
             self.zap_call(row)
         elif call == "kvm_tdp_mmu_map" and self.conf.tdx and self.kind == "private":
             self.map_private(row)
-        elif call == "rmpupdate":
+        elif call == "rmpupdate" and self.gfns is None:
             self.rmpupdate(row)
+        elif call == "rmpupdate":
+            with self.page_loop():
+                self.rmpupdate(row)
         elif call == "kvm_vm_set_region_attr":
             self.store(row)
         elif call == "xa_reserve":
@@ -333,8 +339,17 @@ class Section:
     ) -> None:
         """Add one draft."""
         self.drafts.append(
-            Draft(step, args, text or f"{row.call}()", row.line, self.section, jumps=dict(jumps))
+            Draft(step, args, text or f"{row.call}()", row, self.section, jumps=dict(jumps), loop=self.loop)
         )
+
+    @contextmanager
+    def page_loop(self) -> Iterator[None]:
+        """What is compiled within is done to one page after the other; a loop inside a loop is the same one."""
+        outer = self.loop
+        self._loops += not outer
+        self.loop = outer or self._loops
+        yield
+        self.loop = outer
 
     def per_gfn(self, step: Step, row: Row, *args: Any) -> None:
         """Add one draft a gfn of the request, or one for the gfn of the fault."""
@@ -342,11 +357,12 @@ class Section:
         if self.gfns is None:
             self.emit(at_fault(step), args, row, f"{row.call}({shown})")
             return
-        for n, gfn in enumerate(self.gfns):
-            if n and step is mmu.kvm_unmap_gfn_range and self.conf.yields and self.section == "ioctl":
-                self.yields(row)
-            where = f"gfn {gfn}" if step is not sev.rmpupdate else self.conf.backing["private", gfn]
-            self.emit(step, (gfn, *args), row, f"{row.call}({', '.join(filter(None, (where, shown)))})")
+        with self.page_loop():
+            for n, gfn in enumerate(self.gfns):
+                if n and step is mmu.kvm_unmap_gfn_range and self.conf.yields and self.section == "ioctl":
+                    self.yields(row)
+                where = f"gfn {gfn}" if step is not sev.rmpupdate else self.conf.backing["private", gfn]
+                self.emit(step, (gfn, *args), row, f"{row.call}({', '.join(filter(None, (where, shown)))})")
 
     def yields(self, row: Row) -> None:
         """Between two gfns of a zap: it may flush, drop mmu_lock and take it again."""
@@ -374,15 +390,17 @@ class Section:
     def reserve(self, row: Row) -> None:
         """xa_reserve() gfn by gfn; a failure leaves the ioctl with -ENOMEM."""
         gfns = self.gfns or ()
-        for gfn in gfns:
-            ways = {"failed": self.unwind("ENOMEM")}
-            self.emit(attributes.xa_reserve, (gfn, gfn == gfns[-1]), row, f"xa_reserve(gfn {gfn})", ways)
+        with self.page_loop():
+            for gfn in gfns:
+                ways = {"failed": self.unwind("ENOMEM")}
+                self.emit(attributes.xa_reserve, (gfn, gfn == gfns[-1]), row, f"xa_reserve(gfn {gfn})", ways)
 
     def hold_pages(self, row: Row) -> None:
         """The ioctl looks up the pages that it works on before it takes a lock that forbids sleeping."""
-        for gfn in self.gfns or ():
-            pfn = self.conf.backing["private", gfn]
-            self.emit(gmem.hold_page, (gfn,), row, f"kvm_restrictedmem_get_pfn({pfn})")
+        with self.page_loop():
+            for gfn in self.gfns or ():
+                pfn = self.conf.backing["private", gfn]
+                self.emit(gmem.hold_page, (gfn,), row, f"kvm_restrictedmem_get_pfn({pfn})")
 
     def rmpupdate(self, row: Row) -> None:
         """RMPUPDATE: where it fails the op gives up (ioctl), or KVM_RUN does (fault path)."""
@@ -483,16 +501,17 @@ class Section:
     def zap_private(self, row: Row) -> None:
         """tdx: the mirror leaf goes, then the SEAMCALLs of the section zap, leaf by leaf."""
         gfns, within = self.gfns or (), self.section
-        for n, gfn in enumerate(gfns):
-            if n and self.conf.yields and within == "ioctl":
-                self.yields(row)
-            over = self.new_label()
-            self.emit(tdx.kvm_unmap_gfn_range, (gfn,), row, f"{row.call}(gfn {gfn})", {"skip": over})
-            self.gfns, self.section = (gfn,), "zap"
-            for inner in self.design.rows("zap", to=self.kind, platform="tdx") if self.design else ():
-                self.row(inner)
-            self.gfns, self.section = gfns, within
-            self.mark(over)
+        with self.page_loop():
+            for n, gfn in enumerate(gfns):
+                if n and self.conf.yields and within == "ioctl":
+                    self.yields(row)
+                over = self.new_label()
+                self.emit(tdx.kvm_unmap_gfn_range, (gfn,), row, f"{row.call}(gfn {gfn})", {"skip": over})
+                self.gfns, self.section = (gfn,), "zap"
+                for inner in self.design.rows("zap", to=self.kind, platform="tdx") if self.design else ():
+                    self.row(inner)
+                self.gfns, self.section = gfns, within
+                self.mark(over)
 
     def zap_call(self, row: Row) -> None:
         """One call of the section zap, on the leaf that is being zapped."""
@@ -562,7 +581,7 @@ class Section:
 
     def mark(self, label: str) -> None:
         """Give the place reached now a name; a step that does nothing stands there only if it must."""
-        self.drafts.append(Draft(nothing, (), "", 0, self.section, label=label))
+        self.drafts.append(Draft(nothing, (), "", None, self.section, label=label))
 
 
 def _frozen_work(row: Row) -> str | None:

@@ -22,7 +22,8 @@ class Instr:
     """One instruction of an actor's program: a step, its arguments, and where it leads.
 
     `idle` marks a place where the actor owes nothing (a vCPU in the guest between two accesses).
-    `text` is what a trace prints; `line` is the design's line that it comes from (0: not of the design).
+    `text` is what a trace prints; `row` is the design's row that it comes from (None: not of the design).
+    `loop` is the same number for all that is done to one page of a request before the next page (0: once a request).
     """
 
     step: Step
@@ -31,8 +32,14 @@ class Instr:
     jumps: Mapping[str, int] = field(default_factory=dict)
     idle: bool = False
     text: str = ""
-    line: int = 0
+    row: Any = None
     section: str = ""
+    loop: int = 0
+
+    @property
+    def line(self) -> int:
+        """The line of the design's text that it comes from; 0: none."""
+        return self.row.line if self.row else 0
 
 
 @dataclass(frozen=True)
