@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvmlab.compile.scenario import NotApplicable
 from kvmlab.design import Design
-from kvmlab.design.calls import CALLS, NEEDS_WORD, SECTIONS, SECTIONS_OF_WORD, WORD_ONLY_IN, WORDS
+from kvmlab.design.calls import CALLS, SECTIONS, words
 from kvmlab.emulator import Vm, VmError
 from kvmlab.emulator.memory import PAGE
 from kvmlab.emulator.vmm import DISCARDS
@@ -18,14 +18,13 @@ def _words(call, section):
     """What may stand between the parentheses and means something."""
     if call.lock:
         return [call.lock]
-    words = WORDS.get(call.name, ()) if section in WORD_ONLY_IN.get(call.name, SECTIONS) else ()
-    words = tuple(word for word in words if section in SECTIONS_OF_WORD.get(word, SECTIONS))
-    return [*words] if call.name in NEEDS_WORD else ["", *words]
+    said = words(call.name, section)
+    return [*said] if call.needs else ["", *said]
 
 
 def statement(section):
     """One statement that may stand in a section, as text."""
-    calls = [c for c in CALLS if section in c.sections]
+    calls = [c for c in CALLS if section in c.sections and not c.holds_calls]
     said = [(c.name, word) for c in calls for word in _words(c, section)]
     plain = st.sampled_from(sorted(said)).map(lambda call: f"    {call[0]}({call[1]})")
     guard = st.sampled_from(["attr == private", "attr == shared", "platform != snp"])

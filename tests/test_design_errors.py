@@ -55,7 +55,7 @@ BAD = {
     "punch:\n  read_lock(mmu_lock)": ("cannot stand in punch:", 2, "fault:"),
     "ioctl:\n  kvm_x86_update_mem_attr(inclusive)": ("takes 'inclusive' only in punch:", 2, "private"),
     "punch:\n  kvm_unmap_gfn_range(kvm_memslots)": ("takes 'kvm_memslots' only in ioctl:", 2, None),
-    "punch:\n  psmash(recheck)": ("takes no word in punch:", 2, None),
+    "punch:\n  psmash(recheck)": ("takes 'recheck' only in rmp_fault:", 2, None),
     "punch:\n  truncate_inode_pages()": ("unknown call", 2, "truncate_inode_pages_range"),
     "rmp_fault:\n  psmash(rechek)": ("does not know 'rechek'", 2, "recheck_unassigned"),
     "rmpupdate(privat)": ("does not know 'privat'", 1, "private"),

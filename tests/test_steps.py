@@ -272,7 +272,7 @@ OPEN = WRITER | {"in_progress": 1}
         (attributes.kvm_mmu_invalidate_begin, (None,)),
         (attributes.kvm_mmu_invalidate_range_add, (0, 1)),
         (attributes.kvm_mmu_invalidate_end, ()),
-        (lpage.kvm_update_lpage_mixed_flag, ((0,), "private", False)),
+        (lpage.kvm_update_lpage_mixed_flag, ((0,), "private", None)),
         (mmu.kvm_unmap_gfn_range, (0,)),
     ],
 )
@@ -407,10 +407,10 @@ def test_a_stored_entry_is_reserved_no_more(residue):
 
 def test_a_range_that_is_uniform_already_is_done(huge):
     asks = attributes.kvm_range_has_memory_attributes, "CPU0", (1, 2)
-    assert huge.run(*asks, "shared", False).result == "done"
-    assert huge.run(*asks, "shared", False, at={"attr[3]": "private"}).result == "done"
-    assert huge.run(*asks, "shared", False, at={"attr[2]": "private"}).result is None
-    assert huge.run(*asks, "private", False, at={"attr[1]": "private", "attr[2]": "private"}).result == "done"
+    assert huge.run(*asks, "shared", None).result == "done"
+    assert huge.run(*asks, "shared", None, at={"attr[3]": "private"}).result == "done"
+    assert huge.run(*asks, "shared", None, at={"attr[2]": "private"}).result is None
+    assert huge.run(*asks, "private", None, at={"attr[1]": "private", "attr[2]": "private"}).result == "done"
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_an_empty_reserved_entry_is_misread_as_one_with_attributes_only_by_the_b
 ):
     at = {"attr[0]": to, "reserved[1]": left}
     assert (
-        residue.run(attributes.kvm_range_has_memory_attributes, "CPU0", (0,), to, counts, at=at).result
+        residue.run(attributes.kvm_range_has_memory_attributes, "CPU0", (0,), to, counts and "reserved", at=at).result
         == result
     )
 
@@ -448,18 +448,17 @@ def test_six_gfns_are_three_2m_pages_and_a_1g_page():
 
 
 @pytest.mark.parametrize(
-    ("gfns", "levels", "at", "hull"),
+    ("gfns", "word", "at", "hull"),
     [
-        ((1, 2), ("2M",), {}, (0, 4)),
-        ((1, 2), ("2M", "1G"), {}, (0, 6)),
-        ((1,), ("2M",), {}, (0, 2)),
-        ((0, 1), ("2M",), {}, None),  # covered whole
-        ((1, 2), ("2M",), {"mixed[2M, 0]": True}, (2, 4)),  # nobody can map it large anyway
-        ((1, 2), (), {}, None),
+        ((1, 2), "PG_LEVEL_2M", {}, (0, 4)),
+        ((1, 2), "hugepage", {}, (0, 6)),
+        ((1,), "PG_LEVEL_2M", {}, (0, 2)),
+        ((0, 1), "PG_LEVEL_2M", {}, None),  # covered whole
+        ((1, 2), "PG_LEVEL_2M", {"mixed[2M, 0]": True}, (2, 4)),  # nobody can map it large anyway
     ],
 )
-def test_the_hull_is_widened_to_large_pages_that_are_covered_in_part(huge, gfns, levels, at, hull):
-    ran = huge.run(lpage.widen_hull, "CPU0", gfns, levels, at=OPEN | at)
+def test_the_hull_is_widened_to_large_pages_that_are_covered_in_part(huge, gfns, word, at, hull):
+    ran = huge.run(lpage.widen_hull, "CPU0", gfns, word, at=OPEN | at)
     assert ran == did(None, {"invalidate_range": hull} if hull else {})
 
 
@@ -479,7 +478,7 @@ def private(*gfns):
     ],
 )
 def test_a_large_page_is_mixed_if_its_attributes_differ(huge, gfns, at, mixed):
-    assert huge.run(lpage.kvm_update_lpage_mixed_flag, "CPU0", gfns, "private", False, at=at) == did(
+    assert huge.run(lpage.kvm_update_lpage_mixed_flag, "CPU0", gfns, "private", None, at=at) == did(
         None, mixed
     )
 
@@ -499,11 +498,11 @@ def test_a_1g_page_asks_the_flags_of_its_2m_pages_and_the_first_gfn_of_each(huge
 )
 def test_the_misread_entry_makes_a_uniform_2m_page_mixed(residue, to, counts, left, mixed):
     at = WRITER | {"reserved[0]": left}
-    ran = residue.run(lpage.kvm_update_lpage_mixed_flag, "CPU0", (1,), to, counts, at=at)
+    ran = residue.run(lpage.kvm_update_lpage_mixed_flag, "CPU0", (1,), to, counts and "reserved", at=at)
     assert ran.wrote == ({"mixed[2M, 0]": True} if mixed else {})
     both = at | {"attr[0]": "private", "attr[1]": "private"}
     assert (
-        residue.run(lpage.kvm_update_lpage_mixed_flag, "CPU0", (1,), "private", counts, at=both).wrote == {}
+        residue.run(lpage.kvm_update_lpage_mixed_flag, "CPU0", (1,), "private", "reserved", at=both).wrote == {}
     )
 
 
@@ -711,12 +710,12 @@ def test_the_rmp_handler_runs_after_a_fault_with_the_rmp_bit(tiny):
 @pytest.mark.parametrize(("bit", "result"), [("RMP", "leave"), ("SIZEM", None)])
 def test_v8s_handler_goes_on_with_sizem_alone(tiny, bit, result):
     at = {"rmp_bit[CPU0]": bit}
-    assert tiny.run(mmu.npf_sizem, "CPU0", "private", at=at) == did(result, {"rmp_bit[CPU0]": None})
+    assert tiny.run(mmu.npf_sizem, "CPU0", at=at) == did(result, {"rmp_bit[CPU0]": None})
 
 
 def test_a_snapshot_is_of_now(tiny):
     at = {"snapshot[CPU0]": "moved"}
-    assert tiny.run(mmu.mmu_seq_snapshot, "CPU0", "private", at=at) == did(None, {"snapshot[CPU0]": "same"})
+    assert tiny.run(mmu.mmu_seq_snapshot, "CPU0", at=at) == did(None, {"snapshot[CPU0]": "same"})
 
 
 def test_a_fault_of_the_attributes_kind_goes_on(tiny):
@@ -772,17 +771,17 @@ def test_nobody_is_judged_who_is_careless_or_converted_for_or_asked_for_another_
 def test_a_stale_fault_is_retried_and_lets_go(discard):
     at = AGAIN | READER | {"snapshot[CPU0]": "moved", "folio_ref[CPU0, 0]": True}
     over = {"snapshot[CPU0]": "none", "folio_ref[CPU0, 0]": False}
-    stale = mmu.is_page_fault_stale, "CPU0", "private"
+    stale = mmu.is_page_fault_stale, "CPU0"
     assert discard.run(*stale, at=at) == did("retry", over, counts=["retry"])
     assert discard.run(*stale, at=at | {"snapshot[CPU0]": "same"}) == did()
 
 
 def test_the_stale_test_and_the_map_need_mmu_lock_for_read_at_least(tiny):
     at = fault() | {"snapshot[CPU0]": "same"}
-    for step in (mmu.is_page_fault_stale, mmu.kvm_tdp_mmu_map):
-        assert tiny.run(step, "CPU0", "private", at=at).broke == MISUSE
-        assert tiny.run(step, "CPU0", "private", at=at | READER).broke == []
-        assert tiny.run(step, "CPU0", "private", at=at | WRITER).broke == []
+    for step in ((mmu.is_page_fault_stale, "CPU0"), (mmu.kvm_tdp_mmu_map, "CPU0", "private")):
+        assert tiny.run(*step, at=at).broke == MISUSE
+        assert tiny.run(*step, at=at | READER).broke == []
+        assert tiny.run(*step, at=at | WRITER).broke == []
 
 
 def test_mapping_installs_the_backing_of_the_faults_kind(discard):
@@ -926,13 +925,13 @@ def added():
 
 @pytest.mark.parametrize(("slot", "found"), [("valid", "valid"), ("invalid", "invalid"), ("none", "none")])
 def test_a_fault_remembers_its_memslot_as_it_found_it(deleted, slot, found):
-    assert deleted.run(memslots.kvm_vcpu_gfn_to_memslot, "CPU0", "private", at={"slot": slot}) == did(
+    assert deleted.run(memslots.kvm_vcpu_gfn_to_memslot, "CPU0", at={"slot": slot}) == did(
         None, {"fault_slot[CPU0]": found}
     )
 
 
 def test_a_memslot_that_is_bound_but_not_published_is_not_found(added):
-    assert added.run(memslots.kvm_vcpu_gfn_to_memslot, "CPU0", "shared", at={"slot": "bound"}).wrote == {
+    assert added.run(memslots.kvm_vcpu_gfn_to_memslot, "CPU0", at={"slot": "bound"}).wrote == {
         "fault_slot[CPU0]": "none"
     }
 
@@ -941,15 +940,15 @@ NOTED = {"snapshot[CPU0]": "same", "fault_slot[CPU0]": "invalid"}
 OVER = {"snapshot[CPU0]": "none", "fault_slot[CPU0]": None}
 
 
-@pytest.mark.parametrize(("leaves", "result"), [(False, "retry"), (True, "leave")])
-def test_a_fault_whose_memslot_is_being_deleted_is_over_and_retried(deleted, leaves, result):
-    ran = deleted.run(memslots.memslot_invalid, "CPU0", "private", leaves, at=NOTED)
+@pytest.mark.parametrize(("word", "result"), [(None, "retry"), ("leave", "leave")])
+def test_a_fault_whose_memslot_is_being_deleted_is_over_and_retried(deleted, word, result):
+    ran = deleted.run(memslots.memslot_invalid, "CPU0", "private", word, at=NOTED)
     assert ran == did(result, OVER, counts=["npf"])
 
 
 def test_a_fault_whose_memslot_is_valid_goes_on(deleted):
     at = {"snapshot[CPU0]": "same", "fault_slot[CPU0]": "valid", "slot": "invalid"}
-    assert deleted.run(memslots.memslot_invalid, "CPU0", "private", True, at=at) == did()
+    assert deleted.run(memslots.memslot_invalid, "CPU0", "private", "leave", at=at) == did()
     assert deleted.run(memslots.faultin, "CPU0", "private", at=at) == did(None, {"fault_slot[CPU0]": None})
 
 
@@ -958,7 +957,7 @@ def test_a_fault_whose_memslot_is_valid_goes_on(deleted):
 )
 def test_without_a_memslot_a_private_fault_exits_and_a_shared_one_is_mmio(deleted, kind, result, counts):
     at = {"snapshot[CPU0]": "same", "fault_slot[CPU0]": "none"}
-    for step, more in ((memslots.memslot_invalid, (True,)), (memslots.faultin, ())):
+    for step, more in ((memslots.memslot_invalid, ("leave",)), (memslots.faultin, ())):
         assert deleted.run(step, "CPU0", kind, *more, at=at) == did(result, OVER, counts=counts)
 
 
@@ -1121,24 +1120,24 @@ def test_a_fault_asks_whether_the_entry_fits(tiny, kind, of, entry, result):
 
 
 @pytest.mark.parametrize(
-    ("attr", "entry", "warns", "result", "broke"),
+    ("attr", "entry", "word", "result", "broke"),
     [
-        ("private", BIG, True, None, []),
-        ("private", VALID, True, "leave", []),
-        ("shared", BIG, True, "leave", []),
-        ("private", snp.HYPERVISOR, True, "leave", ["warning"]),
-        ("private", snp.HYPERVISOR, False, "leave", []),
+        ("private", BIG, "warn", None, []),
+        ("private", VALID, "warn", "leave", []),
+        ("shared", BIG, "warn", "leave", []),
+        ("private", snp.HYPERVISOR, "warn", "leave", ["warning"]),
+        ("private", snp.HYPERVISOR, None, "leave", []),
     ],
 )
-def test_the_rmp_handler_goes_on_with_an_assigned_2m_entry_alone(big, attr, entry, warns, result, broke):
+def test_the_rmp_handler_goes_on_with_an_assigned_2m_entry_alone(big, attr, entry, word, result, broke):
     at = fault(era=0) | {"attr[0]": attr, "rmp[P0]": entry}
-    assert big.run(sev.snp_lookup_rmpentry, "CPU0", "private", warns, at=at) == did(result, broke=broke)
+    assert big.run(sev.snp_lookup_rmpentry, "CPU0", word, at=at) == did(result, broke=broke)
 
 
 def test_psmash_splits_the_entry_and_keeps_all_else(big):
     split = {"rmp[P0]": VALID, "rmp[P1]": VALID._replace(gpa=1)}
     at = fault(era=0) | WHOLE
-    assert big.run(sev.psmash, "CPU0", "private", None, at=at) == did(None, split, counts=["psmash"])
+    assert big.run(sev.psmash, "CPU0", None, at=at) == did(None, split, counts=["psmash"])
 
 
 @pytest.mark.parametrize(
@@ -1153,7 +1152,7 @@ def test_psmash_splits_the_entry_and_keeps_all_else(big):
     ],
 )
 def test_a_psmash_that_fails_is_warned_of_unless_it_was_a_lost_race(big, entry, recheck, result):
-    ran = big.run(sev.psmash, "CPU0", "private", recheck, at=fault(era=0) | {"rmp[P0]": entry})
+    ran = big.run(sev.psmash, "CPU0", recheck, at=fault(era=0) | {"rmp[P0]": entry})
     assert ran == did(result, broke=[] if result else ["warning"])
 
 

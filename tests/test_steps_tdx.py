@@ -197,8 +197,8 @@ def test_only_a_design_that_asks_remembers_that_something_was_zapped():
     assert machine.run(tdx.kvm_unmap_gfn_range, "CPU0", 0, at=at).wrote == {"mirror[0]": None}
 
 
-def zap(machine, call, at, if_busy="bug"):
-    return machine.run(tdx.zap_seamcall, "CPU0", 0, call, if_busy, at=at)
+def zap(machine, call, at, word=None):
+    return machine.run(tdx.zap_seamcall, "CPU0", 0, call, word, at=at)
 
 
 def test_each_seamcall_of_the_zap_is_counted_and_done(tiny):
@@ -211,17 +211,17 @@ def test_each_seamcall_of_the_zap_is_counted_and_done(tiny):
 
 
 @pytest.mark.parametrize(
-    ("if_busy", "result", "broke"), [("bug", None, BUG), ("retry", "again", []), ("kick", "busy", [])]
+    ("word", "result", "broke"), [(None, None, BUG), ("retry", "again", []), ("kick", "busy", [])]
 )
-def test_a_busy_seamcall_is_a_bug_retried_or_answered_by_a_kick(tiny, if_busy, result, broke):
-    ran = zap(tiny, "tdh_mem_track", {"mode[CPU1]": "entering"}, if_busy)
+def test_a_busy_seamcall_is_a_bug_retried_or_answered_by_a_kick(tiny, word, result, broke):
+    ran = zap(tiny, "tdh_mem_track", {"mode[CPU1]": "entering"}, word)
     counts = ["seamcalls"] if broke else ["seamcalls", "seamcall-busy"]
     assert ran == did(result, {}, broke, counts)
 
 
-@pytest.mark.parametrize("if_busy", ["bug", "retry", "kick"])
-def test_any_other_answer_is_a_bug(tiny, if_busy):
-    ran = zap(tiny, "tdh_mem_track", {"vcpu_epoch[CPU1]": Age.PREVIOUS}, if_busy)
+@pytest.mark.parametrize("word", [None, "retry", "kick"])
+def test_any_other_answer_is_a_bug(tiny, word):
+    ran = zap(tiny, "tdh_mem_track", {"vcpu_epoch[CPU1]": Age.PREVIOUS}, word)
     assert ran == did(None, {}, BUG, ["seamcalls"])
 
 
@@ -304,8 +304,8 @@ def test_the_value_itself_replaces_the_frozen_one(tiny):
 FROZEN = {"mirror[0]": "frozen"}
 
 
-def aug(machine, at, leaf=Leaf.PAGE_AUG, bit_and=False):
-    return machine.run(tdx.aug_seamcall, "CPU0", leaf, "tdh", bit_and, at=at_fault() | at)
+def aug(machine, at, call="tdh_mem_page_aug", word=None):
+    return machine.run(tdx.aug_seamcall, "CPU0", call, word, at=at_fault() | at)
 
 
 def test_an_aug_that_succeeds_is_counted(tiny):
@@ -313,21 +313,21 @@ def test_an_aug_that_succeeds_is_counted(tiny):
     assert ran == did(None, {"sept[0]": State.PENDING, "pamt[P0]": "REG"}, counts=["seamcalls"])
 
 
-@pytest.mark.parametrize("bit_and", [False, True])
-def test_a_busy_aug_writes_the_old_leaf_back_and_retries_the_fault(tiny, bit_and):
-    ran = aug(tiny, TABLE | FROZEN | {"entry_lock[0]": "CPU1"}, bit_and=bit_and)
+@pytest.mark.parametrize("word", [None, "bit_and"])
+def test_a_busy_aug_writes_the_old_leaf_back_and_retries_the_fault(tiny, word):
+    ran = aug(tiny, TABLE | FROZEN | {"entry_lock[0]": "CPU1"}, word=word)
     assert ran == did("retry", OVER | {"mirror[0]": None}, counts=["seamcalls", "seamcall-busy", "npf"])
 
 
 def test_a_busy_sept_add_writes_the_old_table_back_and_leaves_the_leaf(busy):
     at = at_fault() | {"acc[CPU0]": Access("private", "read", 0, 0), "mirror_table": "frozen"}
-    ran = busy.run(tdx.aug_seamcall, "CPU0", Leaf.SEPT_ADD, "tdh", False, at=at, choose=(1,))
+    ran = busy.run(tdx.aug_seamcall, "CPU0", "tdh_mem_sept_add", None, at=at, choose=(1,))
     wrote = OVER | {"mirror_table": "absent", "failures_left": 0}
     assert ran == did("retry", wrote, counts=["seamcalls", "seamcall-busy", "npf"])
 
 
 def test_a_sept_add_that_succeeds_hangs_the_table(tiny):
-    ran = aug(tiny, {"mirror_table": "frozen"}, Leaf.SEPT_ADD)
+    ran = aug(tiny, {"mirror_table": "frozen"}, "tdh_mem_sept_add")
     assert ran == did(None, {"sept_table": State.NL_MAPPED}, counts=["seamcalls"])
 
 
@@ -341,7 +341,7 @@ def test_a_sept_add_that_succeeds_hangs_the_table(tiny):
     ],
 )
 def test_any_other_error_of_an_aug_is_a_bug_unless_busy_is_asked_by_its_bit(tiny, at, bit_and, retries):
-    ran = aug(tiny, at, bit_and=bit_and)
+    ran = aug(tiny, at, word="bit_and" if bit_and else None)
     assert ran.broke == ([] if retries else BUG) and ran.result == ("retry" if retries else None)
 
 
@@ -464,7 +464,7 @@ def test_a_page_that_is_freed_is_zeroed_again_before_its_next_use():
 
 def test_a_stale_fault_is_one_more_fault_of_the_same_loop(tiny):
     at = at_fault() | READER | {"snapshot[CPU0]": "moved"}
-    ran = tiny.run(mmu.is_page_fault_stale, "CPU0", "private", at=at)
+    ran = tiny.run(mmu.is_page_fault_stale, "CPU0", at=at)
     assert ran == did("retry", OVER, counts=["retry", "npf"])
 
 

@@ -155,10 +155,10 @@ def _designs(options: argparse.Namespace) -> int:
     from ..design import Design, shipped
 
     if options.calls:
-        from ..design.calls import CALLS
+        from ..design.calls import listed as calls
 
-        for call in CALLS:
-            emit(folded(f"{call.name:<34} {', '.join(call.sections):<35} {call.meaning}", 71))
+        for name, sections, meaning in calls():
+            emit(folded(f"{name:<34} {', '.join(sections):<35} {meaning}", 71))
         return 0
     names = (*shipped("thread"), *shipped("variant"), *(shipped("planted") if options.planted else ()))
     listed(((name, Design.load(name).title) for name in names), 30)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..design import Design, Row
+from ..design.calls import does
 from ..guest import access as accesses
 from ..guest import td as accesses_tdx
 from ..guest import threads as actors
@@ -16,7 +17,7 @@ from ..machine.conf import Conf
 from ..model.state import View
 from ..model.step import Instr, Step
 from .assemble import Draft, assemble, nothing, without_markers
-from .section import KINDS, UNDO, Section
+from .section import KINDS, Section
 
 
 def fault_paths(design: Design, conf: Conf) -> tuple[list[Draft], set[tuple[str, str]]]:
@@ -34,7 +35,7 @@ def fault_paths(design: Design, conf: Conf) -> tuple[list[Draft], set[tuple[str,
         nests |= section.nests
         if handler:
             handled = design.rows("rmp_fault", to=kind, platform=conf.platform)
-            keeps = any(row.call == "npf_sizem" for row in handled)
+            keeps = any(does(row.call, "asks SIZEM") for row in handled)
             for draft in drafts:
                 if draft.after == done:
                     draft.step = _Ends(draft.step, keeps)
@@ -94,7 +95,7 @@ def _unwound(section: Section, drafts: list[Draft], targets: Mapping[str, str]) 
     """The drafts with the code behind them that drops what is held on each way out, and then goes on."""
     for label, (holding, why) in section.unwinds.items():
         undo = [
-            Draft(UNDO[take], (name,), f"{UNDO[take].__name__}({name})", None, section.section)
+            Draft(locks.UNDO[take], (name,), f"{locks.UNDO[take].__name__}({name})", None, section.section)
             for take, name in reversed(holding)
         ]
         if not undo:

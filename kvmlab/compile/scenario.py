@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..design import Design
-from ..design.calls import BACKINGS
+from ..design.calls import BACKINGS, does
 from ..design.rows import adds_ranges
 from ..errors import InputError as InputError
 from ..errors import NotApplicable as NotApplicable
@@ -312,10 +312,11 @@ def build(
     if reason := _absent(scenario, platform, backing):
         raise NotApplicable(reason)
     rows = design.rows("ioctl", to="private", platform=platform)
-    if scenario.unlucky and not any(row.call == "xa_reserve" for row in rows):
+    if scenario.unlucky and not any(does(row.call, "reserves") for row in rows):
         raise NotApplicable(f"{design.name} reserves nothing")
-    faults = {row.call for row in design.rows("fault", to="private", platform=platform)}
-    if scenario.deletes and not faults & {"memslot_invalid", "kvm_vcpu_gfn_to_memslot"}:
+    faults = design.rows("fault", to="private", platform=platform)
+    roles = ("looks up", "asks the slot")
+    if scenario.deletes and not any(does(row.call, role) for row in faults for role in roles):
         raise NotApplicable(f"the fault path of {design.name} does not look at the memslot")
     if SMM in {slot.as_id for slot in scenario.memslots} and adds_ranges(rows):
         raise NotApplicable("since v6.8 a VM with private memory has one address space")

@@ -14,7 +14,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
 
-from .calls import ATTRIBUTES, DEFAULTED, DEFAULTS_FROM, ONE_WAY, PLATFORMS, SECTIONS, nearest
+from .calls import ATTRIBUTES, DEFAULTED, DEFAULTS_FROM, ONE_WAY, PLATFORMS, SECTIONS, does, nearest
 from .edit import Aligned, align, hunks, move, shown_lines, stuck
 from .errors import DesignError, Place, quoted
 from .files import BaseLoader, decode, from_file, from_stdin, shipped, shipped_text, siblings
@@ -203,7 +203,7 @@ def _parse(
     for section, nodes in parsed.sections.items():
         build(nodes, section, source)
     trees = dict(parsed.sections)
-    fragment = "ioctl" in trees and not _calls(trees["ioctl"], "kvm_vm_set_region_attr", "xa_store")
+    fragment = "ioctl" in trees and not _does(trees["ioctl"], "stores")
     missing = [s for s in SECTIONS if s not in trees and s not in DEFAULTED]
     base: Design | None = None
     if missing or fragment or parsed.base:
@@ -235,8 +235,8 @@ def _parse(
     )
 
 
-def _calls(nodes: tuple[Node, ...], *names: str) -> bool:
-    return any(call.name in names for call in calls_in(nodes))
+def _does(nodes: tuple[Node, ...], role: str) -> bool:
+    return any(does(call.name, role) for call in calls_in(nodes))
 
 
 def _base(
@@ -276,8 +276,7 @@ def _notes(
     elif base and not named:
         parts = " and ".join(filter(None, (", ".join(f"{s}:" for s in missing[:-1]), f"{missing[-1]}:")))
         notes.append(f"What the text does not give ({parts}) is that of {base.name}.")
-    begins = ("kvm_mmu_invalidate_begin", "kvm_mmu_invalidate_start")
-    if _calls(ioctl, *begins) and not _calls(ioctl, "kvm_mmu_invalidate_end"):
+    if _does(ioctl, "opens") and not _does(ioctl, "closes"):
         notes.append("The ioctl begins an invalidation and never ends it.")
     return notes
 

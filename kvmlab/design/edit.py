@@ -122,8 +122,7 @@ def _leave(nodes: Nodes, where: Where, index: int, step: int) -> tuple[Nodes, Wh
 def _is_open(node: Node) -> bool:
     if not isinstance(node, Body):
         return False
-    call = calls.known(node.head.name)
-    return call is None or call.name not in calls.KEEPS_BODY
+    return not calls.keeps_body(node.head.name)
 
 
 def _at(nodes: Nodes, where: Where) -> Nodes:

@@ -13,8 +13,6 @@ from .errors import DesignError, quoted
 from .source import Source
 from .tree import Body, Call, Condition, If, Leave, Node
 
-ABSENT_OPS = ("kvm_x86_update_mem_attr", "rmp_prepare", "rmp_match")  # on tdx: not implemented there
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -48,7 +46,7 @@ def adds_ranges(rows: Iterable[Row]) -> bool:
 
     Else, as in RFC v8 02/56, it covers the whole request from kvm_mmu_invalidate_begin() on.
     """
-    return any(row.call == "kvm_mmu_invalidate_range_add" for row in rows)
+    return any(calls.does(row.call, "widens") for row in rows)
 
 
 def build(nodes: Iterable[Node], section: str, source: Source) -> tuple[Row, ...]:
@@ -92,17 +90,17 @@ class _Builder:
 
     def _body(self, node: Body, when: tuple[Condition, ...]) -> Iterator[Row]:
         """The rows of `name():` and its body: the body itself, except where it is work on a condition."""
-        if node.head.name in calls.TITLES:
+        if calls.holds_calls(node.head.name):
             yield from self.rows(node.body, when)
             return
         head = self._row(node.head, when)
         if head.lock:
             raise self.source.error(f"{quoted(node.head.name)}() has no body", node.head.place)
-        if head.call in calls.KEEPS_BODY:
+        if calls.keeps_body(head.call):
             inner = _Builder(self.section, self.source, head.call)
             yield replace(head, body=tuple(inner.rows(node.body, ())))
-        elif head.call in ABSENT_OPS:  # the body of an op runs where the op is implemented
-            yield from self.rows(node.body, (*when, Condition("platform", "snp")))
+        elif calls.meanings(head.call)[0].on == calls.HAS_OP:  # the body of an op runs where the op does something
+            yield from self.rows(node.body, (*when, Condition("platform", *calls.HAS_RMP)))
         else:
             yield from self.rows(node.body, when)
 
@@ -110,18 +108,22 @@ class _Builder:
         call = calls.known(node.name)
         if call is None:
             raise self._unknown(node)
-        if self.section not in call.sections:
+        here = calls.meanings(node.name, self.section)
+        if not here:
             message = f"{node.name}() cannot stand in {self.section}:"
-            raise self.source.error(message, node.place, [f"{s}:" for s in call.sections], "it may stand in")
-        if self.within and call.name not in calls.UNDER_FOLIO_LOCK:
+            fits = [f"{s}:" for s in calls.sections(call.name)]
+            raise self.source.error(message, node.place, fits, "it may stand in")
+        call = here[0]
+        if self.within and not call.in_folio_lock:
             message = f"{node.name}() cannot stand inside {self.within}()"
-            raise self.source.error(message, node.place, calls.UNDER_FOLIO_LOCK, "in there may stand")
+            fits = list(dict.fromkeys(c.name for c in calls.CALLS if c.in_folio_lock))
+            raise self.source.error(message, node.place, fits, "in there may stand")
         lock = self._lock(node, call)
         word = self._word(node, call)
         return Row(call.name, word, when, node.place.line, node.text, None, lock, node.place.name)
 
     def _unknown(self, node: Call) -> DesignError:
-        if node.name in calls.TITLES:
+        if calls.holds_calls(node.name):
             message = f"{node.name}() only holds other calls: write those, below {node.name}():"
             return self.source.error(message, node.place)
         if hint := calls.HINTS.get(node.name):
@@ -129,7 +131,7 @@ class _Builder:
         message = f"unknown call '{quoted(node.name)}'"
         return self.source.error(message, node.place, calls.nearest(node.name), "nearest known")
 
-    def _lock(self, node: Call, call: calls.KnownCall) -> str | None:
+    def _lock(self, node: Call, call: calls.Call) -> str | None:
         """The lock of a lock call; its name carries meaning, so it has to be the right one."""
         if not call.lock or not calls.names_its_lock(node.name):
             return call.lock
@@ -139,28 +141,27 @@ class _Builder:
             raise self.source.error(f"{node.name}() {what}", node.place, (call.lock,))
         return call.lock
 
-    def _word(self, node: Call, call: calls.KnownCall) -> str | None:
+    def _word(self, node: Call, call: calls.Call) -> str | None:
         """The argument that carries meaning, if there is one; DesignError for one that cannot be meant."""
-        words = calls.WORDS.get(call.name, ())
+        words = calls.words(call.name)
         named = [word for word in dict.fromkeys(re.findall(r"\w+", node.args)) if word in words]
-        if wrong := self._wrong_word(node.args, call.name, named):
-            fits = [w for w in words if self.section in calls.SECTIONS_OF_WORD.get(w, calls.SECTIONS)]
-            raise self.source.error(f"{node.name}() {wrong}", node.place, fits)
-        return named[0] if named else calls.USUAL_WORD.get(call.name)
+        if wrong := self._wrong_word(node.args, call, named):
+            raise self.source.error(f"{node.name}() {wrong}", node.place, calls.words(call.name, self.section))
+        return named[0] if named else call.usual
 
-    def _wrong_word(self, args: str, name: str, named: list[str]) -> str:
+    def _wrong_word(self, args: str, call: calls.Call, named: list[str]) -> str:
         """What is wrong with the words that a call was given; "" if nothing is."""
-        words = calls.WORDS.get(name, ())
+        words, here = calls.words(call.name), calls.words(call.name, self.section)
         if len(named) > 1:
             one_way = set(named) == set(calls.ATTRIBUTES)
             return "goes one way only" if one_way else "takes only one of its words"
-        if named and self.section not in (only := calls.SECTIONS_OF_WORD.get(named[0], calls.SECTIONS)):
-            return f"takes '{named[0]}' only in {only[0]}:"
+        if named and named[0] not in here:
+            (only, *_) = (s for s in calls.SECTIONS if named[0] in calls.words(call.name, s))
+            return f"takes '{named[0]}' only in {only}:"
         if named:
-            fits = self.section in calls.WORD_ONLY_IN.get(name, calls.SECTIONS)
-            return "" if fits else f"takes no word in {self.section}:, only in {calls.WORD_ONLY_IN[name][0]}:"
-        if name in calls.NEEDS_WORD:
-            return "has to name its SEAMCALL"
+            return ""
+        if call.needs:
+            return call.needs
         near = [word for word in words if args.startswith(word[0]) and f"{word}_" not in args]
         misspelt = re.fullmatch(r"\w+", args) and get_close_matches(args, near, cutoff=0.7)
         return f"does not know '{quoted(args)}'" if misspelt else ""
@@ -173,9 +174,9 @@ def spelled(call: Call) -> str:
         return f"{call.name}()"
     if known.lock:
         return f"{known.name}({known.lock if calls.names_its_lock(known.name) else ''})"
-    meant = calls.WORDS.get(known.name, ())
+    meant = calls.words(known.name)
     said = (word for word in re.findall(r"\w+", call.args) if word in meant)
-    return f"{known.name}({next(said, calls.USUAL_WORD.get(known.name, ''))})"
+    return f"{known.name}({next(said, known.usual or '')})"
 
 
 def resolve(rows: Iterable[Row], to: str, platform: str) -> tuple[Row, ...]:
@@ -196,39 +197,32 @@ def _holds(test: Condition, to: str, platform: str) -> bool:
 
 
 def _expand(row: Row, to: str, platform: str) -> list[Row]:
+    """The calls for which a row stands, each with the direction that it takes and over what it goes."""
+    call = calls.meanings(row.call)[0]
+    if call.parts and platform not in call.on:
+        return []  # the op is not implemented there, so nothing of it runs
     if row.target in calls.SECTIONS_OF_WORD:
         row = replace(row, target=None, walk=row.target)
-    towards = row.target or to
-    if row.call == "rmpupdate":
-        return [replace(row, target=towards)]
-    if row.call == "kvm_mem_attrs_changed":
-        return [replace(row, call="kvm_unmap_gfn_range"), replace(row, call="kvm_flush_remote_tlbs", walk=None)]
-    if row.call in ABSENT_OPS and platform == "tdx":
-        return []  # the op is not implemented there, so nothing of it runs
-    if row.call == "kvm_x86_update_mem_attr":
-        return _helper(row, towards)
-    if row.call in calls.KEEPS_BODY:
-        return [replace(row, body=_locked_work(row, to, platform))]
-    return [row]
+    if to in call.words:
+        row = replace(row, target=row.target or to)
+    if call.lays == "in_folio_lock":
+        return [replace(row, body=_body(row, call, to, platform))]
+    if call.lays != "step" or not call.parts:
+        return [row]
+    return [_part(row, part, row.target or to) for part in call.parts[row.target or to]]
 
 
-def _helper(row: Row, towards: str) -> list[Row]:
-    """The series' helper: the directmap entry is gone whenever the page is the guest's."""
-    update = replace(row, call="rmpupdate", target=towards)
-    if towards == "private":
-        return [replace(row, call="kvm_unmap_directmap", target=None), update]
-    return [update, replace(row, call="kvm_map_directmap", target=None)]
+def _part(row: Row, call: str, towards: str) -> Row:
+    """One of the calls for which a row stands."""
+    return replace(row, call=call, target=towards if towards in calls.words(call) else None)
 
 
-def _locked_work(row: Row, to: str, platform: str) -> tuple[Row, ...]:
-    """The work under the folio lock: the body given or the usual one; rmp_prepare only makes private."""
-    if row.call == "rmp_prepare":
-        to = "private"
+def _body(row: Row, call: calls.Call, to: str, platform: str) -> tuple[Row, ...]:
+    """The work under the folio lock: the body given or the usual one; some calls go one way only."""
+    to = to if to in call.parts else next(iter(call.parts))
     if row.body is not None:
         return resolve(row.body, to, platform)
-    if row.call == "rmp_match":
-        return tuple(_helper(row, to))
-    return replace(row, call="adjust_direct_map"), replace(row, call="rmpupdate", target="private")
+    return tuple(_part(row, part, to) for part in call.parts[to])
 
 
 def frozen(text: Iterable[Row], rows: tuple[Row, ...]) -> tuple[Row, ...]:
@@ -237,17 +231,20 @@ def frozen(text: Iterable[Row], rows: tuple[Row, ...]) -> tuple[Row, ...]:
     The table is frozen, given to the secure EPT and written, then the leaf is frozen, and written at the end;
     where the text adds the table itself, what stands up to there belongs to the table.
     """
-    said = [row.call for row in text]
-    if not said or "freeze_spte" in said or "write_spte" in said:
+    text = tuple(text)
+    if not text or any(calls.does(row.call, role) for row in text for role in ("freezes", "writes")):
         return rows
-    adds = [i for i, row in enumerate(rows) if row.call == "tdh_mem_sept_add"]
+    adds = [i for i, row in enumerate(rows) if calls.does(row.call, "adds the table")]
     cut = adds[-1] + 1 if adds else 0
-    table = rows[:cut] if "tdh_mem_sept_add" in said else (_implied("tdh_mem_sept_add"),)
-    leaf = (_implied("freeze_spte", "leaf"), *rows[cut:], _implied("write_spte", "leaf"))
-    return (_implied("freeze_spte", "table"), *table, _implied("write_spte", "table"), *leaf)
+    said = any(calls.does(row.call, "adds the table") for row in text)
+    table = rows[:cut] if said else (_implied("adds the table"),)
+    leaf = (_implied("freezes", "leaf"), *rows[cut:], _implied("writes", "leaf"))
+    return (_implied("freezes", "table"), *table, _implied("writes", "table"), *leaf)
 
 
-def _implied(call: str, word: str | None = None) -> Row:
+def _implied(role: str, word: str | None = None) -> Row:
+    """A row that the text leaves to the reader: the call with that role."""
+    call = calls.with_role(role)
     return Row(call, word, text=f"{call}({word or ''})")
 
 

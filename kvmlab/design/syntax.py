@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 
 from lark import Token, Tree
 
@@ -269,21 +269,21 @@ def settle(nodes: list[Node], source: Source) -> tuple[Node, ...]:
         if not isinstance(node, Title):
             out.append(node)
         elif _is_part(node.head, following):
-            if node.head.name in calls.KEEPS_BODY:
+            if calls.keeps_body(node.head.name):
                 message = f"the body of {node.head.name}() has to stand deeper than its name"
                 raise source.error(message, node.head.place)
-        elif node.head.name not in calls.TITLES:
+        elif not calls.holds_calls(node.head.name):
             out.append(node.head)
     return tuple(out)
 
 
 def _is_name(name: str) -> bool:
-    return calls.known(name) is not None or name in calls.TITLES
+    return calls.known(name) is not None or calls.holds_calls(name)
 
 
 def _is_part(head: Call, following: Call | None) -> bool:
     call, after = calls.known(head.name), calls.known(following.name) if following else None
-    return call is not None and after is not None and after.name in call.parts
+    return call is not None and after is not None and after.name in chain(*call.parts.values())
 
 
 def _token(tree: Tree[Token], i: int) -> Token:

@@ -136,3 +136,6 @@ def leave(s: View, me: str, where: str) -> None:
 def stuck(s: View, me: str) -> None:
     """A thread that waits for itself."""
     s.wait(False)
+
+
+UNDO = {mutex_lock: mutex_unlock, write_lock: write_unlock, read_lock: read_unlock}  # what drops what was taken so

@@ -79,13 +79,13 @@ def kvm_vm_set_region_attr(s: View, me: str, gfn: int, to: str) -> str | None:
 
 
 def kvm_range_has_memory_attributes(
-    s: View, me: str, gfns: tuple[int, ...], to: str, counts_reserved: bool
+    s: View, me: str, gfns: tuple[int, ...], to: str, word: str | None
 ) -> str | None:
     """The ioctl returns at once if every gfn has the attribute already.
 
-    `counts_reserved`: an entry that is reserved and empty is taken for one with attributes (277d3623d99a).
+    Word "reserved": an entry that is reserved and empty is taken for one with attributes (277d3623d99a).
     """
-    if all(s.attr[gfn] == to for gfn in gfns) and not (counts_reserved and to == "shared" and left_reserved(s)):
+    if all(s.attr[gfn] == to for gfn in gfns) and not (word == "reserved" and to == "shared" and left_reserved(s)):
         s.say("[uniform already]")
         return "done"
     return None

@@ -37,13 +37,13 @@ def _touched(s: View, gfns: tuple[int, ...]) -> list[tuple[LargePage, bool]]:
     return [(page, set(page.gfns) <= set(gfns)) for page in s.conf.large if set(page.gfns) & set(gfns)]
 
 
-def widen_hull(s: View, me: str, gfns: tuple[int, ...], levels: tuple[str, ...]) -> None:
+def widen_hull(s: View, me: str, gfns: tuple[int, ...], word: str) -> None:
     """kvm_arch_pre_set_memory_attributes(): add head and tail, the large pages covered in part and not yet mixed.
 
     So nobody maps one of them large while its attributes change (9129633d568e, May 2025).
     """
     for page, covered in _touched(s, gfns):
-        if page.level in levels and not covered and not s.mixed[page.key]:
+        if page.level in LEVELS[word] and not covered and not s.mixed[page.key]:
             kvm_mmu_invalidate_range_add(s, me, page.gfns[0], page.gfns[-1] + 1)
 
 
@@ -60,7 +60,7 @@ def hugepage_has_attrs(s: View, page: LargePage, to: str, counts_reserved: bool)
 
 
 def kvm_update_lpage_mixed_flag(
-    s: View, me: str, gfns: tuple[int, ...], to: str, counts_reserved: bool
+    s: View, me: str, gfns: tuple[int, ...], to: str, word: str | None
 ) -> None:
     """kvm_arch_post_set_memory_attributes(): a page with mixed attributes must not be mapped large.
 
@@ -68,4 +68,4 @@ def kvm_update_lpage_mixed_flag(
     """
     assert_held(s, me, "kvm_update_lpage_mixed_flag()")
     for page, covered in _touched(s, gfns):
-        s.mixed[page.key] = not covered and not hugepage_has_attrs(s, page, to, counts_reserved)
+        s.mixed[page.key] = not covered and not hugepage_has_attrs(s, page, to, word == "reserved")

@@ -63,7 +63,7 @@ def in_smm(s: View, me: str) -> bool:
     return bool(s.conf.smm and s.smm[me])
 
 
-def kvm_vcpu_gfn_to_memslot(s: View, me: str, kind: str) -> None:
+def kvm_vcpu_gfn_to_memslot(s: View, me: str) -> None:
     """fault->slot: what the fault will believe of its memslot until it is over."""
     s.fault_slot[me] = _published(s)
 
@@ -77,10 +77,11 @@ def _published(s: View) -> str:
     return "none" if s.slot == "bound" else str(s.slot)
 
 
-def memslot_invalid(s: View, me: str, kind: str, leaves: bool) -> str | None:
+def memslot_invalid(s: View, me: str, kind: str, word: str | None) -> str | None:
     """The fault has found no slot, or one that is being deleted: retry.
 
-    A private fault on tdx retries without entering the TD; since v6.18 (2bc2694fe20b) not for this reason (`leaves`).
+    A private fault on tdx retries without entering the TD; since v6.18 (2bc2694fe20b) not for this reason (the word
+    "leave").
     """
     found = _its_slot(s, me)
     if found == "none":
@@ -90,7 +91,7 @@ def memslot_invalid(s: View, me: str, kind: str, leaves: bool) -> str | None:
     _over(s, me)
     s.count("npf")
     s.say("KVM_MEMSLOT_INVALID: RET_PF_RETRY")
-    return "leave" if leaves else "retry"
+    return word or "retry"
 
 
 def faultin(s: View, me: str, kind: str) -> str | None:

@@ -126,14 +126,14 @@ def had_rmp_bit(s: View, me: str, keeps: bool) -> str | None:
     return None
 
 
-def npf_sizem(s: View, me: str, kind: str) -> str | None:
+def npf_sizem(s: View, me: str) -> str | None:
     """v8's handler goes on only if the error code has SIZEM (handle_rmp_page_fault(), RFC v8 44/56)."""
     sizem = s.rmp_bit[me] == "SIZEM"
     s.rmp_bit[me] = None
     return None if sizem else "leave"
 
 
-def mmu_seq_snapshot(s: View, me: str, kind: str) -> None:
+def mmu_seq_snapshot(s: View, me: str) -> None:
     """fault->mmu_seq = mmu_invalidate_seq, before anything else is read."""
     s.snapshot[me] = "same"
 
@@ -157,7 +157,7 @@ def kvm_mem_is_private(s: View, me: str, kind: str) -> str | None:
     return "exit"
 
 
-def is_page_fault_stale(s: View, me: str, kind: str) -> str | None:
+def is_page_fault_stale(s: View, me: str) -> str | None:
     """Under mmu_lock: has the gfn been invalidated since the snapshot?"""
     assert_held(s, me, "is_page_fault_stale()", write=False)
     if mmu_invalidate_retry_gfn(s, me, s.acc[me].gfn):

@@ -99,23 +99,23 @@ def rmp_fits(s: View, me: str, kind: str, of: str) -> str | None:
     return "skip" if entry.assigned == (kind == "private") else None
 
 
-def snp_lookup_rmpentry(s: View, me: str, kind: str, warns: bool) -> str | None:
+def snp_lookup_rmpentry(s: View, me: str, word: str | None) -> str | None:
     """The handler goes on only for an assigned 2M entry; 4K means that somebody else has just split it.
 
-    Unassigned: a punch came between fault and handler.  sev_handle_rmp_fault() warns of it (`warns`: "Unexpected RMP
-    fault, no assigned RMP entry"), but holds the page until v7.3, so that it cannot happen; where it lets the page go
-    early, as queued in September 2026, it is a benign race (acafcf32c83e).
+    Unassigned: a punch came between fault and handler.  sev_handle_rmp_fault() warns of it (the word "warn":
+    "Unexpected RMP fault, no assigned RMP entry"), but holds the page until v7.3, so that it cannot happen; where it
+    lets the page go early, as queued in September 2026, it is a benign race (acafcf32c83e).
     """
     gfn = s.acc[me].gfn
     entry = s.rmp[s.conf.backing["private", gfn]]
     if s.attr[gfn] != "private":
         return "leave"
-    if warns and not entry.assigned:
+    if word == "warn" and not entry.assigned:
         s.violate("warning", f"Unexpected RMP fault, no assigned RMP entry for gfn {gfn}")
     return None if entry.assigned and entry.size == snp.PG_2M else "leave"
 
 
-def psmash(s: View, me: str, kind: str, recheck: str | None) -> str | None:
+def psmash(s: View, me: str, word: str | None) -> str | None:
     """PSMASH of the 2M entry over the faulting page.
 
     A failure is warned of ("Unable to split RMP entry"), and the handler goes on; unless it looks the entry up again:
@@ -128,7 +128,7 @@ def psmash(s: View, me: str, kind: str, recheck: str | None) -> str | None:
         smash(s, entry)
         return None
     now = s.rmp[pfn]
-    benign = {"recheck": now.assigned, "recheck_unassigned": True}.get(recheck or "", False)
+    benign = {"recheck": now.assigned, "recheck_unassigned": True}.get(word or "", False)
     if not benign:
         s.violate("warning", f"Unable to split RMP entry: PSMASH({pfn}) = {code.name}")
         return None

@@ -139,10 +139,12 @@ def track(s: View) -> Answer:
     return Answer(Status.SUCCESS, 0, State.FREE)
 
 
-ZAP_LEAVES = {
+LEAVES = {
     "tdh_mem_range_block": Leaf.RANGE_BLOCK,
     "tdh_mem_track": Leaf.TRACK,
     "tdh_mem_page_remove": Leaf.PAGE_REMOVE,
+    "tdh_mem_sept_add": Leaf.SEPT_ADD,
+    "tdh_mem_page_aug": Leaf.PAGE_AUG,
 }
 
 
@@ -172,18 +174,18 @@ def kvm_unmap_gfn_range(s: View, me: str, gfn: int) -> str | None:
     return None
 
 
-def zap_seamcall(s: View, me: str, gfn: int, call: str, if_busy: str) -> str | None:
-    """One SEAMCALL of the zap.  `if_busy`: "bug", "retry" without end, or "kick" (tdh_do_no_vcpus(), first try)."""
-    leaf = ZAP_LEAVES[call]
+def zap_seamcall(s: View, me: str, gfn: int, call: str, word: str | None) -> str | None:
+    """One SEAMCALL of the zap.  Busy: "retry" is again, without end; "kick" (tdh_do_no_vcpus()) is a way out."""
+    leaf = LEAVES[call]
     answer = track(s) if leaf == Leaf.TRACK else seamcall(s, leaf, gfn)
     s.count("seamcalls")
     if answer.ok:
         s.say(f"[{'TD_EPOCH moves' if leaf == Leaf.TRACK else f'gfn {gfn}: {answer.state}'}]")
         return None
-    if is_busy(answer) and if_busy != "bug":
+    if is_busy(answer) and word:
         s.count("seamcall-busy")
         s.say(tdx.name(answer.rax))
-        return "again" if if_busy == "retry" else "busy"
+        return "again" if word == "retry" else "busy"
     _bug(s, call, answer)
     return None
 
@@ -220,10 +222,10 @@ def tdx_clear_page(s: View, me: str, gfn: int) -> None:
 # Mapping one private page, under mmu_lock held for read.
 
 
-def freeze_spte(s: View, me: str, what: str) -> str | None:
+def freeze_spte(s: View, me: str, word: str) -> str | None:
     """Make the mirror SPTE FROZEN_SPTE by cmpxchg; whoever meets it retries.  Present already: nothing to do."""
     gfn = s.acc[me].gfn
-    now = s.mirror_table if what == "table" else s.mirror[gfn]
+    now = s.mirror_table if word == "table" else s.mirror[gfn]
     if now == FROZEN:
         put_page(s, me)
         _forget(s, me)
@@ -231,8 +233,8 @@ def freeze_spte(s: View, me: str, what: str) -> str | None:
         s.say("meets FROZEN_SPTE: RET_PF_RETRY")
         return "retry"
     if now not in (None, ABSENT):
-        return _present(s, me, what)
-    if what == "table":
+        return _present(s, me, word)
+    if word == "table":
         s.mirror_table = FROZEN
     else:
         s.mirror[gfn] = FROZEN
@@ -247,10 +249,10 @@ def _present(s: View, me: str, what: str) -> str:
     return "skip"
 
 
-def write_spte(s: View, me: str, what: str) -> None:
+def write_spte(s: View, me: str, word: str) -> None:
     """Write the value itself over FROZEN_SPTE."""
     gfn = s.acc[me].gfn
-    if what == "table":
+    if word == "table":
         s.mirror_table = PRESENT
         return
     s.mirror[gfn] = s.conf.backing["private", gfn]
@@ -273,18 +275,18 @@ def clflush(s: View, me: str) -> None:
     keyids.clflush(s, s.conf.backing["private", s.acc[me].gfn])
 
 
-def aug_seamcall(s: View, me: str, leaf: Leaf, call: str, bit_and: bool) -> str | None:
+def aug_seamcall(s: View, me: str, call: str, word: str | None) -> str | None:
     """SEPT.ADD or PAGE.AUG: busy writes the old SPTE back and retries the fault, anything else is a bug.
 
-    `bit_and`: busy is tested as err & TDX_OPERAND_BUSY, which is true of other errors as well (January 2025).
+    Word "bit_and": busy is tested as err & TDX_OPERAND_BUSY, which is true of other errors as well (January 2025).
     """
-    gfn = s.acc[me].gfn
+    gfn, leaf = s.acc[me].gfn, LEAVES[call]
     answer = seamcall(s, leaf, gfn)
     s.count("seamcalls")
     if answer.ok:
         s.say(f"[gfn {gfn}: {answer.state}]" if leaf == Leaf.PAGE_AUG else "[S-EPT table added]")
         return None
-    if is_busy(answer) or (bit_and and answer.rax & Status.OPERAND_BUSY):
+    if is_busy(answer) or (word == "bit_and" and answer.rax & Status.OPERAND_BUSY):
         s.count("seamcall-busy")
         s.say(f"{tdx.name(answer.rax)}: RET_PF_RETRY")
         if leaf == Leaf.SEPT_ADD:
