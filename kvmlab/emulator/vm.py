@@ -258,7 +258,7 @@ class Vm:
         """Inject one failure: "xa_store", "xa_reserve" (at index `at`), "gmem_alloc", or "rmpupdate" (at PFN `at`).
 
         A failing RMPUPDATE goes on failing at that PFN until `repair()`.  tdx: the name of a leaf, as
-        "TDH.MEM.TRACK": its next call answers TDX_OPERAND_BUSY.
+        "TDH.MEM.TRACK": when it next comes to its lock it answers TDX_OPERAND_BUSY.
         """
         known = ["xa_store", "xa_reserve", "gmem_alloc"]
         known += ["rmpupdate"] if self.has_rmp else CAN_BE_BUSY if self.tdx else ()
