@@ -5,7 +5,7 @@ from step_tools import BLOCKED, Machine, Ran
 
 from kvmlab.guest.access import Access
 from kvmlab.hw.memory import GUEST_KEY, Content
-from kvmlab.hw.tdx import HOST, ZERO, Age, Answer, Leaf, Line, Operand, State, Status
+from kvmlab.hw.tdx import HOST, ZERO, Age, Answer, Check, Leaf, Line, Operand, State, Status
 from kvmlab.kernel import keyids
 from kvmlab.kernel.keyids import HKID
 from kvmlab.kvm import gmem, mmu, tdx
@@ -86,7 +86,7 @@ def test_aug_takes_a_free_page(tiny):
     ran = tiny.run(tdx.seamcall, Leaf.PAGE_AUG, 0, at=TABLE)
     assert ran == did(Answer(Status.SUCCESS, 0, State.PENDING), {"sept[0]": State.PENDING, "pamt[P0]": "REG"})
     used = tiny.run(tdx.seamcall, Leaf.PAGE_AUG, 0, at=TABLE | {"pamt[P0]": "REG"})
-    assert used == did(Answer(Status.PAGE_METADATA_INCORRECT, Operand.R8, State.FREE))
+    assert used == did(Answer(Status.PAGE_METADATA_INCORRECT, Operand.R8, by=Check.PAGE))
 
 
 def test_without_a_table_the_walk_fails(tiny):
@@ -104,7 +104,7 @@ def test_sept_add_hangs_the_table_and_takes_no_page_of_the_guest(tiny):
 @pytest.mark.parametrize("leaf", [Leaf.PAGE_AUG, Leaf.RANGE_BLOCK, Leaf.PAGE_REMOVE])
 def test_an_accept_under_way_makes_a_leaf_busy(tiny, leaf):
     ran = tiny.run(tdx.seamcall, leaf, 0, at=TABLE | {"entry_lock[0]": "CPU1"})
-    assert ran == did(Answer(Status.OPERAND_BUSY, Operand.RCX, State.FREE))
+    assert ran == did(Answer(Status.OPERAND_BUSY, Operand.RCX, by=Check.ENTRY))
 
 
 @pytest.mark.parametrize("was", [Age.OLDER, Age.PREVIOUS])
@@ -146,20 +146,20 @@ def test_track_makes_every_epoch_one_older(tiny):
     at = OUTSIDE | {"vcpu_epoch[CPU1]": Age.PREVIOUS, "bepoch[P0]": Age.NOW}
     ran = tiny.run(tdx.track, at=at)
     older = {"vcpu_epoch[CPU0]": Age.PREVIOUS, "vcpu_epoch[CPU1]": Age.OLDER, "bepoch[P0]": Age.PREVIOUS}
-    assert ran == did(Answer(Status.SUCCESS, 0, State.FREE), older)
+    assert ran == did(Answer(Status.SUCCESS), older)
 
 
 def test_track_is_busy_while_a_vcpu_is_counted_or_inside_since_the_epoch_before(tiny):
     counted = tiny.run(tdx.track, at={"mode[CPU1]": "entering"})
-    assert counted == did(Answer(Status.OPERAND_BUSY, Operand.TD_EPOCH, State.FREE))
+    assert counted == did(Answer(Status.OPERAND_BUSY, Operand.TD_EPOCH, by=Check.EPOCH))
     inside = tiny.run(tdx.track, at={"vcpu_epoch[CPU1]": Age.PREVIOUS})
-    assert inside == did(Answer(Status.PREVIOUS_TLB_EPOCH_BUSY, 0, State.FREE))
+    assert inside == did(Answer(Status.PREVIOUS_TLB_EPOCH_BUSY, by=Check.PREVIOUS))
 
 
 def test_a_busy_answer_may_come_from_nowhere_once_and_not_while_vcpus_are_kept_out(busy, tiny):
     call = tdx.seamcall, Leaf.PAGE_AUG, 0
     struck = busy.run(*call, at=TABLE, choose=(1,))
-    assert struck == did(Answer(Status.OPERAND_BUSY, Operand.SEPT_TREE, State.FREE), {"failures_left": 0})
+    assert struck == did(Answer(Status.OPERAND_BUSY, Operand.SEPT_TREE, by=Check.TREE), {"failures_left": 0})
     assert busy.run(*call, at=TABLE).result.ok
     for at in ({"failures_left": 0}, {"wait_for_sept_zap": True}):
         assert busy.run(*call, at=TABLE | at, choose=(1,)).result.ok
@@ -178,7 +178,7 @@ def test_a_busy_answer_may_come_from_nowhere_once_and_not_while_vcpus_are_kept_o
     ],
 )
 def test_busy_is_one_status_exactly(status, busy):
-    assert tdx.is_busy(Answer(status, 0, State.FREE)) is busy
+    assert tdx.is_busy(Answer(status)) is busy
 
 
 # The zap.

@@ -7,8 +7,8 @@ from kvmlab.hw.tdx.entry import State
 from kvmlab.hw.tdx.locks import EXCLUSIVE, SHARED, EntryLock, Lock
 from kvmlab.hw.tdx.module import Module
 from kvmlab.hw.tdx.pamt import NDA, PageType
-from kvmlab.hw.tdx.parts import Entry, Result, Td, Vcpu
 from kvmlab.hw.tdx.sept import Children
+from kvmlab.hw.tdx.structures import Entry, Result, Td, Vcpu
 
 TDR, TDVPR, HPA, LARGE, GPA = 0x1000, 0x2000, 0x10000, 0x40000000, 0x40000000
 SUCCESS, NOT_DONE, NOT_BLOCKED = 0, 0xC0000B0800000001, 0xC0000B0600000001

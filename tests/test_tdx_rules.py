@@ -18,10 +18,12 @@ from kvmlab.hw.tdx import sept as tdx_sept
 from kvmlab.hw.tdx import td as tdx_td
 from kvmlab.hw.tdx import tlb as tdx_tlb
 from kvmlab.hw.tdx import words as tdx_words
+from kvmlab.hw.tdx.checks import Check, Told, answer, seamcall
 from kvmlab.hw.tdx.entry import State
 from kvmlab.hw.tdx.locks import EXCLUSIVE, NONE, SHARED, EntryLock, Lock
 from kvmlab.hw.tdx.pamt import NDA, PageType, PamtEntry
-from kvmlab.hw.tdx.sept import Children, seamcall
+from kvmlab.hw.tdx.sept import Children
+from kvmlab.hw.tdx.td import TdState
 from kvmlab.hw.tdx.tlb import CALM, Age, Epochs
 
 MODULES = (tdx_words, tdx_sept, tdx_locks, tdx_pamt, tdx_td, tdx_tlb, tdx_lines)
@@ -249,11 +251,9 @@ def test_an_error_shows_the_entry_in_rcx(state, raw):
     assert tdx_entry.arch_entry(state, 0x12345000) == raw
 
 
-def test_these_errors_show_the_entry_and_others_nothing():
-    shown = tdx_entry.REPORTS
-    assert shown == {
-        Status.EPT_WALK_FAILED, Status.EPT_ENTRY_STATE_INCORRECT, Status.GPA_RANGE_ALREADY_BLOCKED,
-        Status.GPA_RANGE_NOT_BLOCKED, Status.EPT_INVALID_PROMOTE_CONDITIONS, Status.EPT_PAGE_NOT_FREE,
+def test_these_refusals_show_the_entry_and_others_nothing():
+    assert {check for check in Check if check.reports} == {
+        Check.WALK, Check.ENTRY, Check.STATE, Check.BLOCKED, Check.CHILD, Check.CHILDREN,
     }  # fmt: skip
 
 
@@ -303,7 +303,7 @@ FREE, NL_MAPPED, NL_BLOCKED, MAPPED, BLOCKED, PENDING, PENDING_BLOCKED = State
     ],
 )
 def test_a_leaf_takes_an_entry_from_state_to_state(state, leaf, conditions, then):
-    assert seamcall(leaf, state, **conditions) == (Status.SUCCESS, 0, then)
+    assert seamcall(leaf, state, **conditions) == (Status.SUCCESS, 0, then, None)
 
 
 UNTRACKED, IN_USE, BEFORE = {"tracked": False}, {"page_free": False}, {"running": False}
@@ -350,8 +350,8 @@ UNTRACKED, IN_USE, BEFORE = {"tracked": False}, {"page_free": False}, {"running"
     ],
 )
 def test_a_leaf_refuses_a_wrong_state_and_leaves_the_entry_alone(state, leaf, conditions, rax):
-    answer = seamcall(leaf, state, **conditions)
-    assert (answer.rax, answer.state) == (rax, state)
+    found = seamcall(leaf, state, **conditions)
+    assert (found.rax, found.state) == (rax, state)
 
 
 @pytest.mark.parametrize("state", tuple(State))
@@ -389,15 +389,14 @@ def test_the_level_is_asked_before_the_entry():
 
 @pytest.mark.parametrize("leaf", [Leaf.TRACK, Leaf.VP_ENTER, Leaf.PAGE_WBINVD])
 def test_a_leaf_that_works_on_no_entry_is_refused_in_words(leaf):
-    with pytest.raises(ValueError, match=f"no leaf is {leaf}; it is one of TDH.MEM.PAGE.ADD"):
+    with pytest.raises(ValueError, match=f"{leaf} works on no S-EPT entry; these do: TDH.MEM.PAGE.ADD"):
         seamcall(leaf, FREE)
 
 
 @pytest.mark.parametrize("state", tuple(State))
 def test_a_seamcall_walks_on_only_through_a_table_that_is_not_blocked(state):
-    answer = tdx_sept.walk("SEAMCALL", state, Level.PD)
-    assert (answer is None) == (state == NL_MAPPED)
-    assert answer is None or answer.rax == 0xC0000B0000000001
+    found = answer(Leaf.PAGE_AUG, Told(above=(Level.PD, state)))
+    assert found.rax == (0 if state == NL_MAPPED else 0xC0000B0000000001)
 
 
 def test_what_an_answer_says_in_words():
@@ -424,8 +423,8 @@ def test_demote_leaves_512_entries_that_are_not_blocked(state, then):
 
 
 def test_a_walk_that_fails_names_rcx_and_a_larger_page_its_level():
-    assert tdx_sept.walk("SEAMCALL", FREE, Level.PDPT).rax == 0xC0000B0000000001
-    assert tdx_sept.walk("ACCEPT", MAPPED, Level.PDPT).rax == 0x00000B0A00000002
+    assert answer(Leaf.RANGE_BLOCK, Told(above=(Level.PDPT, FREE))).rax == 0xC0000B0000000001
+    assert answer(Leaf.ACCEPT, Told(above=(Level.PDPT, MAPPED))).rax == 0x00000B0A00000002
 
 
 # The life of a TD.
@@ -446,17 +445,16 @@ WITH_KEY = tdx_td.Lifecycle.KEYS_CONFIGURED
 )
 def test_an_op_state_lets_a_leaf_in_or_not(leaf, before, after):
     for op_state, let_in in ((INITIALIZED, before), (RUNNABLE, after), (tdx_td.OpState.UNINITIALIZED, False)):
-        status = tdx_td.admitted(leaf, lifecycle=WITH_KEY, op_state=op_state)
-        assert status == (Status.SUCCESS if let_in else Status.OP_STATE_INCORRECT)
+        found = answer(leaf, Told(td=TdState(op_state=op_state)))
+        assert found.rax == (0 if let_in else Status.OP_STATE_INCORRECT)
 
 
 @pytest.mark.parametrize("lifecycle", [each for each in tdx_td.Lifecycle if each != WITH_KEY])
 def test_without_its_key_a_td_lets_nothing_in_whatever_its_op_state(lifecycle):
     for op_state in tdx_td.OpState:
-        status = tdx_td.admitted(Leaf.PAGE_AUG, lifecycle=lifecycle, op_state=op_state)
-        assert status == Status.TD_KEYS_NOT_CONFIGURED
-        fatal = tdx_td.admitted(Leaf.PAGE_AUG, lifecycle=lifecycle, op_state=op_state, fatal=True)
-        assert fatal == Status.TD_FATAL
+        td = TdState(lifecycle, op_state)
+        assert answer(Leaf.PAGE_AUG, Told(td=td)).rax == Status.TD_KEYS_NOT_CONFIGURED
+        assert answer(Leaf.PAGE_AUG, Told(td=td._replace(fatal=True))).rax == Status.TD_FATAL
 
 
 @pytest.mark.parametrize(
@@ -496,8 +494,8 @@ def test_tracking_counts_once_a_td_may_run():
     ],
 )
 def test_accept_answers_by_the_entry_that_it_finds_at_its_level(state, level, outcome):
-    answer = seamcall(Leaf.ACCEPT, state, level=level)
-    assert outcome in (answer.status, answer.rax)
+    found = seamcall(Leaf.ACCEPT, state, level=level)
+    assert outcome in (found.status, found.rax)
 
 
 @pytest.mark.parametrize(
@@ -512,8 +510,8 @@ def test_accept_answers_by_the_entry_that_it_finds_at_its_level(state, level, ou
     ],
 )
 def test_accept_answers_by_the_entry_that_stops_it_above_its_level(state, outcome):
-    answer = tdx_sept.walk("ACCEPT", state, Level.PD)
-    assert outcome in (answer.status, answer.rax)
+    found = answer(Leaf.ACCEPT, Told(above=(Level.PD, state)))
+    assert outcome in (found.status, found.rax)
 
 
 def test_the_exit_of_accept_says_type_1_levels_state_and_leaf():
@@ -574,7 +572,6 @@ def test_no_access_ends_at_a_table():
         ({"larger": True}, Status.PAGE_METADATA_INCORRECT),
         ({"size": Level.PD}, Status.SUCCESS),
         ({"size": Level.PD, "children": False}, Status.PAGE_METADATA_INCORRECT),
-        ({"in_tdmr": False}, Status.OPERAND_ADDR_RANGE_ERROR),
     ],
 )
 def test_a_page_is_taken_only_if_the_pamt_knows_it_as_free_at_every_size(what, status):
@@ -592,11 +589,10 @@ def test_a_page_type_has_its_number(page_type, number):
     assert PageType[page_type] == number
 
 
-def test_a_2m_page_is_refused_for_its_own_entry_a_larger_one_or_none_at_all():
+def test_a_2m_page_is_refused_for_its_own_entry_a_larger_one_or_one_inside():
     big = dict(size=Level.PD, entry=NDA)
     for wrong in ({"entry": OURS}, {"larger": True}, {"children": False}):
         assert tdx_pamt.is_free(**big | wrong) == Status.PAGE_METADATA_INCORRECT
-    assert tdx_pamt.is_free(**big, in_tdmr=False) == Status.OPERAND_ADDR_RANGE_ERROR
     assert tdx_pamt.is_free(Level.PT, NDA, children=False) == Status.SUCCESS
     assert NDA == (PageType.NDA, 0, 0)
 
@@ -604,7 +600,7 @@ def test_a_2m_page_is_refused_for_its_own_entry_a_larger_one_or_none_at_all():
 def test_the_register_that_named_the_page_is_the_operand():
     assert tdx_pamt.PAGE_OPERAND == {
         Leaf.PAGE_ADD: 8, Leaf.PAGE_AUG: 8, Leaf.SEPT_ADD: 8, Leaf.PAGE_DEMOTE: 8, Leaf.PAGE_WBINVD: 1,
-        Leaf.PAGE_RECLAIM: 1,
+        Leaf.PAGE_RECLAIM: 1, Leaf.PAGE_RDMD: 1,
     }  # fmt: skip
 
 
@@ -731,13 +727,13 @@ TDR_NAMED_BY = {
 @pytest.mark.parametrize("leaf", [leaf for leaf in Leaf if tdx_locks.wanted(leaf, Lock.TDR)])
 def test_a_busy_tdr_goes_by_the_register_that_names_it(leaf):
     operand = TDR_NAMED_BY.get(leaf, Operand.RDX)
-    assert tdx_locks.contended(leaf, Lock.TDR, EXCLUSIVE) == tdx.busy(operand)
+    assert tdx_locks.BUSY_OPERAND(leaf=leaf, lock=Lock.TDR) == operand
 
 
 @pytest.mark.parametrize("leaf", [leaf for leaf in Leaf if tdx_locks.wanted(leaf, Lock.PAMT)])
 def test_a_busy_pamt_entry_goes_by_the_register_that_names_the_page(leaf):
     given = leaf in (Leaf.PAGE_ADD, Leaf.SEPT_ADD, Leaf.PAGE_AUG, Leaf.PAGE_DEMOTE)
-    assert tdx_locks.contended(leaf, Lock.PAMT, EXCLUSIVE) == tdx.busy(Operand.R8 if given else Operand.RCX)
+    assert tdx_locks.BUSY_OPERAND(leaf=leaf, lock=Lock.PAMT) == (Operand.R8 if given else Operand.RCX)
 
 
 @pytest.mark.parametrize(
@@ -770,54 +766,13 @@ def test_who_gets_an_entrys_lock_and_what_is_left_there(side, taken, priority, s
 
 
 def test_a_guest_that_gets_the_lock_is_told_success():
-    assert tdx_locks.told_to_guest(Status.SUCCESS) == 0
-    assert tdx_locks.told_to_guest(Status.OPERAND_BUSY) == 0x8000020000000001
+    assert tdx_locks.told_to_guest(Status.SUCCESS) == Status.SUCCESS
+    assert tdx_locks.told_to_guest(Status.OPERAND_BUSY) == Status.OPERAND_BUSY
     assert tdx_locks.UNLOCKED == (False, False)
 
 
 def test_vp_enter_takes_the_tree_only_when_zero_step_mitigation_is_armed():
     assert tdx_locks.wanted(Leaf.VP_ENTER, Lock.TREE, armed=True) == EXCLUSIVE
-
-
-@pytest.mark.parametrize(
-    ("leaf", "held", "rax"),
-    [
-        (Leaf.PAGE_AUG, {Lock.TREE: SHARED}, None),
-        (Leaf.PAGE_AUG, {Lock.TREE: EXCLUSIVE}, 0x8000020000000092),
-        (Leaf.RANGE_BLOCK, {Lock.TREE: SHARED}, 0x8000020000000092),
-        (Leaf.PAGE_REMOVE, {Lock.ENTRY: EXCLUSIVE}, 0x8000020000000001),
-        (Leaf.PAGE_AUG, {Lock.PAMT: SHARED}, 0x8000020000000008),
-        (Leaf.PAGE_REMOVE, {Lock.PAMT: SHARED}, 0x8000020000000001),
-        (Leaf.TRACK, {Lock.EPOCH: SHARED}, 0x80000200000000A9),
-        (Leaf.VP_ENTER, {Lock.EPOCH: EXCLUSIVE}, 0x80000200000000A9),
-        (Leaf.VP_ENTER, {Lock.EPOCH: SHARED}, None),
-        (Leaf.PAGE_AUG, {Lock.TDR: EXCLUSIVE}, 0x8000020000000002),
-        (Leaf.VP_ENTER, {Lock.TDR: EXCLUSIVE}, 0x8000020000000080),
-        (Leaf.PAGE_AUG, {Lock.OP_STATE: EXCLUSIVE}, 0x80000200000000AC),
-        (Leaf.PAGE_AUG, {Lock.TREE: EXCLUSIVE, Lock.ENTRY: EXCLUSIVE}, 0x8000020000000092),
-        (Leaf.PAGE_DEMOTE, {Lock.LARGE: SHARED}, 0x8000020000000001),
-        (Leaf.PAGE_DEMOTE, {Lock.PAMT: SHARED, Lock.LARGE: SHARED}, 0x8000020000000008),
-        (Leaf.PAGE_PROMOTE, {Lock.LARGE: SHARED}, 0x8000020000000001),
-        (Leaf.PAGE_REMOVE, {Lock.LARGE: EXCLUSIVE, Lock.PARENTS: EXCLUSIVE}, None),
-        (Leaf.ACCEPT, {Lock.ENTRY: EXCLUSIVE}, 0x8000020000000001),
-        (Leaf.ACCEPT, {Lock.TREE: EXCLUSIVE}, None),
-        (Leaf.MR_FINALIZE, {Lock.TDR: SHARED}, 0x8000020000000001),
-        (Leaf.PAGE_ADD, {Lock.TDR: SHARED}, 0x8000020000000002),
-        (Leaf.PAGE_RECLAIM, {Lock.TDR: EXCLUSIVE}, 0x8000020000000080),
-        (Leaf.VP_FLUSH, {Lock.TDR: EXCLUSIVE}, 0x8000020000000080),
-        (Leaf.PAGE_RDMD, {Lock.PAMT: SHARED}, None),
-        (Leaf.PAGE_RDMD, {Lock.PARENTS: EXCLUSIVE}, 0x8000020000000001),
-        (Leaf.SEPT_ADD, {Lock.PARENTS: EXCLUSIVE}, 0x8000020000000008),
-    ],
-)
-def test_a_leaf_that_meets_a_taken_lock_is_busy_with_that_operand(leaf, held, rax):
-    assert tdx_locks.busy_code(leaf, held) == rax
-
-
-def test_a_vcpu_that_is_not_suspicious_does_not_want_the_tree():
-    assert tdx_locks.contended(Leaf.VP_ENTER, Lock.TREE, EXCLUSIVE) is None
-    assert tdx_locks.busy_code(Leaf.VP_ENTER, {Lock.TREE: EXCLUSIVE}) is None
-    assert tdx_locks.busy_code(Leaf.VP_ENTER, {Lock.TREE: SHARED}, armed=True) == tdx.busy(Operand.SEPT_TREE)
 
 
 def test_a_host_that_fails_on_an_entry_lock_gets_priority_over_the_guest():
@@ -838,7 +793,7 @@ def test_a_guest_that_finds_an_entry_locked_is_busy_and_changes_nothing(priority
 
 
 def test_a_guest_is_told_of_host_priority_as_of_any_busy_lock():
-    assert tdx_locks.told_to_guest(Status.OPERAND_BUSY_HOST_PRIORITY) == 0x8000020000000001
+    assert tdx_locks.told_to_guest(Status.OPERAND_BUSY_HOST_PRIORITY) == Status.OPERAND_BUSY
 
 
 def test_a_guest_that_waits_too_long_for_the_host_leaves_the_td():
@@ -978,14 +933,6 @@ def test_at_most_32_gpas_are_listed():
     assert len(stepped(100, gpas=range(50)).gpas) == 32
 
 
-@pytest.mark.parametrize(
-    ("times", "tree_free", "faulting", "verdict"),
-    [
-        (6, False, {"a"}, tdx_tlb.ENTER),
-        (7, False, {"a"}, tdx_tlb.TREE_BUSY),
-        (7, True, {"a"}, tdx_tlb.FAKE),
-        (7, True, {"b"}, tdx_tlb.ENTER),
-    ],
-)
-def test_an_armed_vcpu_enters_only_if_no_listed_gpa_would_fault(times, tree_free, faulting, verdict):
-    assert tdx_tlb.entry_filter(stepped(times), tree_free=tree_free, faulting=faulting) == verdict
+@pytest.mark.parametrize(("times", "faulting", "steps"), [(6, "a", False), (7, "a", True), (7, "b", False)])
+def test_an_armed_vcpu_enters_only_if_no_listed_gpa_would_fault(times, faulting, steps):
+    assert tdx_tlb.steps(stepped(times), {faulting}) is steps

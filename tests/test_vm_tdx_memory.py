@@ -87,7 +87,7 @@ def test_the_next_td_read_of_it_is_a_machine_check_and_the_td_is_lost():
     for index in (0, 1):
         with pytest.raises(TdxError) as entered:
             vm.guest(index).read(P, 1)
-        assert (entered.value.leaf, entered.value.rax) == ("TDH.VP.ENTER", 0x6000000500000000)
+        assert (entered.value.leaf, entered.value.rax) == ("TDH.VP.ENTER", 0xE000060400000000)
 
 
 def test_an_ordinary_td_write_fills_its_line_and_so_consumes_poison():

@@ -57,9 +57,9 @@ class Call:
     (compile/section.py).  `over` is what it goes over.  `ends` are its ways out of the section, by what the step
     returns.  `on` are the platforms that have it; elsewhere it does nothing.  `part` is the part of the machine that
     it needs, if any.  `words` are the arguments that carry meaning, at most one a call; `usual` is meant where none
-    is said, `needs` says what is missing then.  `parts` are the calls for which it stands, by direction.  `opens` is the
-    section that takes over for a private page of a TD.  `lays` is how the compiler lays it out, if not as its step.
-    `role` is what the rest of a text may ask for.  `spte` is the mirror's SPTE on which it works.
+    is said, `needs` says what is missing then.  `parts` are the calls for which it stands, by direction.  `opens` is
+    the section that takes over for a private page of a TD.  `lays` is how the compiler lays it out, if not as its
+    step.  `role` is what the rest of a text may ask for.  `spte` is the mirror's SPTE on which it works.
     """
 
     name: str

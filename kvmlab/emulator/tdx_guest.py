@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from ..errors import InputError
 from ..hw import tdx
-from ..hw.tdx import EXIT_REASON_EPT_VIOLATION, Leaf, Level, Operand, Status
-from ..hw.tdx.sept import LEVELS, State, seamcall
+from ..hw.tdx import EXIT_REASON_EPT_VIOLATION, Leaf, Level, State
+from ..hw.tdx.checks import Check, Told, answer
+from ..hw.tdx.locks import EntryLock
+from ..hw.tdx.sept import LEVELS
 from . import alike
 from .events import TdxError, VmErrno
 from .memory import LIMIT, PAGE, prefix
@@ -47,12 +49,13 @@ def accept(guest: Guest, td: TdxKvm, gpa: int, size: int) -> None:
     """TDG.MEM.PAGE.ACCEPT of one page; TdxError unless the status is 0."""
     level = SIZES[size]
     taken = LEVELS(leaf=Leaf.ACCEPT, level=level, top=Level.PML4)
-    wrong = not taken or gpa % size or gpa & SHARED or gpa >= MAX_GPA
-    if not wrong and gpa + size > LIMIT * PAGE:
+    named = taken and not gpa % size and not gpa & SHARED and gpa < MAX_GPA
+    if named and gpa + size > LIMIT * PAGE:
         raise InputError(f"Guest.accept(gpa={gpa:#x}): the emulator holds 4 TiB of guest addresses")
     td.enter(guest.index)
-    if wrong:
-        refuse(td, gpa, tdx.with_operand(Status.OPERAND_INVALID, Operand.RCX))
+    found = answer(Leaf.ACCEPT, Told(named=named), (Check.NAMED,))
+    if not found.ok:
+        refuse(td, gpa, found.rax)
     if level == Level.PD:
         _accept_2m(guest, td, gpa // PAGE)
     accept_4k(guest, td, gpa // PAGE, gpa // PAGE + 1)
@@ -60,19 +63,17 @@ def accept(guest: Guest, td: TdxKvm, gpa: int, size: int) -> None:
 
 def _accept_2m(guest: Guest, td: TdxKvm, gfn: int) -> None:
     """A 2M ACCEPT: without a table it leaves the TD; KVM maps 4K and so hangs a table, which is a size mismatch."""
-    if td.take_failure(Leaf.ACCEPT):
-        refuse(td, gfn * PAGE, tdx.busy(Operand.RCX))
     walker = TdWalker(guest.vm, td, guest.index, "write", True)
     while not td.module.has_table(Level.PD, gfn, gfn + 1)[0]:
         td.enter(guest.index)
         walker.fault(gfn, 1, accept=True)
     td.enter(guest.index)
-    refuse(td, gfn * PAGE, mismatch_2m())
+    refuse(td, gfn * PAGE, mismatch_2m(locked=td.take_failure(Leaf.ACCEPT)))
 
 
-def mismatch_2m() -> int:
-    """RAX of a 2M ACCEPT where a table of 4K entries hangs."""
-    return seamcall(Leaf.ACCEPT, State.NL_MAPPED, level=Level.PD).rax
+def mismatch_2m(*, locked: bool = False) -> int:
+    """RAX of a 2M ACCEPT where a table of 4K entries hangs, or where somebody holds the entry."""
+    return answer(Leaf.ACCEPT, Told(level=Level.PD, state=State.NL_MAPPED, entry_lock=EntryLock(locked))).rax
 
 
 def refuse(td: TdxKvm, gpa: int, rax: int) -> NoReturn:
@@ -101,7 +102,7 @@ def accept_4k(guest: Guest, td: TdxKvm, gfn: int, end: int) -> None:
 def _leaving(td: TdxKvm, gfn: int, n: int) -> int:
     """How many pages from `gfn` on are FREE as it is; each will be PENDING once it is mapped, so ACCEPT goes on."""
     states = td.module.states(gfn, gfn + n)
-    ends = answers(Leaf.ACCEPT, True).rax[states] == EXIT_REASON_EPT_VIOLATION
+    ends = answers(Leaf.ACCEPT).rax[states] == EXIT_REASON_EPT_VIOLATION
     return prefix(ends & (states == states[0])) if states[0] == FREE else 1
 
 

@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from ..hw import tdx
-from ..hw.tdx import Leaf, Level, Operand, Status
+from ..hw.tdx import Leaf, Level, State, Status
 from ..hw.tdx import lines as tdx_lines
 from ..hw.tdx import tlb as tdx_tlb
+from ..hw.tdx.checks import CHECKS, Check, Situation, answer, around
+from ..hw.tdx.locks import EXCLUSIVE, NONE, SHARED, EntryLock, Lock
+from ..hw.tdx.td import TdState
 from .events import GuestSpins, MachineCheck, PlatformError, ShutdownExit, TdxError, VmDead
 from .memory import U8, U32, grown
 from .mmu import Tlb
 from .tdx_memory import TdMemory
-from .tdx_module import TABLE_LEVELS, Done, TdModule
+from .tdx_module import TABLE_LEVELS, Done, TdModule, for_td_and_page
 
 if TYPE_CHECKING:
     from .vm import Vm
@@ -30,10 +33,10 @@ HKID = 17  # a private KeyID; documented example: 16 is the first, and global
 VMFAILINVALID = 0x8000FF00FFFF0000  # Linux's TDX_SEAMCALL_VMFAILINVALID: no module answers
 FROZEN = np.uint32(0xFFFFFFFF)  # FROZEN_SPTE
 OUTSIDE, ENTERING, INSIDE, ACCEPTING = "host", "entering", "td", "accepting"
-BUSY = {  # which lock an injected busy answer names
-    Leaf.SEPT_ADD: Operand.SEPT_TREE, Leaf.PAGE_AUG: Operand.SEPT_TREE, Leaf.RANGE_BLOCK: Operand.SEPT_TREE,
-    Leaf.TRACK: Operand.TD_EPOCH, Leaf.PAGE_REMOVE: Operand.SEPT_TREE, Leaf.ACCEPT: Operand.RCX,
-}  # fmt: skip
+CAN_BE_BUSY = (  # can be made to find a lock held: ACCEPT the entry's, TRACK the epoch's, the others the tree's
+    Leaf.SEPT_ADD, Leaf.PAGE_AUG, Leaf.RANGE_BLOCK, Leaf.TRACK, Leaf.PAGE_REMOVE, Leaf.ACCEPT,
+)  # fmt: skip
+BEFORE_LOCK, _ = around(Leaf.ACCEPT, Check.ENTRY)
 SPIN_LIMIT = 8
 
 
@@ -46,6 +49,40 @@ class TdVcpu:
     epoch: int = 0
     accepting: int = -1
     answer: Done | None = None
+
+
+class OnTd(Situation):
+    """What a leaf finds that asks about the TD, or for ACCEPT about its first page; a failure strikes when it can."""
+
+    def __init__(self, kvm: TdxKvm, leaf: Leaf, gfn: int = 0) -> None:
+        self.kvm, self.leaf, self.gfn = kvm, leaf, gfn
+
+    def td(self) -> TdState:
+        """How far the TD is in its life."""
+        return self.kvm.module.life
+
+    def held(self, lock: Lock) -> str:
+        """The tree's lock or the epoch's: held by nobody known, or the latter by a vCPU in VP.ENTER."""
+        if lock not in (Lock.TREE, Lock.EPOCH):
+            return NONE
+        if self.kvm.take_failure(self.leaf):
+            return EXCLUSIVE
+        entering = lock == Lock.EPOCH and any(vcpu.mode == ENTERING for vcpu in self.kvm.vcpus)
+        return SHARED if entering else NONE
+
+    def previous_inside(self) -> bool:
+        """Whether a vCPU is inside with the epoch before this one."""
+        return tdx_tlb.track(self.kvm.module.epochs)[0] != Status.SUCCESS
+
+    def above(self) -> tuple[Level, State]:
+        """The entry that the page's table hangs from, or would."""
+        self.kvm.module.walk(self.gfn, 1)
+        there = self.kvm.module.has_table(Level.PD, self.gfn, self.gfn + 1)[0]
+        return Level.PD, State.NL_MAPPED if there else State.FREE
+
+    def entry_lock(self) -> EntryLock:
+        """Another vCPU in ACCEPT there holds it."""
+        return EntryLock(taken=self.gfn in self.kvm.accepting or self.kvm.take_failure(self.leaf))
 
 
 class TdxKvm:
@@ -96,8 +133,9 @@ class TdxKvm:
         self.check_alive()
         if self.wait_for_sept_zap:
             raise GuestSpins(0, f"vCPU {index} may not enter: wait_for_sept_zap")
-        if self.module.fatal:
-            raise TdxError(Leaf.VP_ENTER, 0, Status.NON_RECOVERABLE_TD_NON_ACCESSIBLE)
+        found = answer(Leaf.VP_ENTER, OnTd(self, Leaf.VP_ENTER))
+        if not found.ok:
+            raise TdxError(Leaf.VP_ENTER, 0, found.rax)
         self.log.add(Leaf.VP_ENTER, f"vCPU {index}")
         self.module.epochs, vcpu.epoch, flushes = tdx_tlb.enter(self.module.epochs, vcpu.epoch)
         if flushes:
@@ -111,7 +149,7 @@ class TdxKvm:
         """A TD exit; one in the middle of VP.ENTER or ACCEPT ends that first."""
         vcpu = self.vcpus[index]
         if vcpu.mode == ACCEPTING:
-            vcpu.answer, vcpu.accepting = self.module.accept(vcpu.accepting, 1), -1
+            vcpu.answer = self._accept_ends(vcpu)
         if vcpu.mode != OUTSIDE:
             vcpu.mode = OUTSIDE
             self.module.epochs = tdx_tlb.leave(self.module.epochs, vcpu.epoch)
@@ -129,20 +167,27 @@ class TdxKvm:
 
     def accept(self, index: int, gfn: int, n: int) -> Done:
         """TDG.MEM.PAGE.ACCEPT of up to `n` 4K pages by a vCPU that is inside; `vm.on_point` with the lock held."""
-        if self.take_failure(Leaf.ACCEPT):
-            return Done(0, tdx.busy(Operand.RCX))
+        found = answer(Leaf.ACCEPT, OnTd(self, Leaf.ACCEPT, gfn), BEFORE_LOCK)
+        if not found.ok:
+            return Done(0, found.rax)
         vcpu = self.vcpus[index]
         if self.vm.on_point is None:
-            if any(other.accepting == gfn for other in self.vcpus):
-                return Done(0, tdx.busy(Operand.RCX))
-            return self.module.accept(gfn, n)
+            return self.module.accept(gfn, n, self.accepting)
         vcpu.mode, vcpu.accepting, vcpu.answer = ACCEPTING, gfn, None
         self.vm.at_point(Leaf.ACCEPT)
         if vcpu.mode == ACCEPTING:
-            vcpu.mode, vcpu.answer = INSIDE, self.module.accept(gfn, 1)
-        vcpu.accepting = -1
+            vcpu.mode, vcpu.answer = INSIDE, self._accept_ends(vcpu)
         assert vcpu.answer is not None
         return vcpu.answer
+
+    def _accept_ends(self, vcpu: TdVcpu) -> Done:
+        gfn, vcpu.accepting = vcpu.accepting, -1
+        return self.module.accept(gfn, 1)
+
+    @property
+    def accepting(self) -> list[int]:
+        """The gfns whose entries are held by vCPUs in ACCEPT."""
+        return [vcpu.accepting for vcpu in self.vcpus if vcpu.accepting >= 0]
 
     # SEAMCALLs.
 
@@ -152,50 +197,29 @@ class TdxKvm:
 
     def seamcall(self, leaf: Leaf, gfn: int, n: int = 1, pfn: int = 0) -> Done:
         """One leaf on `n` gfns in turn, counted and logged; RAX of the first that it refuses."""
-        inside = [v.accepting for v in self.vcpus if gfn < v.accepting < gfn + n]
-        if inside and leaf != Leaf.TRACK:
-            before = self.seamcall(leaf, gfn, min(inside) - gfn, pfn)
-            if before.rax:
-                return before
-            rest = self.seamcall(leaf, gfn + before.n, n - before.n, pfn + before.n)
-            return Done(before.n + rest.n, rest.rax)
-        if self.module.off:
-            done = Done(0, VMFAILINVALID)
-        elif busy := self._locked(leaf, gfn):
-            done = Done(0, busy)
-        else:
-            done = self._call(leaf, gfn, n, pfn)
+        done = Done(0, VMFAILINVALID) if self.module.off else self._seamcall(leaf, gfn, n, pfn)
         if done.n:
             self.log.add(leaf, "", gfn, done.n, 0)
         if done.rax:
             self.log.add(leaf, tdx.name(done.rax), gfn + done.n, 1, done.rax)
         return done
 
-    def _locked(self, leaf: Leaf, gfn: int) -> int:
-        """RAX if a lock is taken: by a vCPU in VP.ENTER or ACCEPT, or as injected; the TD's state is asked before."""
-        if self.module.admit(leaf):
-            return 0
-        if self.take_failure(leaf):
-            return tdx.busy(BUSY[leaf])
-        if leaf == Leaf.TRACK and any(vcpu.mode == ENTERING for vcpu in self.vcpus):
-            return tdx.busy(Operand.TD_EPOCH)
-        if leaf in BUSY and leaf != Leaf.TRACK and any(vcpu.accepting == gfn for vcpu in self.vcpus):
-            return tdx.busy(Operand.RCX)
-        return 0
-
-    def _call(self, leaf: Leaf, gfn: int, n: int, pfn: int) -> Done:
+    def _seamcall(self, leaf: Leaf, gfn: int, n: int, pfn: int) -> Done:
         module = self.module
+        found = answer(leaf, OnTd(self, leaf), CHECKS[leaf] if leaf == Leaf.TRACK else for_td_and_page(leaf)[0])
+        if not found.ok:
+            return Done(0, found.rax)
         if leaf == Leaf.TRACK:
-            rax = module.track()
-            return Done(int(not rax), rax)
+            _, module.epochs = tdx_tlb.track(module.epochs)
+            return Done(1)
         if leaf == Leaf.PAGE_AUG:
-            return module.aug(gfn, n, pfn)
+            return module.aug(gfn, n, pfn, self.accepting)
         if leaf == Leaf.SEPT_ADD:
-            return Done(*module.sept_add(gfn, n))
+            return module.sept_add(gfn, n)
         if leaf == Leaf.RANGE_BLOCK:
-            return module.block(gfn, n)
+            return module.block(gfn, n, self.accepting)
         assert leaf == Leaf.PAGE_REMOVE
-        return module.remove(gfn, n)
+        return module.remove(gfn, n, self.accepting)
 
     def wbinvd(self, pfns: U32) -> None:
         """TDH.PHYMEM.PAGE.WBINVD of pages; anything but success is a KVM_BUG_ON."""

@@ -10,7 +10,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from ..hw import tdx
-from ..hw.tdx import Leaf, Level, Operand, Status
+from ..hw.tdx import Leaf, Level, State
 from . import alike
 from .events import MapGpaError, SetMemoryFailed, TdxError
 from .memory import PAGE
@@ -57,7 +57,7 @@ def accept(guest: Guest, td: TdxKvm, gpa: int, size: int) -> None:
     while end - gfn >= M2:
         if gfn % G1 == 0 and end - gfn >= G1:
             td.enter(guest.index)
-            rax = tdx.with_operand(Status.OPERAND_INVALID, Operand.RCX)  # ACCEPT knows 4K and 2M
+            rax = tdx.seamcall(Leaf.ACCEPT, State.FREE, level=Level.PDPT).rax  # it knows 4K and 2M
             td.log.add(Leaf.ACCEPT, f"1G: {tdx.name(rax)}", gfn, 1, rax)
         block = min(end - end % M2, gfn + G1 - gfn % G1)
         alike.run(guest.vm, gfn, block, M2, lambda at, pages: _accept_2m(guest, td, at, pages))

@@ -1,13 +1,13 @@
-"""The TDX module at real size: S-EPT entries by gfn, PAMT by PFN, epochs, as arrays under the tables of hw/tdx/*.py.
+"""The TDX module at real size: S-EPT entries by gfn, PAMT by PFN, epochs, as arrays under the rules of hw/tdx.
 
-A range is brought down to keys (state, tracked, page free); each key is answered once by the scalar rule, and the
-answers are scattered with a look-up table.  One TD, finalized, 4-level; KVM maps 4K leaves only, so entries above
-are tables or free.  Each leaf stops at the first page that it refuses.
+A range is brought down to keys, one bit or three for each thing that the checks of a leaf ask about a page; each key
+is answered once by those checks, and the answers are scattered with a look-up table.  One TD, finalized, 4-level;
+KVM maps 4K leaves only, so entries above are tables or free.  Each leaf stops at the first page that it refuses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -15,13 +15,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..hw.tdx import Leaf, Level, Operand, Status, with_operand
+from ..hw.tdx import Leaf, Level, Status, tlb
 from ..hw.tdx import pamt as tdx_pamt
 from ..hw.tdx import sept as tdx_sept
-from ..hw.tdx import td as tdx_td
-from ..hw.tdx import tlb as tdx_tlb
+from ..hw.tdx.checks import CHECKS, Check, Told, answer, around
 from ..hw.tdx.entry import State
+from ..hw.tdx.locks import EntryLock
 from ..hw.tdx.pamt import PageType, PamtEntry
+from ..hw.tdx.td import TdState
 from ..hw.tdx.tlb import TRACKED, Age
 from .memory import U8, U32, grown, prefix
 from .tdx_memory import TdMemory
@@ -29,7 +30,8 @@ from .tdx_memory import TdMemory
 U64 = NDArray[np.uint64]
 CODE = {state: code for code, state in enumerate(tdx_sept.STATES)}
 FREE = CODE[State.FREE]
-TRACKED_BIT, FREE_BIT = 8, 16
+STATE_BITS, UNTRACKED, USED, NO_TABLE, LOCKED = 7, 8, 16, 32, 64  # of a key
+KEYS = [key for key in range(2 * LOCKED) if key & STATE_BITS < len(tdx_sept.STATES)]
 TABLE_LEVELS = (Level.PML4, Level.PDPT, Level.PD)  # of entries that tables hang from; the root is there
 AGES = tuple(Age)
 
@@ -50,23 +52,30 @@ class Answers(NamedTuple):
 
 
 @lru_cache(None)
-def answers(leaf: Leaf, running: bool) -> Answers:
-    """SEPT of hw/tdx/sept.py as arrays, for 4K entries."""
-    found = Answers(np.zeros(32, bool), np.zeros(32, np.uint8), np.zeros(32, np.uint64))
-    for key in range(32):
-        if key % 8 < len(tdx_sept.STATES):
-            state = tdx_sept.STATES[key % 8]
-            tracked, free = bool(key & TRACKED_BIT), bool(key & FREE_BIT)
-            answer = tdx_sept.seamcall(
-                leaf, state, running=running, tracked=tracked, page_free=free, level=_level(leaf)
-            )
-            found.ok[key], found.after[key] = answer.ok, CODE[answer.state]
-            found.rax[key] = answer.rax
+def answers(leaf: Leaf) -> Answers:
+    """What a leaf answers about 4K pages by key, once it has what it takes of the TD."""
+    found = Answers(np.zeros(128, bool), np.zeros(128, np.uint8), np.zeros(128, np.uint64))
+    for key in KEYS:
+        state = tdx_sept.STATES[key & STATE_BITS]
+        said = answer(leaf, _told(key), for_td_and_page(leaf)[1])
+        found.ok[key], found.after[key], found.rax[key] = said.ok, CODE[said.state or state], said.rax
     return found
 
 
-def _level(leaf: Leaf) -> Level:
-    return Level.PD if leaf == Leaf.SEPT_ADD else Level.PT
+def _told(key: int) -> Told:
+    """What a key says, as the checks ask for it."""
+    return Told(
+        above=(Level.PD, State.FREE if key & NO_TABLE else State.NL_MAPPED),
+        entry_lock=EntryLock(taken=bool(key & LOCKED)),
+        state=tdx_sept.STATES[key & STATE_BITS],
+        tracked=not key & UNTRACKED,
+        page=Status.PAGE_METADATA_INCORRECT if key & USED else Status.SUCCESS,
+    )
+
+
+def for_td_and_page(leaf: Leaf) -> tuple[tuple[Check, ...], tuple[Check, ...]]:
+    """The checks of a leaf that many pages in a row answer alike, up to the tree's lock, and those of each page."""
+    return around(leaf, Check.TREE) if Check.TREE in CHECKS[leaf] else ((), CHECKS[leaf])
 
 
 class TdModule:
@@ -77,13 +86,13 @@ class TdModule:
 
     def __init__(self, memory: TdMemory, new_pfns: Callable[[int], int]) -> None:
         self.memory, self.new_pfns = memory, new_pfns
-        self.op_state, self.fatal, self.off = tdx_td.OpState.RUNNABLE, False, False
+        self.fatal, self.off = False, False
         self.state: U8 = np.zeros(0, np.uint8)
         self.hpa: U32 = np.zeros(0, np.uint32)
         self.pamt: U8 = np.zeros(0, np.uint8)
         self.bepoch: U64 = np.zeros(0, np.uint64)
         self.tables: dict[Level, U8] = {level: np.zeros(0, np.uint8) for level in TABLE_LEVELS}
-        self.epochs = tdx_tlb.START
+        self.epochs = tlb.START
         self.table_at: dict[int, tuple[Level, int]] = {}  # PFN of a table -> where it hangs
         self._pool: list[int] = []
 
@@ -106,10 +115,10 @@ class TdModule:
         kind = PageType(int(self.pamt[pfn]))
         return PamtEntry(kind, int(kind != PageType.NDA), int(self.bepoch[pfn]))
 
-    def admit(self, leaf: Leaf) -> int:
-        """RAX if the TD does not let a leaf in, else 0."""
-        lifecycle = tdx_td.Lifecycle.KEYS_CONFIGURED
-        return int(tdx_td.admitted(leaf, lifecycle=lifecycle, op_state=self.op_state, fatal=self.fatal))
+    @property
+    def life(self) -> TdState:
+        """How far the TD is in its life."""
+        return TdState(fatal=self.fatal)
 
     # Tables.
 
@@ -127,18 +136,17 @@ class TdModule:
             return n
         return max(0, (gfn // 512 + prefix(there)) * 512 - gfn)
 
-    def sept_add(self, gfn: int, n: int) -> tuple[int, int]:
-        """TDH.MEM.SEPT.ADD of each table that `n` gfns lack, top down: how many, and RAX of a refusal."""
-        code, count = self.admit(Leaf.SEPT_ADD), 0
-        if code:
-            return 0, code
+    def sept_add(self, gfn: int, n: int) -> Done:
+        """TDH.MEM.SEPT.ADD of each table that `n` gfns lack, top down."""
+        count = 0
         for level in TABLE_LEVELS:
             view, added = self.has_table(level, gfn, gfn + n), list[int]()
             for at in np.flatnonzero(view == 0).tolist():
                 pfn = self._table_page()
-                answer = tdx_sept.seamcall(Leaf.SEPT_ADD, State.FREE, page_free=self._free(pfn), level=level)
-                if not answer.ok:
-                    return count, answer.rax
+                page = tdx_pamt.is_free(Level.PT, self.pamt_entry(pfn))
+                found = answer(Leaf.SEPT_ADD, Told(level=level, page=page), for_td_and_page(Leaf.SEPT_ADD)[1])
+                if not found.ok:
+                    return Done(count, found.rax)
                 view[at], count = 1, count + 1
                 self._note(Leaf.SEPT_ADD, tdx_pamt.OF_TABLE, pfn)
                 self.table_at[pfn] = level, gfn // level.pages + at
@@ -146,7 +154,7 @@ class TdModule:
             self.memory.watched.update(added)
             for lo, hi in spans(np.array(added, np.uint32)):
                 self.memory.accept(lo, hi - lo)
-        return count, 0
+        return Done(count)
 
     def walk(self, gfn: int, n: int) -> None:
         """The module reads the tables above `n` gfns; what the host has written into one is poison to it."""
@@ -161,65 +169,48 @@ class TdModule:
             self._pool = list(range(base + 511, base - 1, -1))
         return self._pool.pop()
 
-    def _free(self, pfn: int) -> bool:
-        return tdx_pamt.is_free(Level.PT, self.pamt_entry(pfn)) == Status.SUCCESS
-
     def _note(self, leaf: Leaf, of: str, pfn: int) -> None:
         """Write into one PAMT entry what the leaf leaves there."""
         after = tdx_pamt.after(leaf, of, self.pamt_entry(pfn), owner=1, td_epoch=self.epochs.td_epoch)
         self.pamt[pfn], self.bepoch[pfn] = after.type, after.bepoch
 
-    # Leaves on ranges.
+    # Leaves on ranges.  `locked`: gfns whose entry somebody holds.
 
-    def aug(self, gfn: int, n: int, pfn: int) -> Done:
+    def aug(self, gfn: int, n: int, pfn: int, locked: Iterable[int] = ()) -> Done:
         """TDH.MEM.PAGE.AUG of `n` 4K pages, PFN after PFN."""
-        free = self.pamt[pfn : pfn + n] == PageType.NDA
-        done = self._apply(Leaf.PAGE_AUG, gfn, n, free=free)
+        used = self.pamt[pfn : pfn + n] != PageType.NDA
+        done = self._run(Leaf.PAGE_AUG, gfn, n, locked, used * np.uint8(USED))
         self.hpa[gfn : gfn + done.n] = np.arange(pfn, pfn + done.n, dtype=np.uint32)
         self._effect(Leaf.PAGE_AUG, np.arange(pfn, pfn + done.n))
         return done
 
-    def block(self, gfn: int, n: int) -> Done:
+    def block(self, gfn: int, n: int, locked: Iterable[int] = ()) -> Done:
         """TDH.MEM.RANGE.BLOCK of `n` 4K entries."""
-        done = self._apply(Leaf.RANGE_BLOCK, gfn, n)
+        done = self._run(Leaf.RANGE_BLOCK, gfn, n, locked)
         self._effect(Leaf.RANGE_BLOCK, self.hpa[gfn : gfn + done.n])
         return done
 
-    def remove(self, gfn: int, n: int) -> Done:
+    def remove(self, gfn: int, n: int, locked: Iterable[int] = ()) -> Done:
         """TDH.MEM.PAGE.REMOVE of `n` 4K pages."""
         self.states(gfn, gfn + n)
-        done = self._apply(Leaf.PAGE_REMOVE, gfn, n, tracked=self.tracked(self.hpa[gfn : gfn + n]))
+        untracked = ~self.tracked(self.hpa[gfn : gfn + n])
+        done = self._run(Leaf.PAGE_REMOVE, gfn, n, locked, untracked * np.uint8(UNTRACKED))
         self._effect(Leaf.PAGE_REMOVE, self.hpa[gfn : gfn + done.n])
         return done
 
-    def track(self) -> int:
-        """TDH.MEM.TRACK: RAX."""
-        code = self.admit(Leaf.TRACK)
-        if not code:
-            status, self.epochs = tdx_tlb.track(self.epochs)
-            code = int(status)
-        return code
-
     def wbinvd(self, pfns: U32) -> Done:
         """TDH.PHYMEM.PAGE.WBINVD with the TD's HKID, of pages that are free again."""
-        free = self.pamt[pfns] == PageType.NDA
-        n = len(free) if free.all() else prefix(free)
-        for lo, hi in spans(pfns[:n]):
+        done = _look_up(Leaf.PAGE_WBINVD, (self.pamt[pfns] != PageType.NDA) * np.uint8(USED))
+        for lo, hi in spans(pfns[: done.n]):
             self.memory.wbinvd(lo, hi - lo)
-        return Done(n, 0 if n == len(free) else with_operand(Status.PAGE_METADATA_INCORRECT, Operand.RCX))
+        return done
 
-    def accept(self, gfn: int, n: int) -> Done:
+    def accept(self, gfn: int, n: int, locked: Iterable[int] = ()) -> Done:
         """TDG.MEM.PAGE.ACCEPT of `n` 4K pages: PENDING ones are zeroed and mapped; RAX 48 is a TD exit."""
-        self.walk(gfn, n)
-        view = self.states(gfn, gfn + n)
-        table = answers(Leaf.ACCEPT, True)
-        good = table.ok[view]
-        done = n if good.all() else prefix(good)
-        rax = 0 if done == n else int(table.rax[view[done]])
-        for lo, hi in spans(self.hpa[gfn : gfn + done]):
+        done = self._run(Leaf.ACCEPT, gfn, n, locked)
+        for lo, hi in spans(self.hpa[gfn : gfn + done.n]):
             self.memory.accept(lo, hi - lo)
-        view[:done] = table.after[view[:done]]
-        return Done(done, rax)
+        return done
 
     def tracked(self, pfns: U32) -> NDArray[np.bool_]:
         """is_tlb_tracked() of each page's BEPOCH, by its age."""
@@ -229,34 +220,21 @@ class TdModule:
         by_age: NDArray[np.bool_] = lut[np.minimum(np.uint64(epoch) - self.bepoch[pfns], np.uint64(2))]
         return by_age
 
-    def _apply(
-        self,
-        leaf: Leaf,
-        gfn: int,
-        n: int,
-        tracked: NDArray[np.bool_] | None = None,
-        free: NDArray[np.bool_] | None = None,
-    ) -> Done:
-        """The checks in the module's order (TD, walk, state, page), then the new states."""
-        if code := self.admit(leaf):
-            return Done(0, code)
+    def _run(self, leaf: Leaf, gfn: int, n: int, locked: Iterable[int], more: U8 | None = None) -> Done:
+        """Ask the checks of each page until one is refused, and bring those before it into their new states.
+
+        `more`: what the keys have besides state, table and lock of the entry.
+        """
         self.walk(gfn, n)
-        reach = self.reachable(gfn, n)
-        keys = self.states(gfn, gfn + reach).copy()
-        for flags, bit in ((tracked, TRACKED_BIT), (free, FREE_BIT)):
-            if flags is not None:
-                keys |= flags[:reach].astype(np.uint8) * np.uint8(bit)
-        table = answers(leaf, tdx_td.running(self.op_state))
-        good = table.ok[keys]
-        done = reach if good.all() else prefix(good)
-        self.state[gfn : gfn + done] = table.after[keys[:done]]
-        if done < reach:
-            return Done(done, int(table.rax[keys[done]]))
-        if reach < n:
-            stopped = tdx_sept.walk("SEAMCALL", State.FREE, Level.PD)
-            assert stopped is not None
-            return Done(done, stopped.rax)
-        return Done(n)
+        states = self.states(gfn, gfn + n)
+        keys = states.copy() if more is None else states | more
+        keys[self.reachable(gfn, n) :] |= NO_TABLE  # nobody looks behind the first of them
+        for at in locked:
+            if gfn <= at < gfn + n:
+                keys[at - gfn] |= LOCKED
+        done = _look_up(leaf, keys)
+        states[: done.n] = answers(leaf).after[keys[: done.n]]
+        return done
 
     def _effect(self, leaf: Leaf, pfns: U32 | NDArray[np.int64]) -> None:
         """EFFECTS of a leaf on the PAMT entries of its pages."""
@@ -265,6 +243,14 @@ class TdModule:
             self.pamt[pfns] = change.type
         if change.bepoch != tdx_pamt.KEEP:
             self.bepoch[pfns] = 0 if change.bepoch == "0" else self.epochs.td_epoch
+
+
+def _look_up(leaf: Leaf, keys: U8) -> Done:
+    """How many pages a leaf deals with, and RAX of the one that stops it."""
+    table = answers(leaf)
+    good = table.ok[keys]
+    n = len(keys) if good.all() else prefix(good)
+    return Done(n, 0 if n == len(keys) else int(table.rax[keys[n]]))
 
 
 def spans(pfns: U32) -> list[tuple[int, int]]:

@@ -50,7 +50,7 @@ from .rmp import Rmp
 from .sev import DirectMap, Sev
 from .slots import GUEST_MEMFD, MemSlot, MemSlots, UserMemory
 from .switches import VmSwitches
-from .tdx_kvm import BUSY, TdxKvm
+from .tdx_kvm import CAN_BE_BUSY, TdxKvm
 from .tdx_zap import Zap
 from .vmm import DISCARDS, POLICIES, Policy, Vmm
 
@@ -258,9 +258,10 @@ class Vm:
         """Inject one failure: "xa_store", "xa_reserve" (at index `at`), "gmem_alloc", or "rmpupdate" (at PFN `at`).
 
         A failing RMPUPDATE goes on failing at that PFN until `repair()`.  tdx: the name of a leaf, as
-        "TDH.MEM.TRACK": its next call answers TDX_OPERAND_BUSY.
+        "TDH.MEM.TRACK": when it next comes to its lock it answers TDX_OPERAND_BUSY.
         """
-        known = ["xa_store", "xa_reserve", "gmem_alloc", *["rmpupdate"] * self.has_rmp, *(BUSY if self.tdx else ())]
+        known = ["xa_store", "xa_reserve", "gmem_alloc"]
+        known += ["rmpupdate"] if self.has_rmp else CAN_BE_BUSY if self.tdx else ()
         if what not in known:
             raise InputError(f"cannot inject {shown(what)} on {self.platform}; there are: {', '.join(known)}")
         if what == "rmpupdate" and (at >= self.next_pfn or code == Rmpupdate.OK):

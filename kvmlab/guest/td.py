@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from ..hw import tdx
 from ..hw.memory import GUEST_KEY, PLAIN, Content
-from ..hw.tdx import Guest, Leaf, Status
+from ..hw.tdx import Guest, Leaf, checks
 from ..hw.tdx import lines as tdx_lines
 from ..hw.tdx import sept as tdx_sept
 from ..hw.tdx import tlb as tdx_tlb
+from ..hw.tdx.checks import Check
 from ..kernel import keyids
 from ..kernel.keyids import HKID
 from ..kvm import memslots
-from ..kvm.tdx import answers_kick
+from ..kvm.tdx import OnEntry, answers_kick
 from ..model.state import View
 from .access import Access
+
+BEFORE_LOCK, WITH_LOCK = checks.around(Leaf.ACCEPT, Check.ENTRY)
 
 
 def guest_runs(s: View, me: str) -> str:
@@ -165,11 +168,12 @@ def _judge_read(s: View, acc: Access, pfn: str, seen: tuple[str, object]) -> Non
 
 
 def _accept_begins(s: View, me: str, acc: Access) -> str:
-    """TDG.MEM.PAGE.ACCEPT: walks without the tree lock, then takes the entry's lock, whatever its state is."""
-    if s.sept_table != tdx_sept.NL_MAPPED:
+    """TDG.MEM.PAGE.ACCEPT up to the entry's lock, which it takes whatever the entry's state is."""
+    found = checks.answer(Leaf.ACCEPT, OnEntry(s, acc.gfn), BEFORE_LOCK)
+    if found.status == Guest.EXIT_ACCEPT:
         return _ept_violation(s, me, acc, "ACCEPT: no table")
-    if s.entry_lock[acc.gfn] is not None:
-        return _accept_fails(s, me, acc, tdx.busy(tdx.Operand.RCX))
+    if not found.ok:
+        return _accept_fails(s, me, acc, found.rax)
     s.entry_lock[acc.gfn] = me
     s.mode[me] = "accepting"
     s.say("ACCEPT takes the entry lock")
@@ -180,12 +184,12 @@ def _accept_ends(s: View, me: str, acc: Access) -> str:
     """The state decides: PENDING is zeroed and mapped; FREE and blocked leave the TD, and ACCEPT runs again."""
     s.entry_lock[acc.gfn] = None
     answers_kick(s, me)
-    answer = tdx_sept.seamcall(Leaf.ACCEPT, s.sept[acc.gfn])
-    if answer.status == Guest.EXIT_ACCEPT:
+    found = checks.answer(Leaf.ACCEPT, OnEntry(s, acc.gfn), WITH_LOCK)
+    if found.status == Guest.EXIT_ACCEPT:
         return _ept_violation(s, me, acc, f"ACCEPT: {s.sept[acc.gfn]}")
-    if answer.status != Status.SUCCESS:
-        return _accept_fails(s, me, acc, answer.rax)
-    s.sept[acc.gfn] = answer.state
+    if not found.ok:
+        return _accept_fails(s, me, acc, found.rax)
+    s.sept[acc.gfn] = found.state
     keyids.module_zero(s, s.conf.backing["private", acc.gfn])
     s.acc[me] = None
     if s.conf.correct_guest:

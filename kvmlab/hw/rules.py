@@ -34,7 +34,7 @@ class Rules:
                 )
         decided: dict[tuple[Any, ...], list[Any]] = {}
         for row in self.rows:
-            for combination in product(*map(_meant, row, self.inputs.values())):
+            for combination in product(*map(meant, row, self.inputs.values())):
                 decided.setdefault(combination, []).append(row[-1])
         for combination in product(*self.inputs.values()):
             outcomes = decided.get(combination, [])
@@ -86,8 +86,8 @@ class Rules:
         return {"text/plain": self.text(), "text/html": self.html()}
 
 
-def _meant(want: Any, values: Sequence[Any]) -> Sequence[Any]:
-    """The values of a column that a row's entry stands for."""
+def meant(want: Any, values: Sequence[Any]) -> Sequence[Any]:
+    """Return the values of a column that a row's entry stands for, in the order of `values`."""
     if want is ANY:
         return values
     chosen = want if isinstance(want, frozenset) else {want}

@@ -1,6 +1,6 @@
 """KVM's TDX side: mirror page table, SEAMCALLs of the zap and of the fault (arch/x86/kvm/vmx/tdx.c, mmu/tdp_mmu.c).
 
-The module's answers come from hw/tdx/sept.py and hw/tdx/tlb.py.  A host SEAMCALL is one step; ACCEPT and VP.ENTER are
+The module's answers come from hw/tdx/checks.py.  A host SEAMCALL is one step; ACCEPT and VP.ENTER are
 two, their lock held in between (guest/td.py), so busy answers arise by themselves.  In scenario seamcall-busy one
 more may come from nowhere, as when zero-step mitigation holds the tree.
 """
@@ -8,10 +8,11 @@ more may come from nowhere, as when zero-step mitigation holds the tree.
 from __future__ import annotations
 
 from ..hw import tdx
-from ..hw.tdx import Leaf, Operand, Status
-from ..hw.tdx import sept as tdx_sept
-from ..hw.tdx import tlb as tdx_tlb
-from ..hw.tdx.sept import Answer, State
+from ..hw.tdx import Leaf, Level, Status, pamt, tlb
+from ..hw.tdx.checks import Answer, Situation, answer
+from ..hw.tdx.locks import EXCLUSIVE, NONE, SHARED, UNLOCKED, EntryLock, Lock
+from ..hw.tdx.pamt import PageType, PamtEntry
+from ..hw.tdx.sept import State
 from ..hw.tdx.tlb import Age
 from ..kernel import keyids
 from ..kernel.locks import assert_held
@@ -88,55 +89,97 @@ def _injected(s: View) -> bool:
     return True
 
 
+class OnCells(Situation):
+    """What TRACK, and SEPT.ADD of the one table, find in the cells: one is read when a check asks for it.
+
+    The TD runs, and the page that SEPT.ADD takes is none of the guest's.
+    """
+
+    def __init__(self, s: View) -> None:
+        self.s = s
+
+    def held(self, lock: Lock) -> str:
+        """A lock that somebody holds: VP.ENTER the epoch's, or nobody known either of those that may strike."""
+        if lock not in (Lock.TREE, Lock.EPOCH):
+            return NONE
+        if _injected(self.s):
+            return EXCLUSIVE
+        entering = lock == Lock.EPOCH and any(self.s.mode[cpu] == "entering" for cpu in self.s.conf.vcpus)
+        return SHARED if entering else NONE
+
+    def state(self) -> State:
+        """The state of the entry that the table hangs from."""
+        state: State = self.s.sept_table
+        return state
+
+    def previous_inside(self) -> bool:
+        """Whether a vCPU is inside with the epoch before this one."""
+        return tlb.track_busy(ages_inside(self.s))
+
+
+class OnEntry(OnCells):
+    """What a leaf finds that names a gfn, whose entry is below the one table."""
+
+    def __init__(self, s: View, gfn: int) -> None:
+        super().__init__(s)
+        self.gfn, self.pfn = gfn, s.conf.backing["private", gfn]
+
+    def above(self) -> tuple[Level, State]:
+        """The entry that the table hangs from."""
+        return Level.PD, self.s.sept_table
+
+    def entry_lock(self) -> EntryLock:
+        """A vCPU in ACCEPT holds it."""
+        return UNLOCKED if self.s.entry_lock[self.gfn] is None else EntryLock(taken=True)
+
+    def state(self) -> State:
+        """The state of the gfn's entry."""
+        state: State = self.s.sept[self.gfn]
+        return state
+
+    def tracked(self) -> bool:
+        """Whether tracking is done for the page's BEPOCH."""
+        return tlb.tracked_age(self.s.bepoch[self.pfn], ages_inside(self.s))
+
+    def page(self) -> Status:
+        """Whether the gfn's private page is free in the PAMT."""
+        return pamt.is_free(Level.PT, PamtEntry(PageType[self.s.pamt[self.pfn]]))
+
+
 def seamcall(s: View, leaf: Leaf, gfn: int) -> Answer:
-    """One host leaf on the entry of one gfn: locks, walk, state, PAMT; done if it succeeds."""
-    state: State = s.sept[gfn] if leaf != Leaf.SEPT_ADD else s.sept_table
-    pfn = s.conf.backing["private", gfn]
-    if _injected(s):
-        return Answer(Status.OPERAND_BUSY, Operand.SEPT_TREE, state)
-    if leaf != Leaf.SEPT_ADD:
-        if stopped := tdx_sept.walk("SEAMCALL", s.sept_table, tdx.Level.PD):
-            return stopped
-        if s.entry_lock[gfn] is not None:  # a vCPU is in ACCEPT there
-            return Answer(Status.OPERAND_BUSY, Operand.RCX, state)
-    takes_page = leaf == Leaf.PAGE_AUG
-    needs_tracking = state in tdx_sept.ANY_BLOCKED and leaf != Leaf.RANGE_BLOCK
-    answer = tdx_sept.seamcall(
-        leaf,
-        state,
-        tracked=not needs_tracking or tdx_tlb.tracked_age(s.bepoch[pfn], ages_inside(s)),
-        page_free=not takes_page or s.pamt[pfn] == "NDA",
-    )
-    if answer.ok:
-        _take_effect(s, leaf, gfn, pfn, answer.state)
-    return answer
-
-
-def _take_effect(s: View, leaf: Leaf, gfn: int, pfn: str, state: State) -> None:
+    """One host leaf on the entry of one gfn, or SEPT.ADD of the table above; done if it succeeds."""
     if leaf == Leaf.SEPT_ADD:
-        s.sept_table = state
-        return
-    s.sept[gfn] = state
-    if leaf == Leaf.PAGE_AUG:
-        s.pamt[pfn] = "REG"
-    elif leaf == Leaf.PAGE_REMOVE:
-        s.pamt[pfn] = "NDA"
-        s.bepoch[pfn] = Age.OLDER
-    elif leaf == Leaf.RANGE_BLOCK:
+        found = answer(leaf, OnCells(s))
+        if found.ok:
+            s.sept_table = found.state
+        return found
+    at = OnEntry(s, gfn)
+    found = answer(leaf, at)
+    if found.ok:
+        s.sept[gfn] = found.state
+        _note(s, pamt.EFFECTS(leaf=leaf, of=pamt.OF_PAGE), at.pfn)
+    return found
+
+
+def _note(s: View, change: pamt.Change, pfn: str) -> None:
+    """Write into the PAMT what a leaf leaves there; the BEPOCH of a page that is free again means nothing."""
+    if isinstance(change.type, PageType):
+        s.pamt[pfn] = change.type.name
+    if change.bepoch == "TD_EPOCH":
         s.bepoch[pfn] = Age.NOW
+    elif change.type == PageType.NDA:
+        s.bepoch[pfn] = Age.OLDER
 
 
 def track(s: View) -> Answer:
-    """TDH.MEM.TRACK: busy while a vCPU is in VP.ENTER's count, or inside with the epoch before this one."""
-    if _injected(s) or any(s.mode[cpu] == "entering" for cpu in s.conf.vcpus):
-        return Answer(Status.OPERAND_BUSY, Operand.TD_EPOCH, State.FREE)
-    if tdx_tlb.track_busy(ages_inside(s)):
-        return Answer(Status.PREVIOUS_TLB_EPOCH_BUSY, 0, State.FREE)
-    for cpu in s.conf.vcpus:
-        s.vcpu_epoch[cpu] = tdx_tlb.track_age(s.vcpu_epoch[cpu])
-    for pfn in s.bepoch:
-        s.bepoch[pfn] = tdx_tlb.track_age(s.bepoch[pfn])
-    return Answer(Status.SUCCESS, 0, State.FREE)
+    """TDH.MEM.TRACK: every epoch becomes one older, of vCPUs and of blocked pages."""
+    found = answer(Leaf.TRACK, OnCells(s))
+    if found.ok:
+        for cpu in s.conf.vcpus:
+            s.vcpu_epoch[cpu] = tlb.track_age(s.vcpu_epoch[cpu])
+        for pfn in s.bepoch:
+            s.bepoch[pfn] = tlb.track_age(s.bepoch[pfn])
+    return found
 
 
 LEAVES = {
@@ -148,13 +191,13 @@ LEAVES = {
 }
 
 
-def is_busy(answer: Answer) -> bool:
+def is_busy(found: Answer) -> bool:
     """tdx_operand_busy(): the status is TDX_OPERAND_BUSY exactly; PREVIOUS_TLB_EPOCH_BUSY is another one."""
-    return answer.status == Status.OPERAND_BUSY
+    return found.status == Status.OPERAND_BUSY
 
 
-def _bug(s: View, call: str, answer: Answer) -> None:
-    s.violate("platform-error", f"KVM_BUG_ON: {call} = {tdx.name(answer.rax)}")
+def _bug(s: View, call: str, found: Answer) -> None:
+    s.violate("platform-error", f"KVM_BUG_ON: {call} = {tdx.name(found.rax)}")
 
 
 # Zapping one private leaf, under mmu_lock held for write.
@@ -177,16 +220,16 @@ def kvm_unmap_gfn_range(s: View, me: str, gfn: int) -> str | None:
 def zap_seamcall(s: View, me: str, gfn: int, call: str, word: str | None) -> str | None:
     """One SEAMCALL of the zap.  Busy: "retry" is again, without end; "kick" (tdh_do_no_vcpus()) is a way out."""
     leaf = LEAVES[call]
-    answer = track(s) if leaf == Leaf.TRACK else seamcall(s, leaf, gfn)
+    found = track(s) if leaf == Leaf.TRACK else seamcall(s, leaf, gfn)
     s.count("seamcalls")
-    if answer.ok:
-        s.say(f"[{'TD_EPOCH moves' if leaf == Leaf.TRACK else f'gfn {gfn}: {answer.state}'}]")
+    if found.ok:
+        s.say(f"[{'TD_EPOCH moves' if leaf == Leaf.TRACK else f'gfn {gfn}: {found.state}'}]")
         return None
-    if is_busy(answer) and word:
+    if is_busy(found) and word:
         s.count("seamcall-busy")
-        s.say(tdx.name(answer.rax))
+        s.say(tdx.name(found.rax))
         return "again" if word == "retry" else "busy"
-    _bug(s, call, answer)
+    _bug(s, call, found)
     return None
 
 
@@ -203,12 +246,13 @@ def let_vcpus(s: View, me: str) -> None:
 
 def tdh_phymem_page_wbinvd(s: View, me: str, gfn: int) -> None:
     """Write back and invalidate the TD's lines of the page: legal only once the page is no longer TDX's."""
-    pfn = s.conf.backing["private", gfn]
+    at = OnEntry(s, gfn)
     s.count("seamcalls")
-    if s.pamt[pfn] != "NDA":
-        _bug(s, "tdh_phymem_page_wbinvd", Answer(Status.PAGE_METADATA_INCORRECT, Operand.RCX, s.sept[gfn]))
-        return
-    keyids.wbinvd(s, pfn)
+    found = answer(Leaf.PAGE_WBINVD, at)
+    if found.ok:
+        keyids.wbinvd(s, at.pfn)
+    else:
+        _bug(s, "tdh_phymem_page_wbinvd", found)
 
 
 def tdx_clear_page(s: View, me: str, gfn: int) -> None:
@@ -281,14 +325,14 @@ def aug_seamcall(s: View, me: str, call: str, word: str | None) -> str | None:
     Word "bit_and": busy is tested as err & TDX_OPERAND_BUSY, which is true of other errors as well (January 2025).
     """
     gfn, leaf = s.acc[me].gfn, LEAVES[call]
-    answer = seamcall(s, leaf, gfn)
+    found = seamcall(s, leaf, gfn)
     s.count("seamcalls")
-    if answer.ok:
-        s.say(f"[gfn {gfn}: {answer.state}]" if leaf == Leaf.PAGE_AUG else "[S-EPT table added]")
+    if found.ok:
+        s.say(f"[gfn {gfn}: {found.state}]" if leaf == Leaf.PAGE_AUG else "[S-EPT table added]")
         return None
-    if is_busy(answer) or (word == "bit_and" and answer.rax & Status.OPERAND_BUSY):
+    if is_busy(found) or (word == "bit_and" and found.rax & Status.OPERAND_BUSY):
         s.count("seamcall-busy")
-        s.say(f"{tdx.name(answer.rax)}: RET_PF_RETRY")
+        s.say(f"{tdx.name(found.rax)}: RET_PF_RETRY")
         if leaf == Leaf.SEPT_ADD:
             s.mirror_table = ABSENT
         else:
@@ -296,5 +340,5 @@ def aug_seamcall(s: View, me: str, call: str, word: str | None) -> str | None:
         mapped(s, me)
         s.count("npf")
         return "retry"
-    _bug(s, call, answer)
+    _bug(s, call, found)
     return None

@@ -7,16 +7,17 @@ drawing, what was clicked, and the table of all answers.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from ..hw import tdx
-from ..hw.rules import ANY, Rules
+from ..hw.rules import ANY, Rules, meant
+from ..hw.tdx import Leaf, seamcall
 from ..hw.tdx import sept as tdx_sept
-from ..hw.tdx.sept import SEPT, Children, Tracking
+from ..hw.tdx.sept import SEPT, Outcome, State
 from ..hw.tdx.td import OpState
 from . import sept_picture
 from .page import stylesheet
@@ -174,30 +175,43 @@ def _live() -> Any:
 
 
 def rules(finalized: bool = True) -> Rules:
-    """The part of the module's table that concerns this board: leaves and states of one 4K page."""
-    wanted = {
-        "leaf": tuple(click.leaf for click in Click if click.leaf in tdx_sept.LEAVES),
-        "state": ENTRY_STATES,
-        "tracking": (Tracking.DONE, Tracking.MISSING) if finalized else (Tracking.NOT_NEEDED,),
-        "page_free": (True,),
-        "children": (Children.MIXED,),
-    }
+    """The module's answers as far as they concern this board: leaves, states of one 4K page, and TLB tracking."""
+    clicks = [click.leaf for click in Click]
+    leaves = tuple(leaf for leaf in tdx_sept.LEAVES if leaf in clicks)
+    tracking = {"missing": False, "done": True} if finalized else {"not needed": False}
     rows = []
-    for row in SEPT:
-        cells = [_only(cell, values) for cell, values in zip(row, wanted.values(), strict=False)]
-        if None not in cells:
-            rows.append((*cells[:3], row[-1]))
-    return Rules(SEPT.source, {name: wanted[name] for name in ("leaf", "state", "tracking")}, rows)
+    for leaf in leaves:
+        alike: dict[tuple[Outcome, frozenset[str]], list[State]] = {}
+        for state in _in_the_order_of_the_table(leaf):
+            said: dict[Outcome, set[str]] = {}
+            for name, done in tracking.items():
+                said.setdefault(_outcome(leaf, state, finalized, done), set()).add(name)
+            for outcome, names in said.items():
+                alike.setdefault((outcome, frozenset(names)), []).append(state)
+        for (outcome, when), states in alike.items():
+            rows.append((leaf, _cell_of(states, ENTRY_STATES), _cell_of(when, tracking), outcome))
+    return Rules(SEPT.source, {"leaf": leaves, "state": ENTRY_STATES, "tracking": tuple(tracking)}, rows)
 
 
-def _only(cell: Any, values: Sequence[Any]) -> Any:
-    """A cell of a row with nothing but these values; None if none is left."""
-    if cell is ANY:
+def _in_the_order_of_the_table(leaf: Leaf) -> list[State]:
+    """The board's states, as SEPT has its rows."""
+    rows = (row for row in SEPT if leaf in meant(row[0], tdx_sept.LEAVES))
+    return [state for row in rows for state in meant(row[1], ENTRY_STATES)]
+
+
+def _outcome(leaf: Leaf, state: State, running: bool, tracked: bool) -> Outcome:
+    """What a leaf answers, in the words of SEPT where it is SEPT that decides."""
+    found, row = seamcall(leaf, state, running=running, tracked=tracked), SEPT(leaf=leaf, state=state)
+    if found.status == row.status:
+        return Outcome(*row)
+    return Outcome(found.status, tdx.Operand(found.operand) if found.operand else None)
+
+
+def _cell_of(values: Collection[Any], domain: Collection[Any]) -> Any:
+    """A cell of a row that stands for these values of a column."""
+    if len(values) == len(domain):
         return ANY
-    left = frozenset(values) & (cell if isinstance(cell, frozenset) else {cell})
-    if not left:
-        return None
-    return ANY if len(left) == len(values) else next(iter(left)) if len(left) == 1 else left
+    return next(iter(values)) if len(values) == 1 else frozenset(values)
 
 
 def facts(at: At) -> list[tuple[str, str]]:
@@ -276,14 +290,14 @@ def _cell(click: Click, start: At, state: Any) -> list[Html]:
     """What one leaf answers in one state; twice where tracking makes a difference."""
     assert click.leaf is not None
     running = start.op_state == OpState.RUNNABLE
-    found = [tdx_sept.seamcall(click.leaf, state, running=running, tracked=done) for done in (True, False)]
+    found = [seamcall(click.leaf, state, running=running, tracked=done) for done in (True, False)]
     words = [_words(each) for each in found]
     if words[0] == words[1]:
         return [words[0]]
     return [el("div", words[0], quiet(" tracked")), el("div", words[1], quiet(" not tracked"))]
 
 
-def _words(found: tdx_sept.Answer) -> Html:
+def _words(found: tdx.Answer) -> Html:
     if found.ok:
         return el("b", f"-> {found.state}", style=f"background:{FAINT};padding:0 3px;border-radius:3px")
     name = (

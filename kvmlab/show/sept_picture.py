@@ -13,10 +13,9 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from ..hw.tdx import Leaf
+from ..hw.tdx import Leaf, seamcall
 from ..hw.tdx import sept as tdx_sept
 from ..hw.tdx.entry import State
-from ..hw.tdx.sept import Tracking
 from ..hw.tdx.tlb import Age
 from .sept_walk import ENTRY_STATES, At, Click
 from .style import BLUE, GREEN, VERMILLION
@@ -57,14 +56,14 @@ class Edge(NamedTuple):
 
 def edges(*, running: bool = True) -> list[Edge]:
     """Every change of state that the tables allow a 4K entry, before finalize or once the TD may run."""
-    cases = (Tracking.DONE, Tracking.MISSING) if running else (Tracking.NOT_NEEDED,)
-    found: dict[tuple[Leaf, State, State], list[Tracking]] = {}
+    cases = (True, False) if running else (True,)
+    found: dict[tuple[Leaf, State, State], list[bool]] = {}
     for leaf in dict.fromkeys(click.leaf for click in Click if click.leaf in tdx_sept.LEAVES):
         for state in ENTRY_STATES:
-            for tracking in cases:
-                row = tdx_sept.seamcall(leaf, state, running=running, tracked=tracking == Tracking.DONE)
-                if row.ok:
-                    found.setdefault((leaf, state, row.state), []).append(tracking)
+            for tracked in cases:
+                then = seamcall(leaf, state, running=running, tracked=tracked)
+                if then.ok and then.state:
+                    found.setdefault((leaf, state, then.state), []).append(tracked)
     return [Edge(*key, tracked=len(when) < len(cases)) for key, when in found.items()]
 
 

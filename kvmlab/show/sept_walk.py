@@ -1,6 +1,6 @@
 """One secure EPT entry and one vCPU as a finite machine: every click, with the module's answer to it.
 
-Every answer is one of the pure functions of hw/tdx/*.py; nothing is decided here.  The page is 4K, the tables over it
+Every answer comes from the checks of hw/tdx/checks.py; nothing is decided here.  The page is 4K, the tables over it
 are there, and nobody else holds a lock of the module.
 """
 
@@ -13,13 +13,12 @@ from typing import NamedTuple
 
 from ..compile.scenario import InputError
 from ..hw import tdx
-from ..hw.tdx import EXIT_REASON_EPT_VIOLATION, Guest, Leaf, Level, Status
+from ..hw.tdx import EXIT_REASON_EPT_VIOLATION, Guest, Leaf, Level, Status, Told, checks
 from ..hw.tdx import pamt as tdx_pamt
 from ..hw.tdx import sept as tdx_sept
-from ..hw.tdx import td as tdx_td
 from ..hw.tdx import tlb as tdx_tlb
 from ..hw.tdx.entry import State
-from ..hw.tdx.td import Lifecycle, OpState
+from ..hw.tdx.td import OpState, TdState
 from ..hw.tdx.tlb import Age
 
 ENTRY_STATES = (State.FREE, State.PENDING, State.MAPPED, State.BLOCKED, State.PENDING_BLOCKED)
@@ -134,18 +133,25 @@ def answer(at: At, click: Click) -> Answer:
         return Answer(click, None, "the vCPU leaves the TD", at._replace(inside=False))
     if click == Click.ACCESS:
         return _access(at)
-    if click == Click.WBINVD:
-        status = tdx_pamt.is_free(Level.PT, tdx_pamt.PamtEntry(at.pamt))
-        said = "the TD's lines go to memory" if status == Status.SUCCESS else MEANINGS[status]
-        operand = tdx_pamt.PAGE_OPERAND[Leaf.PAGE_WBINVD] if status else 0
-        return Answer(click, tdx.with_operand(status, operand), said, at)
-    leaf = click.leaf
-    assert leaf is not None
-    if click != Click.ACCEPT:
-        status = tdx_td.admitted(leaf, lifecycle=Lifecycle.KEYS_CONFIGURED, op_state=at.op_state)
-        if status != Status.SUCCESS:
-            return Answer(click, int(status), MEANINGS[status], at)
-    return _SPECIAL[click](at) if click in _SPECIAL else _on_entry(at, click, leaf)
+    assert click.leaf is not None
+    found = checks.answer(click.leaf, _told(at))
+    if isinstance(found.status, Guest):
+        return Answer(click, found.rax, EXITS[found.status], at._replace(inside=False))
+    if not found.ok:
+        meaning = MEANINGS.get(found.status) or _UNTRACKED[at.bepoch or Age.NOW]
+        return Answer(click, found.rax, meaning, at)
+    return _DONE[click](at) if click in _DONE else _on_entry(at, click, found.state or at.entry)
+
+
+def _told(at: At) -> Told:
+    """The place as the checks ask for it."""
+    return Told(
+        td=TdState(op_state=at.op_state),
+        state=at.entry,
+        tracked=at.tracked,
+        page=tdx_pamt.is_free(Level.PT, tdx_pamt.PamtEntry(at.pamt)),
+        previous_inside=tdx_tlb.track_busy(at.ages_inside),
+    )
 
 
 def _finalize(at: At) -> Answer:
@@ -155,9 +161,6 @@ def _finalize(at: At) -> Answer:
 
 
 def _track(at: At) -> Answer:
-    if tdx_tlb.track_busy(at.ages_inside):
-        busy = Status.PREVIOUS_TLB_EPOCH_BUSY
-        return Answer(Click.TRACK, int(busy), MEANINGS[busy], at)
     older = None if at.bepoch is None else tdx_tlb.track_age(at.bepoch)
     after = at._replace(vcpu=tdx_tlb.track_age(at.vcpu), bepoch=older)
     return Answer(Click.TRACK, 0, "a new epoch; nobody is flushed or kicked", after)
@@ -171,7 +174,11 @@ def _enter(at: At) -> Answer:
     )
 
 
-_SPECIAL = {Click.FINALIZE: _finalize, Click.TRACK: _track, Click.ENTER: _enter}
+def _wbinvd(at: At) -> Answer:
+    return Answer(Click.WBINVD, 0, "the TD's lines go to memory", at)
+
+
+_DONE = {Click.FINALIZE: _finalize, Click.TRACK: _track, Click.ENTER: _enter, Click.WBINVD: _wbinvd}
 
 
 def _access(at: At) -> Answer:
@@ -183,17 +190,10 @@ def _access(at: At) -> Answer:
     return Answer(Click.ACCESS, EXIT_REASON_EPT_VIOLATION, EXITS[found], at._replace(inside=False))
 
 
-def _on_entry(at: At, click: Click, leaf: Leaf) -> Answer:
-    """A leaf that works on the entry; BLOCK notes the epoch, and nobody asks for it once the entry is not blocked."""
-    found = tdx_sept.seamcall(leaf, at.entry, running=tdx_td.running(at.op_state), tracked=at.tracked)
-    if isinstance(found.status, Guest):
-        return Answer(click, found.rax, EXITS[found.status], at._replace(inside=False))
-    if not found.ok:
-        meaning = MEANINGS.get(found.status) or _UNTRACKED[at.bepoch or Age.NOW]
-        return Answer(click, found.rax, meaning, at)
-    bepoch = Age.NOW if click == Click.BLOCK else at.bepoch if found.state in tdx_sept.ANY_BLOCKED else None
-    said = f"{at.entry} -> {found.state}"
-    return Answer(click, found.rax, said, at._replace(entry=found.state, bepoch=bepoch))
+def _on_entry(at: At, click: Click, state: State) -> Answer:
+    """A leaf that has changed the entry; BLOCK notes the epoch, for which nobody asks once it is not blocked."""
+    bepoch = Age.NOW if click == Click.BLOCK else at.bepoch if state in tdx_sept.ANY_BLOCKED else None
+    return Answer(click, 0, f"{at.entry} -> {state}", at._replace(entry=state, bepoch=bepoch))
 
 
 def reachable(start: At) -> list[At]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from .words import Guest, Level, Status
+from .words import Guest, Level
 
 
 class State(StrEnum):
@@ -40,15 +40,6 @@ class State(StrEnum):
     def leaf(self) -> bool:
         """Whether bit 7 says that the entry maps a page."""
         return bool(self.encoding >> 6)
-
-
-# Which errors put the entry and its level in RCX and RDX; after the others both are 0.
-REPORTS = frozenset(
-    {
-        Status.EPT_WALK_FAILED, Status.EPT_ENTRY_STATE_INCORRECT, Status.GPA_RANGE_ALREADY_BLOCKED,
-        Status.GPA_RANGE_NOT_BLOCKED, Status.EPT_INVALID_PROMOTE_CONDITIONS, Status.EPT_PAGE_NOT_FREE,
-    }
-)  # fmt: skip
 
 
 def accept_chunk(counter: int) -> tuple[int, bool]:

@@ -6,16 +6,15 @@ the same tables in Yan Zhao's mails of January and February 2025.  Left out: TDV
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
 from ..rules import ANY, Rules
-from .words import Leaf, Operand, Status, busy, with_operand
+from .words import Leaf, Operand, Status
 
 
 class Lock(StrEnum):
-    """A lock of the module, in the order in which a leaf takes them (RECLAIM takes its page before the TDR)."""
+    """A lock of the module; when a leaf takes it is in checks.py."""
 
     TDR = "TDR"  # PAMT entry of the TD's root page
     OP_STATE = "op_state"
@@ -121,23 +120,6 @@ def wanted(leaf: Leaf, lock: Lock, *, armed: bool = False) -> str:
     return mode
 
 
-def contended(leaf: Leaf, lock: Lock, held: str, *, armed: bool = False) -> int | None:
-    """RAX of a leaf that meets one lock which others hold as `held`; None if it gets it, or does not want it."""
-    if COMPATIBLE(held=held, wanted=wanted(leaf, lock, armed=armed)):
-        return None
-    return busy(BUSY_OPERAND(leaf=leaf, lock=lock))
-
-
-def busy_code(leaf: Leaf, held: Mapping[Lock, str], *, armed: bool = False) -> int | None:
-    """RAX of a leaf whose locks others hold as `held` says (NONE where missing); None if it gets them all.
-
-    The first lock in the order of taking decides.  The state of the entry is looked at once its lock is taken and
-    before the PAMT's are: a PAMT lock is busy only for a call that is right otherwise.
-    """
-    codes = (contended(leaf, lock, held.get(lock, NONE), armed=armed) for lock in Lock)
-    return next((code for code in codes if code is not None), None)
-
-
 class EntryLock(NamedTuple):
     """The lock bits of an S-EPT entry: TDEL (taken) and TDHP (a host leaf wants it)."""
 
@@ -166,10 +148,15 @@ ENTRY_LOCK = Rules(
 def acquire_entry(side: str, lock: EntryLock) -> tuple[Status, EntryLock]:
     """Try an S-EPT entry's lock from the "host" or the "guest" side: the status, and the bits after.
 
-    A leaf adds operand RCX.  What the guest is told of OPERAND_BUSY_HOST_PRIORITY says told_to_guest().
+    What the guest is told of OPERAND_BUSY_HOST_PRIORITY says told_to_guest().
     """
     status, after = ENTRY_LOCK(side=side, taken=lock.taken, host_priority=lock.host_priority)
     return status, after
+
+
+def side(leaf: Leaf) -> str:
+    """From which side a leaf takes an S-EPT entry's lock."""
+    return "guest" if leaf == Leaf.ACCEPT else "host"
 
 
 def release_entry(lock: EntryLock) -> EntryLock:
@@ -177,12 +164,12 @@ def release_entry(lock: EntryLock) -> EntryLock:
     return lock._replace(taken=False)
 
 
-def told_to_guest(status: Status, *, timed_out: bool = False) -> int:
-    """RAX that a TDCALL returns for a status of acquire_entry(); `timed_out`: RAX of the TD exit instead.
+def told_to_guest(status: Status, *, timed_out: bool = False) -> Status:
+    """The status that a TDCALL returns for one of acquire_entry(); `timed_out`: RAX of the TD exit instead.
 
     td_call() turns OPERAND_BUSY_HOST_PRIORITY into OPERAND_BUSY, for older TDs; when that has gone on for
     HP_LOCK_TIMEOUT the TD exits with HOST_PRIORITY_BUSY_TIMEOUT.
     """
     if status == Status.OPERAND_BUSY_HOST_PRIORITY:
-        return int(Status.HOST_PRIORITY_BUSY_TIMEOUT) if timed_out else busy(Operand.RCX)
-    return with_operand(status, Operand.RCX if status else 0)
+        return Status.HOST_PRIORITY_BUSY_TIMEOUT if timed_out else Status.OPERAND_BUSY
+    return status

@@ -1,137 +1,52 @@
-"""A TDX module to play with: one method a leaf, registers bit for bit, every decision by the tables of tdx_*.py.
+"""A TDX module to play with: one method a leaf, registers bit for bit.
 
-Addresses are bytes.  The page contents are not here (tdx_lines.py).  Source: TDX module 1.5.01, one file a leaf.
+Whether a leaf is refused, and with which code, is decided by checks.py alone; here is what a leaf does that is not.
+Addresses are bytes.  The page contents are not here (lines.py).  Source: TDX module 1.5.01, one file a leaf.
 """
 
 from __future__ import annotations
 
-from . import locks as tdx_locks
-from . import pamt as tdx_pamt
-from . import sept as tdx_sept
-from . import tlb as tdx_tlb
-from .entry import REPORTS, accept_chunk, accept_info
-from .locks import Lock
-from .parts import PAGE, Entry, Result, Td, Vcpu
+from . import pamt, sept, tlb
+from .call import EntryCall, PageCall, ReclaimCall, TdCall, VcpuCall
+from .checks import Check, Told, answer, came_to
+from .entry import accept_chunk, accept_info
+from .pamt import OF_CHILDREN, OF_PAGE, OF_TABLE
 from .platform import Platform
-from .sept import LEVELS, Answer, Children
-from .td import running
-from .words import (
-    CHILDREN,
-    EXIT_REASON_EPT_VIOLATION,
-    Guest,
-    Leaf,
-    Level,
-    Operand,
-    Status,
-    busy,
-    is_shared,
-    with_operand,
-)
+from .structures import PAGE, Entry, Result, Td, Vcpu
+from .td import Lifecycle, OpState
+from .words import CHILDREN, EXIT_REASON_EPT_VIOLATION, Guest, Leaf, Level, Status, is_shared
 
-_INVALID = with_operand(Status.OPERAND_INVALID, Operand.RCX)
 _WRITE = 2  # exit qualification: data write
 
 
 class Module(Platform):
     """A TDX module and its machine: TDs, PAMT, secure EPTs, locks (hold them by hand to see busy codes), epochs."""
 
-    def _find(self, leaf: Leaf, td: Td, gpa: int, level: Level) -> Entry | Result:
-        """Do all that comes before the entry's state: the entry, its lock taken and given back, or the refusal."""
-        code = self._admit(leaf, td)
-        if code:
-            return Result(code)
-        if not LEVELS(leaf=leaf, level=level, top=td.top) or not td.has_entry(gpa, level):
-            return Result(_INVALID)
-        code = self._busy(leaf, Lock.TREE, td)
-        if code:
-            return Result(code)
-        at, entry = td.walk("SEAMCALL", gpa, level)
-        if at != level:
-            return Result(with_operand(Status.EPT_WALK_FAILED, Operand.RCX), *entry.details(at))
-        if tdx_locks.wanted(leaf, Lock.ENTRY):
-            status, entry.lock = tdx_locks.acquire_entry("host", entry.lock)
-            if status:
-                return Result(with_operand(status, Operand.RCX), *entry.details(level))
-            entry.lock = tdx_locks.release_entry(entry.lock)
-        return entry
-
     def _mem(
         self, leaf: Leaf, td: Td, gpa: int, level: Level, page: int | None = None
     ) -> tuple[Result, Entry]:
         """One TDH.MEM leaf up to the point where it cannot fail any more; the entry has its new state then."""
-        entry = self._find(leaf, td, gpa, level)
-        if isinstance(entry, Result):
-            return entry, Entry()
-        size = Level.PT if leaf in (Leaf.SEPT_ADD, Leaf.PAGE_DEMOTE) else level
-        page_error = 0 if page is None else self._page_error(leaf, page, size)
-        table = leaf in (Leaf.PAGE_PROMOTE, Leaf.SEPT_REMOVE) and entry.state in tdx_sept.TABLES
-        answer = tdx_sept.seamcall(
-            leaf,
-            entry.state,
-            running=running(td.op_state),
-            tracked=tdx_tlb.tracked(td.epochs, self._own(entry, level).bepoch),
-            page_free=not page_error,
-            children=td.below_kind(gpa, level) if table else Children.MIXED,
-        )
-        child = td.busy_child(gpa, level) if leaf == Leaf.PAGE_PROMOTE and table else None
-        refused = self._refused(leaf, answer, entry, level, page_error, child)
-        if refused is None:
-            refused = self._resize_refused(leaf, td, gpa, level, entry)
-        if refused is None:
-            entry.state = answer.state
-        return refused or Result(), entry
-
-    def _refused(
-        self, leaf: Leaf, answer: Answer, entry: Entry, level: Level, page_error: int, child: Entry | None
-    ) -> Result | None:
-        """The refusal that the tables and locks decide, in the module's order; None to go on."""
-        reported = Result(answer.rax, *(entry.details(level) if answer.status in REPORTS else ()))
-        if answer.status == Status.EPT_ENTRY_STATE_INCORRECT:
-            return reported
-        code = self._own_busy(leaf, entry, level)
-        if code:
-            return Result(code)
-        if child and answer.status in (Status.SUCCESS, Status.EPT_INVALID_PROMOTE_CONDITIONS):
-            _, child.lock = tdx_locks.acquire_entry("host", child.lock)
-            return Result(busy(Operand.RCX), *entry.details(level))
-        if answer.status == Status.PAGE_METADATA_INCORRECT:
-            return Result(page_error)  # which may be a busy lock, or no TDMR
-        return None if answer.ok else reported
-
-    def _resize_refused(self, leaf: Leaf, td: Td, gpa: int, level: Level, entry: Entry) -> Result | None:
-        """The last refusals of DEMOTE and PROMOTE: a pending interrupt, then the large page's PAMT entry."""
-        if not tdx_locks.wanted(leaf, Lock.LARGE):
-            return None
-        if self.interrupt_pending:
-            return Result(int(Status.INTERRUPTED_RESTARTABLE), gpa | level, td.tdr)
-        large = entry.hpa if leaf == Leaf.PAGE_DEMOTE else td.below(gpa, level)[0].hpa
-        code = tdx_locks.contended(leaf, Lock.LARGE, self._pamt_held(level, large))
-        return None if code is None else Result(code)
-
-    def _own_key(self, entry: Entry, level: Level) -> tuple[Level, int]:
-        return (level if entry.state.leaf else Level.PT), entry.hpa
-
-    def _own(self, entry: Entry, level: Level) -> tdx_pamt.PamtEntry:
-        """Return the PAMT entry of the page or table that an entry points to."""
-        return self.pamt.get(self._own_key(entry, level), tdx_pamt.NDA)
-
-    def _own_busy(self, leaf: Leaf, entry: Entry, level: Level) -> int:
-        if leaf not in (Leaf.PAGE_REMOVE, Leaf.PAGE_PROMOTE, Leaf.SEPT_REMOVE):
-            return 0
-        return tdx_locks.contended(leaf, Lock.PAMT, self._pamt_held(*self._own_key(entry, level))) or 0
+        call = EntryCall(self, leaf, td, gpa, level, page)
+        found = answer(leaf, call)
+        call.leave_locks(found)
+        if found.ok:
+            call.entry.state = found.state or call.entry.state
+            return Result(), call.entry
+        if found.by == Check.INTERRUPT:
+            return Result(found.rax, gpa | level, td.tdr), Entry()
+        reports = found.by is not None and found.by.reports
+        return Result(found.rax, *(call.entry.details(call.found[0]) if reports else ())), Entry()
 
     def _note(self, leaf: Leaf, of: str, td: Td, size: Level, hpa: int) -> None:
         """Write into the PAMT what the leaf leaves there."""
-        entry = tdx_pamt.after(
-            leaf, of, self.pamt_of(hpa, size), owner=td.tdr // PAGE, td_epoch=td.epochs.td_epoch
-        )
-        self.pamt[size, hpa] = entry
+        owner, before = td.tdr // PAGE, self.pamt_of(hpa, size)
+        self.pamt[size, hpa] = pamt.after(leaf, of, before, owner=owner, td_epoch=td.epochs.td_epoch)
 
     def _put(self, leaf: Leaf, td: Td, gpa: int, level: Level, hpa: int) -> Result:
         result, entry = self._mem(leaf, td, gpa, level, hpa)
         if result.ok:
             table = leaf == Leaf.SEPT_ADD
-            size, of = (Level.PT, tdx_pamt.OF_TABLE) if table else (level, tdx_pamt.OF_PAGE)
+            size, of = (Level.PT, OF_TABLE) if table else (level, OF_PAGE)
             entry.hpa = hpa
             self._note(leaf, of, td, size, hpa)
             td.children += size.pages
@@ -154,8 +69,8 @@ class Module(Platform):
         result, entry = self._mem(Leaf.RANGE_BLOCK, td, gpa, level)
         if result.ok:
             entry.accept_counter = 0
-            of = tdx_pamt.OF_PAGE if entry.state.leaf else tdx_pamt.OF_TABLE
-            self._note(Leaf.RANGE_BLOCK, of, td, *self._own_key(entry, level))
+            of = OF_PAGE if entry.state.leaf else OF_TABLE
+            self._note(Leaf.RANGE_BLOCK, of, td, (level if entry.state.leaf else Level.PT), entry.hpa)
         return result
 
     def tdh_mem_range_unblock(self, td: Td, gpa: int, level: Level = Level.PT) -> Result:
@@ -164,17 +79,17 @@ class Module(Platform):
 
     def tdh_mem_track(self, td: Td) -> Result:
         """TDH.MEM.TRACK: start the next epoch."""
-        code = self._admit(Leaf.TRACK, td) or self._busy(Leaf.TRACK, Lock.EPOCH, td)
-        if not code:
-            code, td.epochs = tdx_tlb.track(td.epochs)
-        return Result(int(code))
+        found = answer(Leaf.TRACK, TdCall(self, td))
+        if found.ok:
+            _, td.epochs = tlb.track(td.epochs)
+        return Result(found.rax)
 
     def tdh_mem_page_remove(self, td: Td, gpa: int, level: Level = Level.PT) -> Result:
         """TDH.MEM.PAGE.REMOVE: give the page back; RCX is its HPA."""
         result, entry = self._mem(Leaf.PAGE_REMOVE, td, gpa, level)
         if not result.ok:
             return result
-        self._note(Leaf.PAGE_REMOVE, tdx_pamt.OF_PAGE, td, level, entry.hpa)
+        self._note(Leaf.PAGE_REMOVE, OF_PAGE, td, level, entry.hpa)
         td.children -= level.pages
         del td.sept[td.key(gpa, level)]
         return Result(rcx=entry.hpa)
@@ -188,10 +103,10 @@ class Module(Platform):
         large, small = entry.hpa, Level(level - 1)
         entry.hpa, entry.accept_counter = hpa, 0
         for i, child in enumerate(td.below(gpa, level)):
-            child.state, child.hpa = tdx_sept.demoted(before), large + i * small.pages * PAGE
-            self._note(Leaf.PAGE_DEMOTE, tdx_pamt.OF_CHILDREN, td, small, child.hpa)
-        self._note(Leaf.PAGE_DEMOTE, tdx_pamt.OF_PAGE, td, level, large)
-        self._note(Leaf.PAGE_DEMOTE, tdx_pamt.OF_TABLE, td, Level.PT, hpa)
+            child.state, child.hpa = sept.demoted(before), large + i * small.pages * PAGE
+            self._note(Leaf.PAGE_DEMOTE, OF_CHILDREN, td, small, child.hpa)
+        self._note(Leaf.PAGE_DEMOTE, OF_PAGE, td, level, large)
+        self._note(Leaf.PAGE_DEMOTE, OF_TABLE, td, Level.PT, hpa)
         td.children += 1
         return result
 
@@ -202,11 +117,11 @@ class Module(Platform):
             return result
         table, large, small = entry.hpa, td.below(gpa, level)[0].hpa, Level(level - 1)
         entry.hpa = large
-        self._note(Leaf.PAGE_PROMOTE, tdx_pamt.OF_PAGE, td, level, large)
-        self._note(Leaf.PAGE_PROMOTE, tdx_pamt.OF_TABLE, td, Level.PT, table)
+        self._note(Leaf.PAGE_PROMOTE, OF_PAGE, td, level, large)
+        self._note(Leaf.PAGE_PROMOTE, OF_TABLE, td, Level.PT, table)
         for i in range(CHILDREN):
             offset = i * small.pages * PAGE
-            self._note(Leaf.PAGE_PROMOTE, tdx_pamt.OF_CHILDREN, td, small, large + offset)
+            self._note(Leaf.PAGE_PROMOTE, OF_CHILDREN, td, small, large + offset)
             del td.sept[td.key(gpa + offset, small)]
         td.children -= 1
         return Result(rcx=table)
@@ -216,7 +131,7 @@ class Module(Platform):
         result, entry = self._mem(Leaf.SEPT_REMOVE, td, gpa, level)
         if not result.ok:
             return result
-        self._note(Leaf.SEPT_REMOVE, tdx_pamt.OF_TABLE, td, Level.PT, entry.hpa)
+        self._note(Leaf.SEPT_REMOVE, OF_TABLE, td, Level.PT, entry.hpa)
         td.children -= 1
         del td.sept[td.key(gpa, level)]
         return Result(rcx=entry.hpa)
@@ -225,32 +140,28 @@ class Module(Platform):
         """TDH.VP.ENTER up to the entry: if the result is ok the vCPU is inside, and td_exit() ends the leaf."""
         if vcpu.inside:
             raise ValueError("the vCPU is inside already; end that with td_exit()")
-        code = self._admit(Leaf.VP_ENTER, td)
-        if code:
-            return Result(code)
-        new, vcpu.associated = not vcpu.associated, True
-        code = self._busy(Leaf.VP_ENTER, Lock.EPOCH, td)
-        if code:
-            return Result(code)
-        td.epochs, vcpu.epoch, flush = tdx_tlb.enter(td.epochs, vcpu.epoch, newly_associated=new)
-        if flush:
-            vcpu.tlb.clear()
         gpas = [gpa for gpa in vcpu.stepping.gpas if isinstance(gpa, int)]
         faulting = [gpa for gpa in gpas if self._access(td, gpa)[0] != Guest.DATA]
-        tree = self._busy(Leaf.VP_ENTER, Lock.TREE, td, armed=vcpu.stepping.armed)
-        verdict = tdx_tlb.entry_filter(vcpu.stepping, tree_free=not tree, faulting=faulting)
-        vcpu.inside = verdict == tdx_tlb.ENTER
-        if vcpu.inside:
-            return Result()
-        td.epochs = tdx_tlb.leave(td.epochs, vcpu.epoch)
-        if verdict == tdx_tlb.TREE_BUSY:
-            return Result(tree)
-        return Result(EXIT_REASON_EPT_VIOLATION, _WRITE, 0, faulting[0], Guest.EXIT)
+        found = answer(Leaf.VP_ENTER, VcpuCall(self, td, vcpu, faulting))
+        if not came_to(Leaf.VP_ENTER, Check.EPOCH, found):
+            return Result(found.rax)
+        new, vcpu.associated = not vcpu.associated, True
+        if found.by == Check.EPOCH:
+            return Result(found.rax)
+        td.epochs, vcpu.epoch, flush = tlb.enter(td.epochs, vcpu.epoch, newly_associated=new)
+        if flush:
+            vcpu.tlb.clear()
+        vcpu.inside = found.ok
+        if not found.ok:
+            td.epochs = tlb.leave(td.epochs, vcpu.epoch)
+        if found.by == Check.STEPPING:
+            return Result(found.rax, _WRITE, 0, faulting[0], Guest.EXIT)
+        return Result(found.rax)
 
     def td_exit(self, td: Td, vcpu: Vcpu, *, progress: bool = True) -> Result:
         """Any other TD exit: what VP.ENTER returns; after a #MC anywhere in the TD, that the TD is lost."""
-        vcpu.inside, td.epochs = False, tdx_tlb.leave(td.epochs, vcpu.epoch)
-        vcpu.stepping = tdx_tlb.td_exit(vcpu.stepping, progress=progress)
+        vcpu.inside, td.epochs = False, tlb.leave(td.epochs, vcpu.epoch)
+        vcpu.stepping = tlb.td_exit(vcpu.stepping, progress=progress)
         return Result(int(Status.NON_RECOVERABLE_TD_NON_ACCESSIBLE) if td.fatal else 0)
 
     def machine_check(self, td: Td, vcpu: Vcpu) -> Result:
@@ -260,7 +171,7 @@ class Module(Platform):
 
     def _access(self, td: Td, gpa: int) -> tuple[Guest, Level, Entry]:
         at, entry = td.walk("SEAMCALL", gpa)
-        return tdx_sept.access(entry.state, ve_disable=td.ve_disable), at, entry
+        return sept.access(entry.state, ve_disable=td.ve_disable), at, entry
 
     def access(self, td: Td, vcpu: Vcpu, gpa: int, *, write: bool = True, progress: bool = True) -> Result:
         """A private access by a vCPU that is inside: through its TLB, else by a walk; RAX to R8 are of a TD exit.
@@ -282,7 +193,7 @@ class Module(Platform):
         if lost.rax:
             return lost
         page = gpa // PAGE * PAGE
-        vcpu.stepping = tdx_tlb.ept_violation(vcpu.stepping, page, progress=progress)
+        vcpu.stepping = tlb.ept_violation(vcpu.stepping, page, progress=progress)
         return Result(
             EXIT_REASON_EPT_VIOLATION, _WRITE if write else 1, found.extended_qualification, page, found
         )
@@ -293,26 +204,20 @@ class Module(Platform):
         """TDG.MEM.PAGE.ACCEPT: RAX for the guest, or a TD exit; a 2M one stops after that many 4K pages."""
         if not vcpu.inside:
             raise ValueError("only a vCPU that is inside executes TDCALL; vp_enter() first")
-        if not LEVELS(leaf=Leaf.ACCEPT, level=level, top=td.top) or not td.has_entry(gpa, level):
-            return Result(_INVALID)
-        at, entry = td.walk("ACCEPT", gpa, level)
-        stopped = tdx_sept.walk("ACCEPT", entry.state, at) if at != level else None
-        if stopped is None:
-            status, entry.lock = tdx_locks.acquire_entry("guest", entry.lock)
-            if status:
-                return Result(tdx_locks.told_to_guest(status))
-            entry.lock = tdx_locks.release_entry(entry.lock)
-            stopped = tdx_sept.seamcall(Leaf.ACCEPT, entry.state, level=level)
-        if stopped.status == Guest.EXIT_ACCEPT:
+        call = EntryCall(self, Leaf.ACCEPT, td, gpa, level)
+        found = answer(Leaf.ACCEPT, call)
+        call.leave_locks(found)
+        if found.status == Guest.EXIT_ACCEPT:
             lost = self.td_exit(td, vcpu, progress=False)
             if lost.rax:
                 return lost
-            info = accept_info(entry.state, level, at)
-            return Result(EXIT_REASON_EPT_VIOLATION, _WRITE, info, gpa, Guest.EXIT_ACCEPT)
-        if stopped.ok and not self._zero(entry, level, interrupt_after):
+            info = accept_info(call.entry.state, level, call.found[0])
+            return Result(found.rax, _WRITE, info, gpa, Guest.EXIT_ACCEPT)
+        if found.ok and not self._zero(call.entry, level, interrupt_after):
             return Result(exit=Guest.INTERRUPTED)
-        entry.state = stopped.state
-        return Result(stopped.rax)
+        if found.state:
+            call.entry.state = found.state
+        return Result(found.rax)
 
     def _zero(self, entry: Entry, level: Level, chunks: int) -> bool:
         """Zero the page, of a 2M one at most `chunks` 4K pages; whether all is done."""
@@ -321,3 +226,72 @@ class Module(Platform):
             entry.accept_counter, done = accept_chunk(entry.accept_counter)
             chunks -= 1
         return done
+
+    # The life of a TD, and pages of physical memory.
+
+    def tdh_mr_finalize(self, td: Td) -> Result:
+        """TDH.MR.FINALIZE: the TD may run, and TLB tracking counts from now on."""
+        found = answer(Leaf.MR_FINALIZE, TdCall(self, td, ready=bool(td.vcpus)))
+        if found.ok:
+            td.op_state = OpState.RUNNABLE
+        return Result(found.rax)
+
+    def tdh_vp_flush(self, td: Td, vcpu: Vcpu) -> Result:
+        """TDH.VP.FLUSH: take the vCPU off its processor."""
+        found = answer(Leaf.VP_FLUSH, TdCall(self, td, ready=vcpu.associated))
+        if found.ok:
+            vcpu.associated = False
+            vcpu.tlb.clear()
+        return Result(found.rax)
+
+    def tdh_mng_vpflushdone(self, td: Td) -> Result:
+        """TDH.MNG.VPFLUSHDONE: no vCPU is on a processor any more; the HKID may be flushed."""
+        ready = not any(vcpu.associated for vcpu in td.vcpus)
+        return self._end(Leaf.MNG_VPFLUSHDONE, td, ready, Lifecycle.BLOCKED)
+
+    def tdh_phymem_cache_wb(self) -> Result:
+        """TDH.PHYMEM.CACHE.WB on every package: write back the lines of all HKIDs that are flushed."""
+        waiting = [td for td in self.tds.values() if td.lifecycle == Lifecycle.BLOCKED]
+        for td in waiting:
+            td.cache_written_back = True
+        return Result(answer(Leaf.CACHE_WB, Told(ready=bool(waiting))).rax)
+
+    def tdh_mng_key_freeid(self, td: Td) -> Result:
+        """TDH.MNG.KEY.FREEID: the HKID is free, the TD's pages may be reclaimed."""
+        return self._end(Leaf.MNG_KEY_FREEID, td, td.cache_written_back, Lifecycle.TEARDOWN)
+
+    def _end(self, leaf: Leaf, td: Td, ready: bool, then: Lifecycle) -> Result:
+        found = answer(leaf, TdCall(self, td, ready=ready))
+        if found.ok:
+            td.lifecycle = then
+        return Result(found.rax)
+
+    def tdh_phymem_page_reclaim(self, hpa: int) -> Result:
+        """TDH.PHYMEM.PAGE.RECLAIM of a page of a TD in teardown, the TDR's last; RCX type, RDX owner, R8 size."""
+        call = ReclaimCall(self, hpa)
+        found, size, entry = answer(Leaf.PAGE_RECLAIM, call), call.key[0], call.entry
+        if (
+            not came_to(Leaf.PAGE_RECLAIM, Check.PAGE, found)
+            or found.status == Status.PAGE_METADATA_INCORRECT
+        ):
+            return Result(found.rax)
+        if found.ok:
+            self.pamt[size, hpa] = pamt.after(
+                Leaf.PAGE_RECLAIM, OF_PAGE, entry, owner=entry.owner, td_epoch=0
+            )
+            if entry.type != pamt.PageType.TDR:
+                self.tds[entry.owner * PAGE].children -= size.pages
+        return Result(found.rax, entry.type, entry.owner * PAGE, size)
+
+    def tdh_phymem_page_wbinvd(self, hpa: int) -> Result:
+        """TDH.PHYMEM.PAGE.WBINVD of a free page; the HKID in the address's upper bits is left to lines.py."""
+        return Result(answer(Leaf.PAGE_WBINVD, PageCall(self, hpa)).rax)
+
+    def tdh_phymem_page_rdmd(self, hpa: int) -> Result:
+        """TDH.PHYMEM.PAGE.RDMD: RCX type, RDX owner, R8 size of the page's PAMT entry."""
+        found = answer(Leaf.PAGE_RDMD, PageCall(self, hpa))
+        if not found.ok:
+            return Result(found.rax)
+        size, first = self.walk_pamt(hpa, Level.PT)
+        entry = self.pamt_of(first, size)
+        return Result(0, entry.type, entry.owner * PAGE, size)

@@ -41,18 +41,16 @@ IS_FREE = Rules(
     "TDX module 1.5.01, pamt_walk() and pamt_is_2mb_range_free(): may a leaf take this free page",
     {
         "size": (Level.PT, Level.PD),
-        "in_tdmr": (True, False),
         "larger": (False, True),  # a larger entry over it is PT_REG
         "entry": (PageType.NDA, "other"),  # of the size asked for
         "children": (True, False),  # 2M: all 512 4K entries are PT_NDA
     },
     [
-        (ANY, False, ANY, ANY, ANY, Status.OPERAND_ADDR_RANGE_ERROR),
-        (ANY, True, True, ANY, ANY, Status.PAGE_METADATA_INCORRECT),
-        (ANY, True, False, "other", ANY, Status.PAGE_METADATA_INCORRECT),
-        (Level.PT, True, False, PageType.NDA, ANY, Status.SUCCESS),
-        (Level.PD, True, False, PageType.NDA, True, Status.SUCCESS),
-        (Level.PD, True, False, PageType.NDA, False, Status.PAGE_METADATA_INCORRECT),
+        (ANY, True, ANY, ANY, Status.PAGE_METADATA_INCORRECT),
+        (ANY, False, "other", ANY, Status.PAGE_METADATA_INCORRECT),
+        (Level.PT, False, PageType.NDA, ANY, Status.SUCCESS),
+        (Level.PD, False, PageType.NDA, True, Status.SUCCESS),
+        (Level.PD, False, PageType.NDA, False, Status.PAGE_METADATA_INCORRECT),
     ],
 )
 
@@ -64,6 +62,7 @@ PAGE_OPERAND = {
     Leaf.PAGE_DEMOTE: Operand.R8,
     Leaf.PAGE_WBINVD: Operand.RCX,
     Leaf.PAGE_RECLAIM: Operand.RCX,
+    Leaf.PAGE_RDMD: Operand.RCX,
 }
 
 
@@ -130,12 +129,10 @@ EFFECTS = Rules(
 )
 
 
-def is_free(
-    size: Level, entry: PamtEntry, *, larger: bool = False, children: bool = True, in_tdmr: bool = True
-) -> Status:
+def is_free(size: Level, entry: PamtEntry, *, larger: bool = False, children: bool = True) -> Status:
     """May a leaf take a page of this size whose entry is `entry`: SUCCESS, or the error; see IS_FREE."""
     kind = PageType.NDA if entry.type == PageType.NDA else "other"
-    return Status(IS_FREE(size=size, in_tdmr=in_tdmr, larger=larger, entry=kind, children=children))
+    return Status(IS_FREE(size=size, larger=larger, entry=kind, children=children))
 
 
 def after(leaf: Leaf, of: str, entry: PamtEntry, *, owner: int, td_epoch: int) -> PamtEntry:

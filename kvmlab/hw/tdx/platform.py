@@ -1,18 +1,17 @@
-"""What TDX modules' leaves share: the PAMT, locks that a reader may hold, and the life of TDs.
+"""What all leaves of a module share: physical memory with its PAMT, the TDs, and locks that a reader may hold.
 
 MNG.CREATE, KEY.CONFIG, ADDCX and INIT are one method, and so are VP.CREATE, ADDCX and INIT; TDCX pages are left out.
-Source: TDX module 1.5.01, one file a leaf.
+Source: TDX module 1.5.01, one file a leaf, pamt_manager.c.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 
-from . import td as tdx_td
-from .locks import EXCLUSIVE, NONE, SHARED, EntryLock, Lock, contended
-from .pamt import NDA, OF_PAGE, PAGE_OPERAND, PageType, PamtEntry, after, is_free
-from .parts import PAGE, Result, Td, Vcpu
-from .words import Leaf, Level, Operand, Status, with_operand
+from .locks import EXCLUSIVE, NONE, SHARED, EntryLock, Lock
+from .pamt import NDA, PageType, PamtEntry, is_free
+from .structures import PAGE, Td, Vcpu
+from .words import Level, Status
 
 PamtKey = tuple[Level, int]  # size, HPA
 
@@ -101,157 +100,47 @@ class Platform:
         return td.vcpus[-1]
 
     def _take(self, hpa: int, entry: PamtEntry) -> None:
-        if self._free_status(hpa, Level.PT):
+        if self.form(hpa, Level.PT) or self.free(hpa, Level.PT):
             raise ValueError(f"page {hpa:#x} is not free; any page of 4K below {self.size:#x} that is NDA is")
         self.pamt[Level.PT, hpa] = entry
 
-    def _covering(self, hpa: int, above: Level) -> Level | None:
-        """Return the size of a PT_REG entry larger than `above` over a page."""
-        for size in (Level.PDPT, Level.PD):
-            start = hpa - hpa % (size.pages * PAGE)
-            if size > above and self.pamt_of(start, size).type == PageType.REG:
-                return size
-        return None
+    # What a leaf finds out about a page.
 
-    def _free_status(self, hpa: int, size: Level) -> Status:
-        step = size.pages * PAGE
-        if hpa % step:
+    def form(self, hpa: int, size: Level) -> Status:
+        """Whether an address is that of a page of this size."""
+        if hpa % (size.pages * PAGE):
             return Status.OPERAND_INVALID
-        pages = range(hpa, hpa + step, PAGE) if size == Level.PD else ()
+        return Status.SUCCESS if hpa + size.pages * PAGE <= self.size else Status.OPERAND_ADDR_RANGE_ERROR
+
+    def free(self, hpa: int, size: Level) -> Status:
+        """Whether a leaf may take a page."""
+        pages = range(hpa, hpa + size.pages * PAGE, PAGE) if size == Level.PD else ()
         return is_free(
             size,
             self.pamt_of(hpa, size),
-            larger=self._covering(hpa, size) is not None,
+            larger=self.walk_pamt(hpa, size)[0] != size,
             children=all(self.pamt_of(page).type == PageType.NDA for page in pages),
-            in_tdmr=hpa + step <= self.size,
         )
 
-    def _page_error(self, leaf: Leaf, hpa: int, size: Level = Level.PT) -> int:
-        """RAX of a leaf that wants this free page, because of the PAMT or its lock; 0 if it gets it."""
-        status = self._free_status(hpa, size)
-        if status in (Status.OPERAND_INVALID, Status.OPERAND_ADDR_RANGE_ERROR):
-            return with_operand(status, PAGE_OPERAND[leaf])
-        locked = self._pamt_busy(leaf, hpa, size)
-        return locked or (with_operand(status, PAGE_OPERAND[leaf]) if status else 0)
+    def walk_pamt(self, hpa: int, size: Level) -> PamtKey:
+        """Where pamt_walk() for a page ends: at the entry of its size, or above at one that is PT_REG."""
+        for up in (Level.PDPT, Level.PD):
+            if up > size and self.pamt_of(hpa - hpa % (up.pages * PAGE), up).type == PageType.REG:
+                return up, hpa - hpa % (up.pages * PAGE)
+        return size, hpa
 
-    def _pamt_busy(self, leaf: Leaf, hpa: int, size: Level) -> int:
-        parents = [(up, hpa - hpa % (up.pages * PAGE)) for up in (Level.PDPT, Level.PD) if up > size]
-        for lock, key in [*((Lock.PARENTS, p) for p in parents), (Lock.PAMT, (size, hpa))]:
-            code = contended(leaf, lock, self._pamt_held(*key))
-            if code is not None:
-                return code
-        return 0
-
-    def _busy(self, leaf: Leaf, lock: Lock, td: Td, *, armed: bool = False) -> int:
-        """RAX if a lock of the TD stops the leaf, else 0.  Each vCPU inside holds the TDR shared."""
-        held = self._tdr_held(td) if lock == Lock.TDR else self.held.get((lock, td.tdr), NONE)
-        return contended(leaf, lock, held, armed=armed) or 0
-
-    def _tdr_held(self, td: Td) -> str:
-        inside = SHARED if any(vcpu.inside for vcpu in td.vcpus) else NONE
-        return self.held.get((Lock.TDR, td.tdr), inside)
-
-    def _pamt_held(self, size: Level, hpa: int) -> str:
+    def pamt_held(self, size: Level, hpa: int) -> str:
         """How others hold a PAMT entry; a TDR's goes by the name of Lock.TDR."""
         if size == Level.PT and hpa in self.tds:
-            return self._tdr_held(self.tds[hpa])
+            return self.tdr_held(self.tds[hpa])
         return self.held.get((Lock.PAMT, (size, hpa)), NONE)
 
-    def _admit(self, leaf: Leaf, td: Td) -> int:
-        """RAX if the TD's locks or its state do not let a leaf in, else 0."""
-        code = self._busy(leaf, Lock.TDR, td)
-        if code:
-            return code
-        status = tdx_td.admitted(leaf, lifecycle=td.lifecycle, op_state=td.op_state, fatal=td.fatal)
-        if status in (Status.SUCCESS, Status.OP_STATE_INCORRECT):
-            return self._busy(leaf, Lock.OP_STATE, td) or status
-        return status
+    def parents_held(self, size: Level, hpa: int) -> str:
+        """How others hold the PAMT entries above one: EXCLUSIVE if one of them is."""
+        parents = [(up, hpa - hpa % (up.pages * PAGE)) for up in (Level.PDPT, Level.PD) if up > size]
+        return EXCLUSIVE if EXCLUSIVE in (self.pamt_held(*key) for key in parents) else NONE
 
-    def tdh_mr_finalize(self, td: Td) -> Result:
-        """TDH.MR.FINALIZE: the TD may run, and TLB tracking counts from now on."""
-        code = self._admit(Leaf.MR_FINALIZE, td) or (0 if td.vcpus else Status.NO_VCPUS)
-        if not code:
-            td.op_state = tdx_td.OpState.RUNNABLE
-        return Result(code)
-
-    def tdh_vp_flush(self, td: Td, vcpu: Vcpu) -> Result:
-        """TDH.VP.FLUSH: take the vCPU off its processor."""
-        code = self._busy(Leaf.VP_FLUSH, Lock.TDR, td)
-        if not code and td.lifecycle != tdx_td.Lifecycle.KEYS_CONFIGURED:
-            code = Status.TD_KEYS_NOT_CONFIGURED
-        if not code and not vcpu.associated:
-            code = Status.VCPU_NOT_ASSOCIATED
-        if not code:
-            vcpu.associated = False
-            vcpu.tlb.clear()
-        return Result(code)
-
-    def _end(self, leaf: Leaf, td: Td, ready: bool, then: tdx_td.Lifecycle) -> Result:
-        code = self._busy(leaf, Lock.TDR, td)
-        code = code or tdx_td.TEARDOWN(leaf=leaf, lifecycle=td.lifecycle, ready=ready)
-        if not code:
-            td.lifecycle = then
-        return Result(code)
-
-    def tdh_mng_vpflushdone(self, td: Td) -> Result:
-        """TDH.MNG.VPFLUSHDONE: no vCPU is on a processor any more; the HKID may be flushed."""
-        ready = not any(vcpu.associated for vcpu in td.vcpus)
-        return self._end(Leaf.MNG_VPFLUSHDONE, td, ready, tdx_td.Lifecycle.BLOCKED)
-
-    def tdh_phymem_cache_wb(self) -> Result:
-        """TDH.PHYMEM.CACHE.WB on every package: write back the lines of all HKIDs that are flushed."""
-        waiting = [td for td in self.tds.values() if td.lifecycle == tdx_td.Lifecycle.BLOCKED]
-        for td in waiting:
-            td.cache_written_back = True
-        return Result(0 if waiting else Status.NO_HKID_READY_TO_WBCACHE)
-
-    def tdh_mng_key_freeid(self, td: Td) -> Result:
-        """TDH.MNG.KEY.FREEID: the HKID is free, the TD's pages may be reclaimed."""
-        return self._end(Leaf.MNG_KEY_FREEID, td, td.cache_written_back, tdx_td.Lifecycle.TEARDOWN)
-
-    def tdh_phymem_page_reclaim(self, hpa: int) -> Result:
-        """TDH.PHYMEM.PAGE.RECLAIM of a page of a TD in teardown, the TDR's last; RCX type, RDX owner, R8 size."""
-        size = self._covering(hpa, Level.PT) or Level.PT
-        entry = self.pamt_of(hpa - hpa % (size.pages * PAGE), size)
-        code = self._not_readable(Leaf.PAGE_RECLAIM, hpa, size)
-        if not code and entry.type in (PageType.NDA, PageType.RSVD):
-            code = with_operand(Status.PAGE_METADATA_INCORRECT, Operand.RCX)
-        if code:
-            return Result(code)
-        code = self._not_reclaimable(hpa, size, entry)
-        if not code:
-            self.pamt[size, hpa] = after(Leaf.PAGE_RECLAIM, OF_PAGE, entry, owner=entry.owner, td_epoch=0)
-            if entry.type != PageType.TDR:
-                self.tds[entry.owner * PAGE].children -= size.pages
-        return Result(code, entry.type, entry.owner * PAGE, size)
-
-    def _not_readable(self, leaf: Leaf, hpa: int, size: Level) -> int:
-        """RAX of RECLAIM and RDMD where they cannot read the page's PAMT entry, else 0."""
-        if hpa % PAGE:
-            return with_operand(Status.OPERAND_INVALID, Operand.RCX)
-        if hpa >= self.size:
-            return with_operand(Status.OPERAND_ADDR_RANGE_ERROR, Operand.RCX)
-        return self._pamt_busy(leaf, hpa - hpa % (size.pages * PAGE), size)
-
-    def _not_reclaimable(self, hpa: int, size: Level, entry: PamtEntry) -> int:
-        if hpa % (size.pages * PAGE):
-            return with_operand(Status.OPERAND_INVALID, Operand.RCX)
-        root = entry.type == PageType.TDR
-        td = self.tds[hpa if root else entry.owner * PAGE]
-        locked = 0 if root else self._busy(Leaf.PAGE_RECLAIM, Lock.TDR, td)
-        ready = not root or not td.children
-        status = tdx_td.TEARDOWN(leaf=Leaf.PAGE_RECLAIM, lifecycle=td.lifecycle, ready=ready)
-        return locked or int(status)
-
-    def tdh_phymem_page_wbinvd(self, hpa: int) -> Result:
-        """TDH.PHYMEM.PAGE.WBINVD of a free page; the HKID in the address's upper bits is left to tdx_lines."""
-        return Result(self._page_error(Leaf.PAGE_WBINVD, hpa))
-
-    def tdh_phymem_page_rdmd(self, hpa: int) -> Result:
-        """TDH.PHYMEM.PAGE.RDMD: RCX type, RDX owner, R8 size of the page's PAMT entry."""
-        size = self._covering(hpa, Level.PT) or Level.PT
-        code = self._not_readable(Leaf.PAGE_RDMD, hpa, size)
-        if code:
-            return Result(code)
-        entry = self.pamt_of(hpa - hpa % (size.pages * PAGE), size)
-        return Result(0, entry.type, entry.owner * PAGE, size)
+    def tdr_held(self, td: Td) -> str:
+        """How others hold a TD's TDR: each vCPU inside holds it shared."""
+        inside = SHARED if any(vcpu.inside for vcpu in td.vcpus) else NONE
+        return self.held.get((Lock.TDR, td.tdr), inside)

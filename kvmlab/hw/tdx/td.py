@@ -7,6 +7,7 @@ lifecycle leaves' own files.  Left out: the op states of live migration.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import NamedTuple
 
 from ..rules import ANY, Rules
 from .words import Leaf, Status
@@ -27,6 +28,14 @@ class OpState(StrEnum):
     UNINITIALIZED = "UNINITIALIZED"
     INITIALIZED = "INITIALIZED"
     RUNNABLE = "RUNNABLE"
+
+
+class TdState(NamedTuple):
+    """How far a TD is in its life; as it is given here, it runs."""
+
+    lifecycle: Lifecycle = Lifecycle.KEYS_CONFIGURED
+    op_state: OpState = OpState.RUNNABLE
+    fatal: bool = False  # TDR.FATAL, after a machine check
 
 
 BUILD = Rules(
@@ -93,12 +102,6 @@ TEARDOWN = Rules(
         (Leaf.PAGE_RECLAIM, Lifecycle.TEARDOWN, False, Status.TD_ASSOCIATED_PAGES_EXIST),
     ],
 )
-
-
-def admitted(leaf: Leaf, *, lifecycle: Lifecycle, op_state: OpState, fatal: bool = False) -> Status:
-    """Whether a TD in this state lets a leaf in: SUCCESS, or the status that the leaf returns (no operand)."""
-    status = Status(BUILD(fatal=fatal, lifecycle=lifecycle))
-    return status or Status(OP_STATE(leaf=leaf, op_state=op_state))
 
 
 def running(op_state: OpState) -> bool:

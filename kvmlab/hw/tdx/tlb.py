@@ -142,22 +142,9 @@ def ept_violation(state: ZeroStep, gpa: Hashable, *, progress: bool) -> ZeroStep
     return state._replace(gpas=(*state.gpas, gpa))
 
 
-ENTER, TREE_BUSY, FAKE = "enter", "TDX_OPERAND_BUSY | SEPT_TREE", "EPT violation without entering"
+def steps(state: ZeroStep, faulting: Iterable[Hashable]) -> bool:
+    """td_entry_stepping_filter(): whether VP.ENTER answers an EPT violation without entering.
 
-FILTER = Rules(
-    "TDX module 1.5.01, td_entry_stepping_filter(): VP.ENTER of a vCPU",
-    {"armed": (False, True), "tree_free": (False, True), "would_fault": (False, True)},
-    [
-        (False, ANY, ANY, ENTER),
-        (True, False, ANY, TREE_BUSY),
-        (True, True, True, FAKE),  # the list stays, so the next VP.ENTER looks again
-        (True, True, False, ENTER),
-    ],
-)
-
-
-def entry_filter(state: ZeroStep, *, tree_free: bool, faulting: Iterable[Hashable]) -> str:
-    """VP.ENTER before it enters: ENTER, TREE_BUSY or FAKE; `faulting`: GPAs that would raise an EPT violation now."""
-    would_fault = not set(state.gpas).isdisjoint(faulting)
-    answer: str = FILTER(armed=state.armed, tree_free=tree_free, would_fault=would_fault)
-    return answer
+    `faulting`: GPAs that would raise one now.  The list stays, so the next VP.ENTER looks again.
+    """
+    return not set(state.gpas).isdisjoint(faulting)

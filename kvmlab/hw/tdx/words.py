@@ -1,8 +1,7 @@
 """Intel TDX: the words of the TDX module's interface, bit for bit (leaves, completion codes, operands, levels).
 
-The rules that use them are in tdx_sept.py, tdx_pamt.py, tdx_locks.py, tdx_tlb.py, tdx_td.py and tdx_lines.py; an
-object to play with is in tdx_module.py.  Source: the TDX module itself (github intel/tdx-module, tag TDX_1.5.01),
-tdx_error_codes_defs.h, tdx_api_defs.h, pamt_manager.h.  Left out: live migration, L2 VMs, service TDs.
+Source: the TDX module itself (github intel/tdx-module, tag TDX_1.5.01), tdx_error_codes_defs.h, tdx_api_defs.h,
+pamt_manager.h.  Left out: live migration, L2 VMs, service TDs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pieces that tdx_module.Module is made of: registers returned, S-EPT entries, vCPUs, a TD with its tree."""
+"""What the module keeps of a TD: TDR and TDCS with the secure EPT, vCPUs, S-EPT entries; and registers returned."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .entry import State, arch_entry, arch_info
 from .locks import UNLOCKED, EntryLock
 from .sept import DESCEND, WALK, Children
-from .td import Lifecycle, OpState
+from .td import Lifecycle, OpState, TdState
 from .tlb import CALM, START, Epochs, ZeroStep
 from .words import CHILDREN, Guest, Level, is_shared, name, status_part
 
@@ -76,6 +76,11 @@ class Td:
     epochs: Epochs = START
     vcpus: list[Vcpu] = field(default_factory=list)
     sept: dict[tuple[Level, int], Entry] = field(default_factory=dict)  # by level and number at that level
+
+    @property
+    def life(self) -> TdState:
+        """How far the TD is in its life, as the leaves ask."""
+        return TdState(self.lifecycle, self.op_state, self.fatal)
 
     @property
     def gpaw(self) -> bool:
