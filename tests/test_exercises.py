@@ -12,8 +12,8 @@ pytest.importorskip("anywidget", reason="needs anywidget")
 
 from kvmlab import nb, nbrules
 from kvmlab.hw.tdx.entry import State
-from kvmlab.show.sept import SeptBoard
-from kvmlab.show.sept_walk import At, Click, answer, possible
+from kvmlab.show.sept_board import SeptBoard
+from kvmlab.show.sept_machine import At, Click, answer, possible
 from kvmlab.show.widget import Workbench
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))

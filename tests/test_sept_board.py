@@ -21,8 +21,8 @@ from kvmlab.hw.tdx.module import Module
 from kvmlab.hw.tdx.parts import Result, Td, Vcpu
 from kvmlab.hw.tdx.td import OpState
 from kvmlab.show import sept_picture
-from kvmlab.show.sept import SeptBoard, log_line
-from kvmlab.show.sept_walk import ENTRY_STATES, At, Click, answer, possible, reachable
+from kvmlab.show.sept_board import SeptBoard, log_line
+from kvmlab.show.sept_machine import ENTRY_STATES, At, Click, answer, possible, reachable
 
 TDR, TDVPR, TABLE, PAGE, GPA = 0x1000, 0x2000, 0x10000, 0x80000, 0x5000
 STORY = ("VP.ENTER", "access", "AUG", "VP.ENTER", "ACCEPT", "access", "BLOCK")

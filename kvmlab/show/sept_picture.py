@@ -18,7 +18,7 @@ from ..hw.tdx import sept as tdx_sept
 from ..hw.tdx.entry import State
 from ..hw.tdx.sept import Tracking
 from ..hw.tdx.tlb import Age
-from .sept_walk import ENTRY_STATES, At, Click
+from .sept_machine import ENTRY_STATES, At, Click
 from .style import BLUE, GREEN, VERMILLION
 
 WIDTH, HEIGHT = 960, 426

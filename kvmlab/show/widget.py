@@ -20,20 +20,22 @@ from ..design.calls import SECTIONS
 from ..errors import Refusal
 from ..explore.graph import Watch
 from ..machine.properties import BY_NAME
-from ..verdict.code import replay
+from ..verdict.replay import replay
 from ..verdict.report import Report, as_design, check_case
+from ..verdict.run import Case
 from ..verdict.session import Session, changed_case
-from ..verdict.trace import Case, Trace
+from ..verdict.trace import Trace
 from .html import report_html, run_html, side_by_side_html, trace_title
 from .messages import Message, a_number, a_text, has_code, in_words, one_of
 from .page import script, stylesheet
-from .search import Search
+from .search_thread import Search
 from .style import block, el, quiet
-from .view import case_view, choices, first_position, trace_view, view
+from .workbench_json import case_json, choices, first_position, session_json, trace_json
 
 INVITATION = "Run this cell to make it live: move a line, and every interleaving is explored again."
 FARTHEST = 200  # lines that one message may move a statement
 LONGEST_HISTORY = 100
+
 
 @dataclass(frozen=True)
 class Wish:
@@ -244,7 +246,7 @@ class Workbench(anywidget.AnyWidget):
             self._begin(Wish("change", case, versus, run, draft, focus))
 
     def _begin(self, wish: Wish) -> None:
-        case = {**case_view(wish.case), "choices": choices(wish.case.design)}
+        case = {**case_json(wish.case), "choices": choices(wish.case.design)}
         self._settle()
         search = Search(lambda watch: self._checked(wish, watch), self._tell, self._done)
         self._wish, self._search = wish, search
@@ -319,8 +321,8 @@ class Workbench(anywidget.AnyWidget):
             "undo": bool(self.history),
         }
         if self._drawn is None or self._drawn[0] is not self.session.trace:
-            self._drawn = self.session.trace, trace_view(self.session.trace)
-        return {**view(self.session, self._drawn[1]), **mine}
+            self._drawn = self.session.trace, trace_json(self.session.trace)
+        return {**session_json(self.session, self._drawn[1]), **mine}
 
 
 def _against(case: Case, versus: Design | None, watch: Watch | None = None) -> Report | str:

@@ -14,9 +14,10 @@ from ..errors import Refusal
 from ..explore.paths import Schedule
 from ..machine.conf import Switches
 from ..machine.properties import PROPERTIES
-from .code import replay
+from .replay import replay
 from .report import Report, as_design, check, check_case
-from .trace import Case, Event, Frame, Trace, options
+from .run import Case, Event, Frame, options
+from .trace import Trace
 
 BY_HAND = "by-hand"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...design import Design
 from ...machine.conf import Switches
 from ..report import NEVER, Report, check
-from ..trace import changed
+from ..run import changed
 
 if TYPE_CHECKING:
     from ...emulator import Vm

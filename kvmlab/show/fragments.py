@@ -1,4 +1,4 @@
-"""The live view's fragments made small: styles gathered into classes, fragments that recur sent once."""
+"""What the workbench sends to the browser, made small: a class in place of each inline style, what recurs once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .style import Html
 _STYLE = re.compile(r' style="([^"]*)"')
 
 
-class Sheet:
-    """Classes for the styles seen so far, and the fragments to be shared, in the order of their first use."""
+class Fragments:
+    """The fragments of one run: the classes that stand for their styles, and a pool of those that recur."""
 
     def __init__(self, scope: str) -> None:
         self.scope = scope

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ..machine.properties import BY_NAME
-from ..verdict.report import ALWAYS, NEVER, SOMETIMES, UNJUDGED
+from ..verdict.matrix import Matrix, Square
+from ..verdict.report import ALWAYS, NEVER, SOMETIMES, UNJUDGED, Report
+from ..verdict.run import Case
 from .style import (
     ALARM,
     LINE,
@@ -27,11 +28,6 @@ from .style import (
     tint,
     tr,
 )
-
-if TYPE_CHECKING:
-    from ..verdict.matrix import Matrix, Square
-    from ..verdict.report import Report
-    from ..verdict.trace import Case
 
 RULED = f"padding:3px 12px 3px 0;border-bottom:1px solid {LINE}"
 HOST_DOWN = ("host-rmp-fault", "kernel-bug", "platform-error", "deadlock")

@@ -1,7 +1,7 @@
 """The TDX module's state machine to click through: one secure EPT entry, one vCPU, every answer bit for bit.
 
-All answers are computed beforehand (sept_walk.py), so the browser walks without a kernel; a stored output keeps the
-drawing, what was clicked, and the table of all answers.
+All answers are computed beforehand (sept_machine.py), so the browser walks without a kernel; a stored output keeps
+the drawing, what was clicked, and the table of all answers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..hw.tdx.sept import SEPT, Children, Tracking
 from ..hw.tdx.td import OpState
 from . import sept_picture
 from .page import stylesheet
-from .sept_walk import ENTRY_STATES, MEANINGS, Answer, At, Click, answer, possible, reachable, walked
+from .sept_machine import ENTRY_STATES, MEANINGS, Answer, At, Click, answer, possible, reachable, walked
 from .style import FAINT, LINE, MONO, SMALL, Html, alarm, block, el, join, quiet, table, td, th, tr
 
 _HERE = Path(__file__).parent
