@@ -1,8 +1,8 @@
 """kvmlab: how should KVM convert guest memory between shared and private?  Switch the order and see.
 
-Layers, low to high; nothing imports upward (tests/test_frame.py):
+Rooms, low to high; nothing imports upward, and nothing in a circle (tests/test_frame.py reads this list):
 
-    errors  pool            what is asked for and does not exist; processes
+    errors  address  pool   what is asked for and does not exist; the public address; processes
     model/                  cells, packing, views; steps, programs, learned rows
     hw/                     rules of the hardware, snp/ and tdx/: tables, pure functions
     kernel/                 locks and context; the directmap
@@ -13,9 +13,10 @@ Layers, low to high; nothing imports upward (tests/test_frame.py):
     emulator/               one VM at real size, by the same rules and the same text
     compile/                designs and scenarios into models
     explore/                every interleaving: two engines, liveness, shortest runs
-    verdict/                runs, race diagrams and codes; reports, the matrix, the claims; the workbench unseen
+    verdict/                runs, race diagrams and codes; reports, the matrix, the claims; sessions
     show/                   HTML, pictures, widget; the board of a secure EPT entry
-    cli/                    what is printed; the command
+    __init__                the public names, each imported when it is first used
+    cli/  __main__          what is printed; the command
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from hashlib import sha256
 from html.parser import HTMLParser
 from typing import Any
 
+import notebook_rules
 import pytest
 
 import kvmlab
-from kvmlab import nbrules
 from kvmlab.design import Design
 from kvmlab.machine.table import machine_text
 from kvmlab.show import html, style
@@ -21,6 +21,7 @@ from kvmlab.show.page import page_html
 from kvmlab.show.side_by_side import Side, paired
 from kvmlab.show.style import el
 from kvmlab.show.workbench_json import places, session_json
+from kvmlab.verdict.display import Displayed
 from kvmlab.verdict.session import Session
 
 HOSTILE = '<img src=x onerror="alert(1)">'
@@ -95,6 +96,16 @@ PICTURES = pictures()
 each_picture = pytest.mark.parametrize("name", PICTURES)
 
 
+def test_every_kind_of_result_is_text_and_html_in_a_notebook() -> None:
+    found = report()
+    results = [found, found.trace(), kvmlab.compare([FAULTY], scenario="tiny")]
+    results.append(kvmlab.matrix([FAULTY], ["snp"], ["tiny"], ["split"]))
+    assert {type(result) for result in results} == set(Displayed.__subclasses__())
+    for result in results:
+        bundle = result._repr_mimebundle_()
+        assert bundle == {"text/plain": str(result), "text/html": html.as_html(result)}
+
+
 @each_picture
 def test_only_tags_that_every_viewer_keeps(name: str) -> None:
     reader = Reader(PICTURES[name])
@@ -117,7 +128,7 @@ def test_the_same_in_every_run(name: str) -> None:
 
 @each_picture
 def test_nothing_that_a_committed_notebook_may_not_hold(name: str) -> None:
-    for rule in (nbrules.ADDRESS, nbrules.CLOCK, nbrules.ACTIVE, nbrules.PATH):
+    for rule in (notebook_rules.ADDRESS, notebook_rules.CLOCK, notebook_rules.ACTIVE, notebook_rules.PATH):
         assert not rule.search(PICTURES[name])
 
 

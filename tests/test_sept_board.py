@@ -7,12 +7,12 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import notebook_rules
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import kvmlab
-from kvmlab import nbrules
 from kvmlab.compile.scenario import InputError
 from kvmlab.hw import tdx
 from kvmlab.hw.tdx import sept as tdx_sept
@@ -185,7 +185,7 @@ def test_the_tables_part_agrees_with_the_whole() -> None:
 
 def test_the_stored_output_needs_no_script_no_style_and_no_svg() -> None:
     still = kvmlab.sept_board(*STORY, "REMOVE").html()
-    assert not nbrules.ACTIVE.search(still)
+    assert not notebook_rules.ACTIVE.search(still)
     assert "TDX_TLB_TRACKING_NOT_DONE | RCX" in still and "data:image/svg+xml;base64," in still
 
 
@@ -193,7 +193,7 @@ def test_in_a_notebook_the_live_board_comes_with_its_picture_and_its_text() -> N
     pytest.importorskip("anywidget", reason="needs anywidget")
     board = kvmlab.sept_board(*STORY)
     bundle, _ = board._repr_mimebundle_()
-    assert nbrules.WIDGET_VIEW in bundle
+    assert notebook_rules.WIDGET_VIEW in bundle
     assert (bundle["text/plain"], bundle["text/html"]) == (board.text(), board.html())
 
 

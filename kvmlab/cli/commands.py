@@ -399,11 +399,10 @@ def _lab(options: argparse.Namespace) -> int:
     where = ["--notebook-dir", str(root)] if folder.is_dir() else []
     tour = next(iter(sorted(folder.glob("00*.ipynb"))), None) if folder.is_dir() else None
     page = [f"--LabApp.default_url=/lab/tree/notebooks/{tour.name}"] if tour else []
-    files = ["--ServerApp.contents_manager_class=kvmlab.nbfiles.Contents"]  # opening a notebook does not change it
+    server = root / "tests" / "workbook" / "notebook_server.py"  # keeps a notebook as it was when it is only opened
+    start = [str(server)] if server.is_file() else ["-m", "jupyterlab"]
     root_too = ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []  # as in a container
-    os.execv(
-        sys.executable, [sys.executable, "-m", "jupyterlab", *where, *page, *files, *root_too, *options.arguments]
-    )
+    os.execv(sys.executable, [sys.executable, *start, *where, *page, *root_too, *options.arguments])
 
 
 _COMMANDS = {
