@@ -15,7 +15,7 @@ import notebook_rules
 import notebooks
 from kvmlab.hw.tdx.entry import State
 from kvmlab.show.sept_board import SeptBoard
-from kvmlab.show.sept_machine import At, Click, answer, possible
+from kvmlab.show.sept_machine import BoardState, Click, answer, possible
 from kvmlab.show.widget import Workbench
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
@@ -132,7 +132,7 @@ def test_the_blocked_page_is_free_after_three_clicks_and_track_can_be_busy() -> 
     text, board = exercise("04")
     assert "as few clicks as possible" in text
     assert "makes TRACK busy" in text
-    ways: dict[At, tuple[Click, ...]] = {board.at: ()}
+    ways: dict[BoardState, tuple[Click, ...]] = {board.at: ()}
     assert board.at.entry == State.BLOCKED
     queue = [board.at]
     for at in queue:  # grows while we go: breadth first

@@ -20,7 +20,7 @@ from kvmlab.show.lanes import rows
 from kvmlab.show.page import page_html
 from kvmlab.show.side_by_side import Side, paired
 from kvmlab.show.style import el
-from kvmlab.show.workbench_json import places, session_json
+from kvmlab.show.workbench_json import session_json, shown_lines
 from kvmlab.verdict.display import Displayed
 from kvmlab.verdict.session import Session
 
@@ -256,7 +256,7 @@ def test_every_step_of_the_design_is_found_among_the_lines_shown() -> None:
                 section, index = step["line"]
                 assert section == frame.event.section
                 assert shown[section][index].strip()
-        assert places(session.design)
+        assert shown_lines(session.design)
 
 
 def test_the_live_fragments_are_the_stored_ones_with_classes_for_styles() -> None:

@@ -22,7 +22,7 @@ from kvmlab.hw.tdx.parts import Result, Td, Vcpu
 from kvmlab.hw.tdx.td import OpState
 from kvmlab.show import sept_picture
 from kvmlab.show.sept_board import SeptBoard, log_line
-from kvmlab.show.sept_machine import ENTRY_STATES, At, Click, answer, possible, reachable
+from kvmlab.show.sept_machine import ENTRY_STATES, BoardState, Click, answer, possible, reachable
 
 TDR, TDVPR, TABLE, PAGE, GPA = 0x1000, 0x2000, 0x10000, 0x80000, 0x5000
 STORY = ("VP.ENTER", "access", "AUG", "VP.ENTER", "ACCEPT", "access", "BLOCK")
@@ -59,7 +59,7 @@ class Real:
         }
         return do[click]()  # type: ignore[no-any-return]
 
-    def looks_like(self, at: At) -> bool:
+    def looks_like(self, at: BoardState) -> bool:
         """Whether the module is where the board says."""
         entry, pamt = self.td.entry(GPA, tdx.Level.PT), self.module.pamt_of(PAGE)
         mine = (self.td.op_state, entry.state, pamt.type, self.vcpu.inside, bool(self.vcpu.tlb))
@@ -79,7 +79,7 @@ def test_every_sequence_of_clicks_gets_the_modules_own_answers(finalized: bool, 
 
 def test_all_states_of_a_4k_entry_are_on_the_board() -> None:
     assert set(ENTRY_STATES) == set(State) - tdx_sept.TABLES
-    assert {at.entry for at in reachable(At())} == set(ENTRY_STATES)
+    assert {at.entry for at in reachable(BoardState())} == set(ENTRY_STATES)
 
 
 @pytest.mark.parametrize(("finalized", "states"), [(True, 67), (False, 81)])
@@ -88,7 +88,7 @@ def test_the_board_is_small_enough_to_be_sent_whole(finalized: bool, states: int
 
 
 def test_a_vcpu_inside_never_holds_a_translation_of_a_removed_page() -> None:
-    assert not any(at.inside and at.cached and at.entry == State.FREE for at in reachable(At()))
+    assert not any(at.inside and at.cached and at.entry == State.FREE for at in reachable(BoardState()))
 
 
 def test_the_right_order_removes_the_page() -> None:
@@ -159,7 +159,7 @@ def test_the_drawing_is_well_formed_and_says_where_the_machine_is() -> None:
 
 
 def test_a_log_line_fits_into_a_mail() -> None:
-    lines = [log_line(answer(at, c)) for at in reachable(At()) for c in Click if possible(at, c)]
+    lines = [log_line(answer(at, c)) for at in reachable(BoardState()) for c in Click if possible(at, c)]
     assert max(map(len, lines)) <= 75
 
 

@@ -301,7 +301,7 @@ class Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.real, self.held, self.open = widget.check_case, threading.Event(), threading.Event()
         monkeypatch.setattr(widget, "check_case", self.check)
-        monkeypatch.setattr(search_thread, "TELL_EVERY", 0)
+        monkeypatch.setattr(search_thread, "PROGRESS_EVERY", 0)
 
     def check(self, case: Case, limit: int | None = None, watch: Watch | None = None) -> Report:
         assert watch is not None

@@ -44,7 +44,10 @@ class Held(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One step as it is drawn: its number from 1, its event, what each CPU holds, the window, a new turn."""
+    """One step as it is drawn: its number from 1, its event, what each CPU holds, the invalidation window.
+
+    `turn` says that another CPU acted in the step before.
+    """
 
     number: int
     event: Event
@@ -116,7 +119,7 @@ def _dot(hue: str) -> Html:
     return el("span", style=f"display:inline-block;width:9px;height:9px;border-radius:9px;background:{hue}")
 
 
-def bodies(run: Run) -> list[Html]:
+def step_bodies(run: Run) -> list[Html]:
     """One <tbody> a step: its row, the properties that it breaks, and the rule at which a cycle begins."""
     actors = acting(run)
     hue = hues([actor.key for actor in run.case.model.actors])
@@ -218,5 +221,5 @@ def foot(run: Run, left_out: int = 0) -> Html:
 
 def lanes(run: Run, upto: int) -> Html:
     """The picture of a run's first `upto` steps."""
-    shown = bodies(run)[:upto]
+    shown = step_bodies(run)[:upto]
     return table((head(run), *shown, foot(run, run.steps - len(shown))), MONO)

@@ -51,7 +51,7 @@ class Click(StrEnum):
     ACCEPT = "ACCEPT", Leaf.ACCEPT, "vCPU"
 
 
-class At(NamedTuple):
+class BoardState(NamedTuple):
     """Where the machine is.  `bepoch` is None while the entry is not blocked: nobody looks at it then."""
 
     op_state: OpState = OpState.RUNNABLE
@@ -83,7 +83,7 @@ class Answer(NamedTuple):
     click: Click
     rax: int | None
     said: str
-    after: At
+    after: BoardState
 
     @property
     def name(self) -> str:
@@ -117,14 +117,14 @@ _UNTRACKED = {
 }
 
 
-def possible(at: At, click: Click) -> bool:
+def possible(at: BoardState, click: Click) -> bool:
     """Whether a click makes sense: only a vCPU that is inside acts, only one that is outside enters."""
     if click.side == "KVM":
         return True
     return at.inside != (click == Click.ENTER)
 
 
-def answer(at: At, click: Click) -> Answer:
+def answer(at: BoardState, click: Click) -> Answer:
     """What comes of a click; InputError for one that is not possible."""
     if not possible(at, click):
         raise InputError(
@@ -148,13 +148,13 @@ def answer(at: At, click: Click) -> Answer:
     return _SPECIAL[click](at) if click in _SPECIAL else _on_entry(at, click, leaf)
 
 
-def _finalize(at: At) -> Answer:
+def _finalize(at: BoardState) -> Answer:
     return Answer(
         Click.FINALIZE, 0, "the TD may run: tracking counts now", at._replace(op_state=OpState.RUNNABLE)
     )
 
 
-def _track(at: At) -> Answer:
+def _track(at: BoardState) -> Answer:
     if tdx_tlb.track_busy(at.ages_inside):
         busy = Status.PREVIOUS_TLB_EPOCH_BUSY
         return Answer(Click.TRACK, int(busy), MEANINGS[busy], at)
@@ -163,7 +163,7 @@ def _track(at: At) -> Answer:
     return Answer(Click.TRACK, 0, "a new epoch; nobody is flushed or kicked", after)
 
 
-def _enter(at: At) -> Answer:
+def _enter(at: BoardState) -> Answer:
     epoch, flushes = tdx_tlb.enter_age(at.vcpu)
     said = "inside; a new epoch, so its translations are dropped first" if flushes else "inside"
     return Answer(
@@ -174,7 +174,7 @@ def _enter(at: At) -> Answer:
 _SPECIAL = {Click.FINALIZE: _finalize, Click.TRACK: _track, Click.ENTER: _enter}
 
 
-def _access(at: At) -> Answer:
+def _access(at: BoardState) -> Answer:
     if at.cached:
         return Answer(Click.ACCESS, None, f"ok, through the vCPU's cached translation ({at.entry})", at)
     found = tdx_sept.access(at.entry)
@@ -183,7 +183,7 @@ def _access(at: At) -> Answer:
     return Answer(Click.ACCESS, EXIT_REASON_EPT_VIOLATION, EXITS[found], at._replace(inside=False))
 
 
-def _on_entry(at: At, click: Click, leaf: Leaf) -> Answer:
+def _on_entry(at: BoardState, click: Click, leaf: Leaf) -> Answer:
     """A leaf that works on the entry; BLOCK notes the epoch, and nobody asks for it once the entry is not blocked."""
     found = tdx_sept.seamcall(leaf, at.entry, running=tdx_td.running(at.op_state), tracked=at.tracked)
     if isinstance(found.status, Guest):
@@ -196,7 +196,7 @@ def _on_entry(at: At, click: Click, leaf: Leaf) -> Answer:
     return Answer(click, found.rax, said, at._replace(entry=found.state, bepoch=bepoch))
 
 
-def reachable(start: At) -> list[At]:
+def reachable(start: BoardState) -> list[BoardState]:
     """Every place that some sequence of clicks leads to, nearest first."""
     found = {start: None}
     for at in (queue := [start]):
@@ -219,7 +219,7 @@ def find_click(name: str) -> Click:
     raise InputError(f"unknown click {name!r}{hint}; there are: {', '.join(Click)}")
 
 
-def walked(start: At, names: Sequence[str]) -> list[Answer]:
+def walked(start: BoardState, names: Sequence[str]) -> list[Answer]:
     """The answers to a sequence of clicks; InputError says which of them cannot be, and why."""
     found: list[Answer] = []
     for n, name in enumerate(names, 1):

@@ -49,16 +49,16 @@ def size_line(report: Report) -> str:
 
 
 def verdict_table(report: Report) -> Html:
-    """What can go wrong, a row each; then, in one line, what never does; then what is not said."""
+    """What can go wrong, a row each; then, in one line, what never does; then what was not checked."""
     never = [name for name, verdict in report.verdicts.items() if verdict.verdict == NEVER]
     lines = [f"Never: {', '.join(never)}"] if never else []
     lines += [f"Not seen: {name}" for name, seen in report.witnesses.items() if not seen]
     lines += [f"Not checked: {what}" for what in report.not_checked]
-    bad = [table(_bad(report, name) for name in report.violated)] if report.violated else []
+    bad = [table(_violated_row(report, name) for name in report.violated)] if report.violated else []
     return join((*bad, *(el("div", quiet(line), style="margin-top:4px") for line in lines)))
 
 
-def _bad(report: Report, name: str) -> Html:
+def _violated_row(report: Report, name: str) -> Html:
     verdict = report.verdicts[name]
     nowrap = f"{RULED};white-space:nowrap"
     return tr(

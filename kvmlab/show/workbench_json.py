@@ -21,7 +21,7 @@ from ..verdict.session import Session
 from ..verdict.trace import Trace
 from .fragments import Fragments
 from .html import trace_title
-from .lanes import bodies, foot, head
+from .lanes import foot, head, step_bodies
 from .machine_table import changes, machine_trs
 from .style import MONO, Html, hues, plural, table
 
@@ -155,8 +155,8 @@ def first_position(run: Trace) -> int:
 def trace_json(trace: Trace) -> Json:
     """A run: its lanes as fragments, one a step, and for each position the machine, a sentence, what can be done."""
     fragments = Fragments(SCOPE)
-    where = places(trace.case.design)
-    steps = [_step(trace, n, body, fragments, where) for n, body in enumerate([Html(), *bodies(trace)])]
+    where = shown_lines(trace.case.design)
+    steps = [_step(trace, n, body, fragments, where) for n, body in enumerate([Html(), *step_bodies(trace)])]
     return {
         "title": fragments.classed(trace_title(trace)),
         "head": fragments.classed(head(trace)),
@@ -172,7 +172,7 @@ def trace_json(trace: Trace) -> Json:
     }
 
 
-def _step(trace: Trace, n: int, body: Html, fragments: Fragments, where: Places) -> Json:
+def _step(trace: Trace, n: int, body: Html, fragments: Fragments, where: ShownLines) -> Json:
     """Everything about position `n`: `row` is its part of the lanes, `machine` the numbers of its table's rows."""
     model, frame = trace.case.model, trace.frames[n]
     before = trace.frames[max(n - 1, 0)].state
@@ -184,7 +184,7 @@ def _step(trace: Trace, n: int, body: Html, fragments: Fragments, where: Places)
         "actor": frame.event.actor if frame.event else None,
         "broken": [reason.split(":")[0] for reason in reasons],
         "loud": bool(reasons or (frame.event and _faults(frame.event))),
-        "line": _place(frame.event, where),
+        "line": _shown_line(frame.event, where),
         **_next(trace, n),
     }
 
@@ -226,15 +226,15 @@ def _next(trace: Trace, n: int) -> Json:
     }
 
 
-Places = dict[tuple[str, int], list[tuple[int, str]]]
+ShownLines = dict[tuple[str, int], list[tuple[int, str]]]
 
 
-def places(design: Design) -> Places:
+def shown_lines(design: Design) -> ShownLines:
     """Where each line of the source stands among a section's shown lines: (section, line) to [(index, call)].
 
     Inherited sections have line numbers of their own; a fragment mixes two sources, hence a list.
     """
-    found: Places = {}
+    found: ShownLines = {}
     for section in SECTIONS:
         shown = [line.strip().removesuffix(":") for line in design.lines(section)]
         at = 0
@@ -252,7 +252,7 @@ def _flat(rows: Iterable[Row]) -> Iterator[Row]:
         yield from _flat(row.body or ())
 
 
-def _place(event: Event | None, where: Places) -> tuple[str, int] | None:
+def _shown_line(event: Event | None, where: ShownLines) -> tuple[str, int] | None:
     """The shown line that a step belongs to, if it is of the design and there is no doubt."""
     if event is None:
         return None

@@ -124,7 +124,7 @@ def _counted_at_the_end(run: Run) -> bool:
 def _cycles(run: Run) -> bool:
     """Whether the run ends in a cycle in which one access of a vCPU faults again and again.
 
-    Nobody may be left waiting in it who could go on all the time: see explore/liveness.py.
+    A cycle is fair if nobody who could move in each of its states is left waiting: see explore/liveness.py.
     """
     frames, begin, model = run.frames, run.cycle, run.case.model
     if begin is None or begin >= run.steps or frames[begin].state != frames[-1].state:

@@ -57,9 +57,10 @@ _DRAWN = re.compile(
 
 
 def difference(run: Run, pasted: Sequence[str]) -> str:
-    """How a pasted diagram, whose last lines these are, differs from the run; empty if it does not, or is none.
+    """How a pasted diagram differs from the run, in words; empty if it does not, or if there is no diagram.
 
-    A mail may have indented it and broken its lines; but for that every word has to stand in its column.
+    `pasted` are the lines of the mail above the code.  The mail may have indented the diagram or broken its lines;
+    otherwise every word has to stand in its column.
     """
     if not _DRAWN.search("\n".join(pasted)):
         return ""
@@ -82,7 +83,7 @@ def difference(run: Run, pasted: Sequence[str]) -> str:
 
 
 def _spoken(words: Iterable[_Word]) -> list[str]:
-    """The words alone; a rule is as long as a line."""
+    """The words without their columns, and without the dashes of a rule, whose number depends on the width."""
     return [word.text.rstrip("-") for word in words]
 
 

@@ -114,7 +114,7 @@ class Report(Displayed):
         return {"conversion returns": any(self.graph.quiet), "guest uses the page": self._used() is not None}
 
     def _used(self) -> int | None:
-        """The nearest quiet state in which the guest has used the page in its last kind."""
+        """The nearest quiet state in which the guest has used its pages as it asked for them last."""
         model = self.case.model
         guest = [model.layout.cell("guest", gfn) for gfn in model.conf.used]
         for i, quiet in enumerate(self.graph.quiet):

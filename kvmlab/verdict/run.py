@@ -76,7 +76,8 @@ class EventText(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One step of a run: who, which call, what it told, which properties it violates, and the design's line."""
+    """One step of a run: who took it, which call, notes on what came of it, which properties it violates, and the
+    design's section and line."""
 
     actor: str
     call: str
