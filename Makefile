@@ -48,10 +48,10 @@ browser: .venv/test.stamp
 	$(BIN)/python -m pytest -m browser
 
 notebooks: .venv/test.stamp
-	$(BIN)/python -m kvmlab.nb run
+	$(BIN)/python tests/workbook/notebooks.py run
 
 links: .venv/lab.stamp
-	$(BIN)/python -m kvmlab.links $(DOCUMENTS)
+	$(BIN)/python tests/workbook/links.py $(DOCUMENTS)
 
 bench: .venv/test.stamp
 	@for script in tests/bench/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done

@@ -1,21 +1,22 @@
 """kvmlab: how should KVM convert guest memory between shared and private?  Switch the order and see.
 
-Layers, low to high; nothing imports upward (tests/test_frame.py):
+Rooms, low to high; nothing imports upward, and nothing in a circle (tests/test_frame.py reads this list):
 
-    errors  pool            what is asked for and does not exist; processes
+    errors  address  pool   what is asked for and does not exist; the public address; processes
     model/                  cells, packing, views; steps, programs, learned rows
     hw/                     rules of the hardware, snp/ and tdx/: tables, pure functions
     kernel/                 locks and context; the directmap
     kvm/                    attributes, MMU and fault path, SNP and TDX ops
     guest/                  vCPUs and what their accesses meet; VMM threads, the host's threads
     design/  designs/       the language of orderings, and the orderings
-    machine/                the cells of a machine, what never changes, what must never happen
+    machine/                the cells of a machine and their table; what never changes, what must never happen
     emulator/               one VM at real size, by the same rules and the same text
     compile/                designs and scenarios into models
     explore/                every interleaving: two engines, liveness, shortest runs
-    verdict/                runs and codes; reports, the matrix, the claims; the workbench without a widget
-    show/                   text, HTML, widget; the board of a secure EPT entry
-    cli/                    what is printed; the command
+    verdict/                runs, race diagrams and codes; reports, the matrix, the claims; sessions
+    show/                   HTML, pictures, widget; the board of a secure EPT entry
+    __init__                the public names, each imported when it is first used
+    cli/  __main__          what is printed; the command
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _WHERE = {
     "DesignError": "design",
     "InputError": "errors",
     "NotApplicable": "errors",
-    "ReplayError": "verdict.trace",
+    "ReplayError": "verdict.run",
     "Report": "verdict.report",
     "Session": "verdict.session",
     "Switches": "machine.conf",
@@ -44,8 +45,8 @@ _WHERE = {
     "check": "verdict.report",
     "compare": "verdict.report",
     "matrix": "verdict.matrix",
-    "replay": "verdict.code",
-    "sept_board": "show.sept",
+    "replay": "verdict.replay",
+    "sept_board": "show.sept_board",
     "workbench": "show.widget",
 }
 __all__ = sorted(_WHERE)
@@ -61,15 +62,15 @@ if TYPE_CHECKING:
     from .errors import InputError as InputError
     from .errors import NotApplicable as NotApplicable
     from .machine.conf import Switches as Switches
-    from .show.sept import sept_board as sept_board
+    from .show.sept_board import sept_board as sept_board
     from .show.widget import workbench as workbench
-    from .verdict.code import replay as replay
     from .verdict.matrix import matrix as matrix
+    from .verdict.replay import replay as replay
     from .verdict.report import Report as Report
     from .verdict.report import check as check
     from .verdict.report import compare as compare
+    from .verdict.run import ReplayError as ReplayError
     from .verdict.session import Session as Session
-    from .verdict.trace import ReplayError as ReplayError
     from .verdict.trace import Trace as Trace
 
 
@@ -80,6 +81,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     try:
+        if _WHERE[name].startswith("verdict."):
+            import_module(".show", __name__)  # so that a notebook shows reports and runs as HTML
         return getattr(import_module(f".{_WHERE[name]}", __name__), name)
     except ModuleNotFoundError as missing:
         if name != "workbench":

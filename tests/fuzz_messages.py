@@ -128,7 +128,7 @@ def wrong(bench: Workbench, message: object, wait: bool) -> str:
     """Send one message, and say what is wrong with the answer; empty if nothing is."""
     try:
         bench._handle(message)
-        if bench._wish and bench._wish.case.scenario not in SMALL:
+        if bench._request and bench._request.case.scenario not in SMALL:
             bench._handle({"do": "cancel"})  # as somebody who does not want to wait
         if wait:
             bench.wait()

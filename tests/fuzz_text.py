@@ -31,9 +31,10 @@ from kvmlab.design.calls import CALLS, CONDITIONS, SECTIONS
 from kvmlab.design.files import shipped_text
 from kvmlab.design.patch import patch_of, patched
 from kvmlab.machine.conf import Switches
-from kvmlab.show import text
-from kvmlab.verdict import code
-from kvmlab.verdict.trace import ReplayError, Trace
+from kvmlab.verdict import diagram as drawing
+from kvmlab.verdict import replay as reading
+from kvmlab.verdict.run import ReplayError
+from kvmlab.verdict.trace import Trace
 
 Counts = Counter[str]
 BAD = "GOT THROUGH: "  # what has to be 0 begins so
@@ -165,8 +166,8 @@ def codes(count: int, rng: random.Random) -> Counts:
     traces = runs()
     told = [(trace.code, trace.text()) for trace in traces]
     # A diagram's code is intact most of the time, and what it should be is drawn once.
-    decode, draw = lru_cache(code.decode), lru_cache(text._drawn)
-    with patch.object(code, "decode", decode), patch.object(text, "_drawn", draw):
+    decode, draw = lru_cache(reading.decode), lru_cache(drawing._drawn)
+    with patch.object(reading, "decode", decode), patch.object(drawing, "_drawn", draw):
         return _codes(count, rng, told)
 
 
@@ -178,7 +179,7 @@ def _codes(count: int, rng: random.Random, told: list[tuple[str, str]]) -> Count
         how = rng.choice((changed, changed, cut))
         given = how(rng, whole)
         try:
-            trace = code.replay(quoted(given) if rng.random() < 0.3 else given)
+            trace = reading.replay(quoted(given) if rng.random() < 0.3 else given)
         except ReplayError:
             found[f"{kind}s refused"] += 1
             continue

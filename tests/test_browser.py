@@ -132,10 +132,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory, root: Path, chromium: str) -> 
         port = probe.getsockname()[1]
     token = secrets.token_hex(16)
     command = [
-        *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--notebook-dir={work}"),
+        *(sys.executable, str(root / "tests/workbook/notebook_server.py")),  # as `kvmlab lab` starts it
+        *("--no-browser", "--allow-root", f"--notebook-dir={work}"),
         *(f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--ServerApp.ip=127.0.0.1"),
         *(f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True"),
-        "--ServerApp.contents_manager_class=kvmlab.nbfiles.Contents",  # as `kvmlab lab` starts it
     ]
     server = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None

@@ -14,6 +14,7 @@ from bless_docs import BLOCK, pages
 
 import kvmlab
 from kvmlab import cli
+from kvmlab.cli import commands
 from kvmlab.compile.scenario import SCENARIOS
 from kvmlab.design import shipped
 from kvmlab.machine.properties import BY_NAME
@@ -476,3 +477,26 @@ def test_the_module_runs_as_a_command():
         [sys.executable, "-m", "kvmlab", "scenarios"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and done.stdout.startswith("tiny")
+
+
+@pytest.mark.parametrize("in_a_clone", [True, False])
+def test_lab_keeps_opened_notebooks_as_they_are_where_it_finds_a_clone(run, monkeypatch, tmp_path, in_a_clone):
+    pytest.importorskip("jupyterlab", reason="needs jupyterlab")
+    if not in_a_clone:
+        monkeypatch.setattr(commands, "__file__", str(tmp_path / "kvmlab" / "cli" / "commands.py"))
+    started = []
+
+    def become(program, command):
+        started.extend(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", become)
+    assert run("lab", "--no-browser")[0] == 0
+    python, *command = started
+    assert python == sys.executable and command[-1] == "--no-browser"
+    if in_a_clone:
+        root = Path(commands.__file__).parents[2]
+        assert command[:3] == [str(root / "tests/workbook/notebook_server.py"), "--notebook-dir", str(root)]
+        assert "--LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb" in command
+    else:
+        assert command[:2] == ["-m", "jupyterlab"] and "--notebook-dir" not in command

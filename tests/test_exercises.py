@@ -10,10 +10,12 @@ import pytest
 
 pytest.importorskip("anywidget", reason="needs anywidget")
 
-from kvmlab import nb, nbrules
+import notebook_rules
+
+import notebooks
 from kvmlab.hw.tdx.entry import State
-from kvmlab.show.sept import SeptBoard
-from kvmlab.show.sept_walk import At, Click, answer, possible
+from kvmlab.show.sept_board import SeptBoard
+from kvmlab.show.sept_machine import BoardState, Click, answer, possible
 from kvmlab.show.widget import Workbench
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
@@ -24,7 +26,7 @@ UP, DOWN = -1, 1  # Alt+Up, Alt+Down
 
 def cells(path: Path) -> list[tuple[str, str]]:
     """Each cell of a notebook: its type, its source."""
-    return [(cell["cell_type"], cell["source"]) for cell in nb.load(path)["cells"]]
+    return [(cell["cell_type"], cell["source"]) for cell in notebooks.load(path)["cells"]]
 
 
 def run(source: str) -> Any:
@@ -76,7 +78,7 @@ def test_every_exercise_is_solved_here() -> None:
 
 
 LIVE_CELLS = [
-    pytest.param(source, id=f"{path.name[:2]}-{nbrules.cell_id(n)}")
+    pytest.param(source, id=f"{path.name[:2]}-{notebook_rules.cell_id(n)}")
     for path in NOTEBOOKS
     for n, (kind, source) in enumerate(cells(path))
     if kind == "code" and any(call in source.splitlines()[-1] for call in LIVE)
@@ -130,7 +132,7 @@ def test_the_blocked_page_is_free_after_three_clicks_and_track_can_be_busy() -> 
     text, board = exercise("04")
     assert "as few clicks as possible" in text
     assert "makes TRACK busy" in text
-    ways: dict[At, tuple[Click, ...]] = {board.at: ()}
+    ways: dict[BoardState, tuple[Click, ...]] = {board.at: ()}
     assert board.at.entry == State.BLOCKED
     queue = [board.at]
     for at in queue:  # grows while we go: breadth first

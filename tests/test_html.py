@@ -9,19 +9,19 @@ from hashlib import sha256
 from html.parser import HTMLParser
 from typing import Any
 
+import notebook_rules
 import pytest
 
 import kvmlab
-from kvmlab import nbrules
 from kvmlab.design import Design
+from kvmlab.machine.table import machine_text
 from kvmlab.show import html, style
 from kvmlab.show.lanes import rows
 from kvmlab.show.page import page_html
-from kvmlab.show.sides import Side, paired
+from kvmlab.show.side_by_side import Side, paired
 from kvmlab.show.style import el
-from kvmlab.show.text import machine_text
-from kvmlab.show.told import broken
-from kvmlab.show.view import places, view
+from kvmlab.show.workbench_json import session_json, shown_lines
+from kvmlab.verdict.display import Displayed
 from kvmlab.verdict.session import Session
 
 HOSTILE = '<img src=x onerror="alert(1)">'
@@ -96,6 +96,16 @@ PICTURES = pictures()
 each_picture = pytest.mark.parametrize("name", PICTURES)
 
 
+def test_every_kind_of_result_is_text_and_html_in_a_notebook() -> None:
+    found = report()
+    results = [found, found.trace(), kvmlab.compare([FAULTY], scenario="tiny")]
+    results.append(kvmlab.matrix([FAULTY], ["snp"], ["tiny"], ["split"]))
+    assert {type(result) for result in results} == set(Displayed.__subclasses__())
+    for result in results:
+        bundle = result._repr_mimebundle_()
+        assert bundle == {"text/plain": str(result), "text/html": html.as_html(result)}
+
+
 @each_picture
 def test_only_tags_that_every_viewer_keeps(name: str) -> None:
     reader = Reader(PICTURES[name])
@@ -118,7 +128,7 @@ def test_the_same_in_every_run(name: str) -> None:
 
 @each_picture
 def test_nothing_that_a_committed_notebook_may_not_hold(name: str) -> None:
-    for rule in (nbrules.ADDRESS, nbrules.CLOCK, nbrules.ACTIVE, nbrules.PATH):
+    for rule in (notebook_rules.ADDRESS, notebook_rules.CLOCK, notebook_rules.ACTIVE, notebook_rules.PATH):
         assert not rule.search(PICTURES[name])
 
 
@@ -159,7 +169,7 @@ def test_a_violation_says_so_in_words() -> None:
 )
 def test_every_counterexample_ends_with_its_violation(design: str, prop: str) -> None:
     trace = report(design).trace(prop)
-    assert prop in [reason.split(":")[0] for reason in broken(trace, trace.steps)]
+    assert prop in [reason.split(":")[0] for reason in trace.violations(trace.steps)]
     assert f"!! {prop}: " in Reader(html.trace_html(trace)).text
 
 
@@ -240,18 +250,18 @@ def test_sides_face_each_other_and_a_moved_line_says_so() -> None:
 def test_every_step_of_the_design_is_found_among_the_lines_shown() -> None:
     for name in ("v8-post-hook", "upstream", "defer-to-fault", FAULTY):
         session = Session(name)
-        shown = {s["name"]: s["lines"] for s in view(session)["design"]["sections"]}
-        for step, frame in zip(view(session)["trace"]["steps"], session.frames, strict=True):
+        shown = {s["name"]: s["lines"] for s in session_json(session)["design"]["sections"]}
+        for step, frame in zip(session_json(session)["trace"]["steps"], session.frames, strict=True):
             if frame.event and frame.event.line and frame.event.section in shown:
                 section, index = step["line"]
                 assert section == frame.event.section
                 assert shown[section][index].strip()
-        assert places(session.design)
+        assert shown_lines(session.design)
 
 
 def test_the_live_fragments_are_the_stored_ones_with_classes_for_styles() -> None:
     session = Session(FAULTY)
-    sent = view(session)["trace"]
+    sent = session_json(session)["trace"]
     rules = dict(re.findall(r"\.(k\w+)\{([^}]*)\}", sent["styles"]))
     row = re.sub(r'class="(k\w+)"', lambda found: f'style="{rules[found[1]]}"', sent["steps"][3]["row"])
     assert row in html.trace_html(session.trace)
@@ -260,7 +270,7 @@ def test_the_live_fragments_are_the_stored_ones_with_classes_for_styles() -> Non
 def test_two_runs_on_one_page_do_not_mix_their_styles() -> None:
     found: dict[str, str] = {}
     for name in ("v8-post-hook", "no-zap", FAULTY):
-        for cls, rule in re.findall(r"\.(k\w+)\{([^}]*)\}", view(Session(name))["trace"]["styles"]):
+        for cls, rule in re.findall(r"\.(k\w+)\{([^}]*)\}", session_json(Session(name))["trace"]["styles"]):
             assert found.setdefault(cls, rule) == rule
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import notebook_rules as rules
 import pytest
 
-from kvmlab import nb as nbtool
-from kvmlab import nbrules
+import notebooks
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -24,13 +24,13 @@ Cells = list[dict[str, Any]]
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_a_committed_notebook_is_in_normal_form(path: Path) -> None:
-    assert nbtool.check(nbtool.load(path)) == []
-    assert nbtool.dumps(nbtool.load(path)) == path.read_text(encoding="utf-8")
+    assert notebooks.check(notebooks.load(path)) == []
+    assert notebooks.dumps(notebooks.load(path)) == path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_nbval_compares_outputs_of_a_committed_notebook(path: Path) -> None:
-    assert nbrules.compared(nbtool.load(path)) > 0
+    assert rules.compared(notebooks.load(path)) > 0
 
 
 def rich(**data: str) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def sample() -> dict[str, Any]:
         ]
     )
     fresh.cells[1].outputs = [node.new_output("stream", text="gfn 8, pfn 0x8000020000000008\n")]
-    return nbtool.normalise(fresh)
+    return notebooks.normalise(fresh)
 
 
 def output(**data: str) -> Callable[[dict[str, Any]], None]:
@@ -97,11 +97,11 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 def strip(nb: dict[str, Any]) -> None:
     """A mutation: all outputs are gone, as after nbstripout."""
-    for _, cell in nbrules.code(nb):
+    for _, cell in rules.code(nb):
         cell["outputs"] = []
 
 
-WIDGET = {nbrules.WIDGET_VIEW: "{}"}
+WIDGET = {rules.WIDGET_VIEW: "{}"}
 IMAGE = "<img src='data:image/png;base64,/tmp/x'"
 MUTATIONS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
     ("metadata", change("metadata/widgets", {})),
@@ -147,18 +147,18 @@ MUTATIONS: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
 
 
 def test_the_sample_notebook_breaks_no_rule() -> None:
-    assert nbtool.check(sample()) == []
+    assert notebooks.check(sample()) == []
 
 
 @pytest.mark.parametrize(("rule", "mutate"), MUTATIONS)
 def test_a_mutation_breaks_its_rule(rule: str, mutate: Callable[[dict[str, Any]], None]) -> None:
     nb = sample()
     mutate(nb)
-    assert {line.split(": ")[1] for line in nbtool.check(nb)} == {rule}
+    assert {line.split(": ")[1] for line in notebooks.check(nb)} == {rule}
 
 
 def test_every_rule_has_a_mutation() -> None:
-    assert {rule for rule, _ in MUTATIONS} == set(nbrules.RULES)
+    assert {rule for rule, _ in MUTATIONS} == set(rules.RULES)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_every_rule_has_a_mutation() -> None:
 def test_what_kernel_people_write_breaks_no_rule(harmless: str) -> None:
     nb = sample()
     printed(harmless)(nb)
-    assert nbtool.check(nb) == []
+    assert notebooks.check(nb) == []
 
 
 def test_normalising_removes_what_an_editor_leaves_behind() -> None:
@@ -182,12 +182,12 @@ def test_normalising_removes_what_an_editor_leaves_behind() -> None:
     ]:
         change(path, value)(nb)
     nb["cells"].append(nbformat.v4.new_code_cell(""))
-    nb["cells"][2]["outputs"][0]["data"][nbrules.WIDGET_VIEW] = {"model_id": "d0"}
-    assert nbtool.normalise(nb) == sample()
+    nb["cells"][2]["outputs"][0]["data"][rules.WIDGET_VIEW] = {"model_id": "d0"}
+    assert notebooks.normalise(nb) == sample()
 
 
 def test_normalising_twice_changes_nothing_more() -> None:
-    assert nbtool.normalise(sample()) == sample()
+    assert notebooks.normalise(sample()) == sample()
 
 
 def test_the_pieces_of_a_stream_become_one() -> None:
@@ -196,7 +196,7 @@ def test_the_pieces_of_a_stream_become_one() -> None:
     first, second = copy.deepcopy(whole), copy.deepcopy(whole)
     first["text"], second["text"] = whole["text"][:5], whole["text"][5:]
     nb["cells"][1]["outputs"] = [first, second]
-    assert nbtool.normalise(nb) == sample()
+    assert notebooks.normalise(nb) == sample()
 
 
 def test_what_is_printed_stays_on_its_side_of_what_is_displayed() -> None:
@@ -204,13 +204,13 @@ def test_what_is_printed_stays_on_its_side_of_what_is_displayed() -> None:
     table = nb["cells"][2]["outputs"][0]
     before, after = (nbformat.v4.new_output("stream", text=f"{word}\n") for word in ("before", "after"))
     nb["cells"][2]["outputs"] = [before, table, after]
-    assert nbtool.normalise(nb) == nb
+    assert notebooks.normalise(nb) == nb
 
 
 def test_a_live_view_without_fallback_is_kept_for_the_check_to_find() -> None:
     nb = sample()
     output(text__plain="Dropdown(value='snp')", **WIDGET)(nb)
-    assert "store text/html" in nbtool.check(nbtool.normalise(nb))[0]
+    assert "store text/html" in notebooks.check(notebooks.normalise(nb))[0]
 
 
 def test_a_traceback_is_dropped_and_its_message_kept() -> None:
@@ -218,8 +218,8 @@ def test_a_traceback_is_dropped_and_its_message_kept() -> None:
     change("cells/2/metadata/tags", ["raises-exception"])(nb)
     fault = nbformat.v4.new_output("error", ename="RmpFault", evalue="gfn 8", traceback=["/home/x/y.py"])
     nb["cells"][2]["outputs"] = [fault]
-    normal = nbtool.normalise(nb)
-    assert nbtool.check(normal) == []
+    normal = notebooks.normalise(nb)
+    assert notebooks.check(normal) == []
     assert dict(normal["cells"][2]["outputs"][0], output_type="") == {
         "output_type": "", "ename": "RmpFault", "evalue": "gfn 8", "traceback": [],
     }  # fmt: skip
@@ -260,14 +260,14 @@ def strict_nbval(path: Path) -> dict[str, int]:
 
 
 def test_a_run_notebook_is_in_order_and_passes_strict_nbval(live: Path) -> None:
-    assert nbtool.main(["run", str(live)]) == 0
-    assert nbrules.WIDGET_VIEW not in live.read_text(encoding="utf-8")
-    assert nbrules.compared(nbtool.load(live)) == 3
+    assert notebooks.main(["run", str(live)]) == 0
+    assert rules.WIDGET_VIEW not in live.read_text(encoding="utf-8")
+    assert rules.compared(notebooks.load(live)) == 3
     assert strict_nbval(live) == {"passed": 3}
 
 
 def test_strict_nbval_sees_another_word_in_a_widgets_fallback(live: Path) -> None:
-    nbtool.main(["run", str(live)])
+    notebooks.main(["run", str(live)])
     stored = json.loads(live.read_text(encoding="utf-8"))
     stored["cells"][0]["outputs"][0]["data"]["text/html"] = ["<b>shared</b>"]
     live.write_text(json.dumps(stored), encoding="utf-8")
@@ -279,7 +279,7 @@ def test_a_failing_cell_is_named_and_the_file_is_left_alone(
 ) -> None:
     before = live.read_text(encoding="utf-8").replace("raises-exception", "raises")
     live.write_text(before, encoding="utf-8")
-    assert nbtool.main(["run", str(live)]) == 1
+    assert notebooks.main(["run", str(live)]) == 1
     assert "cell c01: LookupError: gfn 8" in capsys.readouterr().out
     assert live.read_text(encoding="utf-8") == before
 
@@ -287,10 +287,10 @@ def test_a_failing_cell_is_named_and_the_file_is_left_alone(
 def test_a_failing_cell_is_named_though_later_ones_have_outputs_of_an_earlier_run(
     live: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    nbtool.main(["run", str(live)])
+    notebooks.main(["run", str(live)])
     before = live.read_text(encoding="utf-8").replace("raises-exception", "raises")
     live.write_text(before, encoding="utf-8")
-    assert nbtool.main(["run", str(live)]) == 1
+    assert notebooks.main(["run", str(live)]) == 1
     assert "cell c01: LookupError: gfn 8" in capsys.readouterr().out
     assert live.read_text(encoding="utf-8") == before
 
@@ -301,7 +301,7 @@ def test_what_is_no_notebook_is_refused_in_one_line(
 ) -> None:
     if text is not None:
         (tmp_path / "x.ipynb").write_text(text)
-    assert nbtool.main(["check", str(tmp_path / "x.ipynb")]) == 2
+    assert notebooks.main(["check", str(tmp_path / "x.ipynb")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

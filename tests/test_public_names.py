@@ -31,3 +31,13 @@ def test_asking_for_the_names_imports_nothing():
 def test_a_name_that_does_not_exist_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'Vn'"):
         kvmlab.Vn  # noqa: B018
+
+
+def test_a_result_is_html_in_a_notebook_that_imported_nothing_but_kvmlab():
+    program = """if True:
+        import sys, kvmlab
+        report = kvmlab.check("no-zap", scenario="tiny")
+        print("kvmlab.show.html" in sys.modules, *report._repr_mimebundle_())
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False text/plain text/html\n"

@@ -13,9 +13,11 @@ from kvmlab.compile.scenario import SCENARIOS, build
 from kvmlab.design.patch import patch_of, patched
 from kvmlab.explore import arrays, liveness, paths, rows
 from kvmlab.explore.graph import Hit
-from kvmlab.verdict.code import INITIALS, TEXT_DIGITS, _digits, decode, replay, unshown
+from kvmlab.verdict.code import INITIALS, TEXT_DIGITS, claim_problem, digits
+from kvmlab.verdict.replay import decode, replay
 from kvmlab.verdict.report import check
-from kvmlab.verdict.trace import ReplayError, Trace, options, play
+from kvmlab.verdict.run import ReplayError, options, play
+from kvmlab.verdict.trace import Trace
 
 BAD = [
     ("rmp-under-lock-directmap-post", "tiny", "host-rmp-fault"),
@@ -129,7 +131,7 @@ def test_the_run_that_closes_a_cycle_comes_back_to_where_the_cycle_began():
 
 @pytest.mark.parametrize(("design", "scenario"), [("never-rmpupdate", "tiny"), ("upstream-no-zap", "huge")])
 def test_the_cycle_that_is_shown_is_fair_by_itself(design, scenario):
-    assert unshown(trace_of(design, scenario, "livelock")) == ""
+    assert claim_problem(trace_of(design, scenario, "livelock")) == ""
 
 
 def test_several_counterexamples_differ_in_who_acts_or_in_the_last_step():
@@ -238,7 +240,7 @@ def test_both_engines_agree_on_liveness_and_on_shortest_runs(design):
 
 def sealed(code):
     """The code with the digits that vouch for its characters, as another version could have made it."""
-    return code + _digits(code, TEXT_DIGITS)
+    return code + digits(code, TEXT_DIGITS)
 
 
 def refusal(code):

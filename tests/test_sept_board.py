@@ -8,12 +8,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import notebook_rules
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import kvmlab
-from kvmlab import nbrules
 from kvmlab.compile.scenario import InputError
 from kvmlab.hw import tdx
 from kvmlab.hw.tdx import sept as tdx_sept
@@ -22,8 +22,8 @@ from kvmlab.hw.tdx.module import Module
 from kvmlab.hw.tdx.structures import Result, Td, Vcpu
 from kvmlab.hw.tdx.td import OpState
 from kvmlab.show import sept_picture
-from kvmlab.show.sept import SeptBoard, log_line
-from kvmlab.show.sept_walk import ENTRY_STATES, At, Click, answer, possible, reachable
+from kvmlab.show.sept_board import SeptBoard, log_line
+from kvmlab.show.sept_machine import ENTRY_STATES, BoardState, Click, answer, possible, reachable
 
 TDR, TDVPR, TABLE, PAGE, GPA = 0x1000, 0x2000, 0x10000, 0x80000, 0x5000
 STORY = ("VP.ENTER", "access", "AUG", "VP.ENTER", "ACCEPT", "access", "BLOCK")
@@ -60,7 +60,7 @@ class Real:
         }
         return do[click]()  # type: ignore[no-any-return]
 
-    def looks_like(self, at: At) -> bool:
+    def looks_like(self, at: BoardState) -> bool:
         """Whether the module is where the board says."""
         entry, pamt = self.td.entry(GPA, tdx.Level.PT), self.module.pamt_of(PAGE)
         mine = (self.td.op_state, entry.state, pamt.type, self.vcpu.inside, bool(self.vcpu.tlb))
@@ -80,7 +80,7 @@ def test_every_sequence_of_clicks_gets_the_modules_own_answers(finalized: bool, 
 
 def test_all_states_of_a_4k_entry_are_on_the_board() -> None:
     assert set(ENTRY_STATES) == set(State) - tdx_sept.TABLES
-    assert {at.entry for at in reachable(At())} == set(ENTRY_STATES)
+    assert {at.entry for at in reachable(BoardState())} == set(ENTRY_STATES)
 
 
 @pytest.mark.parametrize(("finalized", "states"), [(True, 67), (False, 81)])
@@ -89,7 +89,7 @@ def test_the_board_is_small_enough_to_be_sent_whole(finalized: bool, states: int
 
 
 def test_a_vcpu_inside_never_holds_a_translation_of_a_removed_page() -> None:
-    assert not any(at.inside and at.cached and at.entry == State.FREE for at in reachable(At()))
+    assert not any(at.inside and at.cached and at.entry == State.FREE for at in reachable(BoardState()))
 
 
 def test_the_right_order_removes_the_page() -> None:
@@ -160,7 +160,7 @@ def test_the_drawing_is_well_formed_and_says_where_the_machine_is() -> None:
 
 
 def test_a_log_line_fits_into_a_mail() -> None:
-    lines = [log_line(answer(at, c)) for at in reachable(At()) for c in Click if possible(at, c)]
+    lines = [log_line(answer(at, c)) for at in reachable(BoardState()) for c in Click if possible(at, c)]
     assert max(map(len, lines)) <= 75
 
 
@@ -180,7 +180,7 @@ def test_its_table_says_what_the_leaves_answer() -> None:
 
 def test_the_stored_output_needs_no_script_no_style_and_no_svg() -> None:
     still = kvmlab.sept_board(*STORY, "REMOVE").html()
-    assert not nbrules.ACTIVE.search(still)
+    assert not notebook_rules.ACTIVE.search(still)
     assert "TDX_TLB_TRACKING_NOT_DONE | RCX" in still and "data:image/svg+xml;base64," in still
 
 
@@ -188,7 +188,7 @@ def test_in_a_notebook_the_live_board_comes_with_its_picture_and_its_text() -> N
     pytest.importorskip("anywidget", reason="needs anywidget")
     board = kvmlab.sept_board(*STORY)
     bundle, _ = board._repr_mimebundle_()
-    assert nbrules.WIDGET_VIEW in bundle
+    assert notebook_rules.WIDGET_VIEW in bundle
     assert (bundle["text/plain"], bundle["text/html"]) == (board.text(), board.html())
 
 

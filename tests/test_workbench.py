@@ -17,10 +17,11 @@ import kvmlab
 from kvmlab.compile.scenario import InputError
 from kvmlab.design import DesignError
 from kvmlab.explore.graph import Watch
-from kvmlab.show import search, widget
+from kvmlab.show import search_thread, widget
 from kvmlab.show.widget import Workbench
 from kvmlab.verdict.report import Report
-from kvmlab.verdict.trace import Case, Trace
+from kvmlab.verdict.run import Case
+from kvmlab.verdict.trace import Trace
 
 FAULTY = "rmp-under-lock-directmap-post"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -300,7 +301,7 @@ class Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.real, self.held, self.open = widget.check_case, threading.Event(), threading.Event()
         monkeypatch.setattr(widget, "check_case", self.check)
-        monkeypatch.setattr(search, "TELL_EVERY", 0)
+        monkeypatch.setattr(search_thread, "PROGRESS_EVERY", 0)
 
     def check(self, case: Case, limit: int | None = None, watch: Watch | None = None) -> Report:
         assert watch is not None

@@ -141,7 +141,7 @@ def problems() -> tuple[type[Exception], ...]:
     """What is wrong with the input or the output, not with kvmlab."""
     from ..compile.scenario import InputError
     from ..design import DesignError
-    from ..verdict.trace import ReplayError
+    from ..verdict.run import ReplayError
 
     return DesignError, InputError, ReplayError, OutputError
 
@@ -197,7 +197,7 @@ def _claims(options: argparse.Namespace) -> int:
 
 def _switches(options: argparse.Namespace) -> int:
     from ..verdict.matrix import ALTERNATIVES, dependence
-    from ..verdict.trace import changed
+    from ..verdict.run import changed
 
     for n, (platform, chosen, scenarios) in enumerate(ALTERNATIVES, 1):
         ((name, value),) = changed(chosen).items()
@@ -234,7 +234,7 @@ def _reports(options: argparse.Namespace) -> Iterator[Report | str]:
     from ..compile.scenario import NotApplicable
     from ..design import Design
     from ..verdict.report import check
-    from ..verdict.trace import parse_switches
+    from ..verdict.run import parse_switches
 
     switches = parse_switches(options.switch)
     cases = [
@@ -345,7 +345,7 @@ def _trace(options: argparse.Namespace) -> int:
     from ..design import Design
     from ..machine.properties import BY_NAME
     from ..verdict.report import check
-    from ..verdict.trace import parse_switches
+    from ..verdict.run import parse_switches
 
     if options.property and options.property not in BY_NAME:
         raise InputError(f"unknown property {options.property!r}; there are: {', '.join(BY_NAME)}")
@@ -375,8 +375,8 @@ def _trace(options: argparse.Namespace) -> int:
 def _replay(options: argparse.Namespace) -> int:
     from ..compile.scenario import InputError
     from ..design.files import from_stdin
-    from ..show.text import machine_text
-    from ..verdict.code import replay, shows_harm
+    from ..machine.table import machine_text
+    from ..verdict.replay import replay
 
     trace = replay(from_stdin().decode("utf-8", "replace") if options.code == "-" else options.code)
     if options.step is not None and not 0 <= options.step < len(trace.frames):
@@ -384,7 +384,7 @@ def _replay(options: argparse.Namespace) -> int:
     emit(trace.text())
     if options.step is not None:
         emit(machine_text(trace.case.model, trace.frames[options.step].state))
-    return int(shows_harm(trace))
+    return int(bool(trace.violated))
 
 
 def _lab(options: argparse.Namespace) -> int:
@@ -399,11 +399,10 @@ def _lab(options: argparse.Namespace) -> int:
     where = ["--notebook-dir", str(root)] if folder.is_dir() else []
     tour = next(iter(sorted(folder.glob("00*.ipynb"))), None) if folder.is_dir() else None
     page = [f"--LabApp.default_url=/lab/tree/notebooks/{tour.name}"] if tour else []
-    files = ["--ServerApp.contents_manager_class=kvmlab.nbfiles.Contents"]  # opening a notebook does not change it
+    server = root / "tests" / "workbook" / "notebook_server.py"  # keeps a notebook as it was when it is only opened
+    start = [str(server)] if server.is_file() else ["-m", "jupyterlab"]
     root_too = ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []  # as in a container
-    os.execv(
-        sys.executable, [sys.executable, "-m", "jupyterlab", *where, *page, *files, *root_too, *options.arguments]
-    )
+    os.execv(sys.executable, [sys.executable, *start, *where, *page, *root_too, *options.arguments])
 
 
 _COMMANDS = {

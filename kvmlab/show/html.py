@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from ..machine.properties import BY_NAME, MEASURES
 from ..model.step import Model
+from ..verdict.display import Displayed
+from ..verdict.matrix import Matrix
+from ..verdict.report import Comparison, Report
 from ..verdict.trace import Trace
 from .lanes import lanes
-from .parts import machine_table
-from .sides import side_by_side_html
+from .machine_table import machine_table
+from .side_by_side import side_by_side_html
 from .style import MONO, SMALL, Html, alarm, block, el, join, plural, quiet
-from .tables import case_line, comparison_html, matrix_html, report_html
-from .told import broken
+from .verdict_tables import case_line, comparison_html, matrix_html, report_html
 
 __all__ = [
+    "as_html",
     "comparison_html",
     "machine_html",
     "matrix_html",
@@ -29,6 +32,20 @@ KEY = (
     "Bars: thick, mmu_lock held (paler: for read); thin, a sleeping lock; grey, the invalidation window. "
     "A model, not hardware."
 )
+
+
+def as_html(result: Displayed) -> Html:
+    """A result as a notebook shows it."""
+    match result:
+        case Report():
+            return report_html(result)
+        case Trace():
+            return trace_html(result)
+        case Comparison():
+            return comparison_html(result.reports)
+        case Matrix():
+            return matrix_html(result)
+    raise TypeError(f"{type(result).__name__} has no HTML")
 
 
 def trace_html(trace: Trace, upto: int | None = None) -> Html:
@@ -63,9 +80,8 @@ def trace_title(trace: Trace) -> Html:
     elif trace.why in MEASURES:
         what = join((el("b", trace.why), f" {MEASURES[trace.why]} "))
     else:
-        bad = dict.fromkeys(r.split(":")[0] for n in range(trace.steps + 1) for r in broken(trace, n))
         how = el("b", "Scheduled by hand" if trace.why == "by-hand" else "A sample run")
-        told = [part for prop in bad for part in (" ", alarm(f"!! {prop}"))]
+        told = [part for prop in trace.violated for part in (" ", alarm(f"!! {prop}"))]
         what = join((how, *(told or [" in which nothing is violated"]), " "))
     return join((what, quiet(f"({size})")))
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..kernel import locks
 from ..model.step import Actor
-from ..verdict.trace import Event, Frame, Trace
+from ..verdict.run import Event, Frame, Run
 from .style import (
     CLEAR,
     FAINT,
@@ -30,7 +30,6 @@ from .style import (
     tint,
     tr,
 )
-from .told import broken, said
 
 THICK = "mmu_lock"
 PAD = "padding:1px 10px 1px 16px"
@@ -45,7 +44,10 @@ class Held(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One step as it is drawn: its number from 1, its event, what each CPU holds, the window, a new turn."""
+    """One step as it is drawn: its number from 1, its event, what each CPU holds, the invalidation window.
+
+    `turn` says that another CPU acted in the step before.
+    """
 
     number: int
     event: Event
@@ -54,30 +56,30 @@ class Row(NamedTuple):
     turn: bool
 
 
-def acting(trace: Trace) -> list[Actor]:
+def acting(run: Run) -> list[Actor]:
     """The actors that take a step in this run."""
-    keys = {frame.event.actor for frame in trace.frames if frame.event}
-    return [actor for actor in trace.case.model.actors if actor.key in keys]
+    keys = {frame.event.actor for frame in run.frames if frame.event}
+    return [actor for actor in run.case.model.actors if actor.key in keys]
 
 
-def rows(trace: Trace) -> list[Row]:
+def rows(run: Run) -> list[Row]:
     """The steps of a run with what surrounds them."""
-    keys = [actor.key for actor in acting(trace)]
+    keys = [actor.key for actor in acting(run)]
     found: list[Row] = []
-    for n, (before, after) in enumerate(zip(trace.frames, trace.frames[1:], strict=False), 1):
+    for n, (before, after) in enumerate(zip(run.frames, run.frames[1:], strict=False), 1):
         event = after.event
         assert event is not None
-        held = {key: _held(trace, before, after, key) for key in keys}
+        held = {key: _held(run, before, after, key) for key in keys}
         turn = not found or found[-1].event.actor != event.actor
-        found.append(Row(n, event, held, _window(trace, before, after), turn))
+        found.append(Row(n, event, held, _window(run, before, after), turn))
     return found
 
 
-def _held(trace: Trace, before: Frame, after: Frame, key: str) -> Held:
+def _held(run: Run, before: Frame, after: Frame, key: str) -> Held:
     """During a step a lock counts as held if it is before or after it: taking and dropping are part of it."""
     sleeping, mmu = False, ""
     for frame in (before, after):
-        view = trace.case.model.view(frame.state)
+        view = run.case.model.view(frame.state)
         mine = locks.held(view, key)
         sleeping = sleeping or any(lock != THICK for lock in mine)
         if THICK in mine:
@@ -85,17 +87,17 @@ def _held(trace: Trace, before: Frame, after: Frame, key: str) -> Held:
     return Held(sleeping, mmu)
 
 
-def _window(trace: Trace, before: Frame, after: Frame) -> str:
-    was, now = (trace.case.model.view(frame.state).in_progress for frame in (before, after))
+def _window(run: Run, before: Frame, after: Frame) -> str:
+    was, now = (run.case.model.view(frame.state).in_progress for frame in (before, after))
     if was and now:
         return "open"
     return "opens" if now else "closes" if was else ""
 
 
-def head(trace: Trace) -> Html:
+def head(run: Run) -> Html:
     """The heads of the lanes: each CPU with its hue and what it is for."""
-    actors = acting(trace)
-    hue = hues([actor.key for actor in trace.case.model.actors])
+    actors = acting(run)
+    hue = hues([actor.key for actor in run.case.model.actors])
     cells = [
         th(quiet("step", style=SMALL), number=True, style="padding:0 10px 4px 0"),
         th("", title="invalidation window", style="padding:0 0 4px 0"),
@@ -117,18 +119,18 @@ def _dot(hue: str) -> Html:
     return el("span", style=f"display:inline-block;width:9px;height:9px;border-radius:9px;background:{hue}")
 
 
-def bodies(trace: Trace) -> list[Html]:
+def step_bodies(run: Run) -> list[Html]:
     """One <tbody> a step: its row, the properties that it breaks, and the rule at which a cycle begins."""
-    actors = acting(trace)
-    hue = hues([actor.key for actor in trace.case.model.actors])
+    actors = acting(run)
+    hue = hues([actor.key for actor in run.case.model.actors])
     depth = dict.fromkeys((actor.key for actor in actors), 0)
     out = []
-    for row in rows(trace):
+    for row in rows(run):
         lines = []
-        if row.number - 1 == trace.cycle:
+        if row.number - 1 == run.cycle:
             lines.append(_rule("↻ from here on it repeats for ever", len(actors)))
         lines.append(_step(row, actors, hue, _indent(row.event, depth)))
-        lines += [_alarm(row, reason, len(actors)) for reason in broken(trace, row.number)]
+        lines += [_alarm(row, reason, len(actors)) for reason in run.violations(row.number)]
         out.append(el("tbody", *lines))
     return out
 
@@ -155,7 +157,7 @@ def _step(row: Row, actors: Sequence[Actor], hue: dict[str, str], indent: int) -
 
 
 def _words(event: Event, indent: int) -> Iterator[Html]:
-    call, notes, _ = said(event)
+    call, notes, _ = event.text
     yield Html("&nbsp;" * (2 * indent))
     yield breakable(call)
     if notes:
@@ -208,16 +210,16 @@ def _rule(text: str, lanes: int) -> Html:
     )
 
 
-def foot(trace: Trace, left_out: int = 0) -> Html:
+def foot(run: Run, left_out: int = 0) -> Html:
     """What closes the lanes: the way back of a cycle, or how many steps are not shown."""
     if left_out:
-        return el("tbody", _rule(f"... {plural(left_out, 'more step')}", len(acting(trace))))
-    if trace.cycle is None:
+        return el("tbody", _rule(f"... {plural(left_out, 'more step')}", len(acting(run))))
+    if run.cycle is None:
         return Html("")
-    return el("tbody", _rule(f"↺ back to step {trace.cycle + 1}, for ever", len(acting(trace))))
+    return el("tbody", _rule(f"↺ back to step {run.cycle + 1}, for ever", len(acting(run))))
 
 
-def lanes(trace: Trace, upto: int) -> Html:
+def lanes(run: Run, upto: int) -> Html:
     """The picture of a run's first `upto` steps."""
-    shown = bodies(trace)[:upto]
-    return table((head(trace), *shown, foot(trace, trace.steps - len(shown))), MONO)
+    shown = step_bodies(run)[:upto]
+    return table((head(run), *shown, foot(run, run.steps - len(shown))), MONO)

@@ -1,4 +1,4 @@
-"""What the workbench's messages may say, field by field, and what is answered to those that make no sense."""
+"""The messages that the workbench's browser half sends: reading their fields, and refusing what makes no sense."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ..compile.scenario import InputError
 from ..errors import Refusal
 
-LARGEST = 1_000_000  # no number of a message means anything beyond
+LARGEST = 1_000_000  # a larger number in a message is a mistake
 CODE = re.compile(r"kvmlab:\d+:")  # how the code of a run begins, whatever its version
 
 Message = Mapping[str, Any]

@@ -12,8 +12,8 @@ from pathlib import Path
 from ..verdict.report import Report
 from .html import report_html, trace_html
 from .style import MONO, Html, alarm, el, quiet, table, td, tr
-from .tables import RULED, case_line
-from .view import Json, report_view, trace_view
+from .verdict_tables import RULED, case_line
+from .workbench_json import Json, report_json, trace_json
 
 _HERE = Path(__file__).parent
 _PAGE = """<!doctype html>
@@ -76,7 +76,7 @@ def page_html(reports: Sequence[Report]) -> str:
         for n, report in enumerate(reports)
     )
     names = ", ".join(dict.fromkeys(report.case.design.name for report in reports))
-    views = json.dumps([_view(report) for report in reports], ensure_ascii=False).replace("<", "\\u003c")
+    views = json.dumps([_json(report) for report in reports], ensure_ascii=False).replace("<", "\\u003c")
     run = _SCRIPT.replace("{js}", script())
     return _PAGE.format(
         title=escape(f"kvmlab: {names}"),
@@ -102,8 +102,8 @@ def _summary(reports: Sequence[Report]) -> Html:
     return Html(f"{el('p', ABOUT)}\n{table(rows, MONO)}")
 
 
-def _view(report: Report) -> Json:
-    runs = {name: trace_view(report.trace(name)) for name in report.violated}
-    runs["sample"] = trace_view(report.sample())
-    seen = report_view(report, report.trace())
+def _json(report: Report) -> Json:
+    runs = {name: trace_json(report.trace(name)) for name in report.violated}
+    runs["sample"] = trace_json(report.sample())
+    seen = report_json(report, report.trace())
     return {**seen, "runs": runs, "position": seen["trace"]["first"], "problem": "", "draft": None}

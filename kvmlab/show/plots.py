@@ -21,10 +21,10 @@ COUNTS = {
     "PSC exits": ("psc-buffer", "psc-msr"),
 }
 HUES = (style.BLUE, style.ORANGE, style.GREEN, style.PURPLE, style.SKY, style.VERMILLION)
-# A picture cannot know the page it stands on: it has no ground of its own, and a grey that is read on white and on
-# JupyterLab's dark pages alike (contrast 4.5 and 4.2).
+# The same picture is shown on light and dark pages: its background is transparent, and its grey can be read on white
+# and on JupyterLab's dark pages alike (contrast 4.5 and 4.2).
 GROUND, INK = "none", "#767676"
-BAR, GAP = 0.8, 0.9  # of the unit that each bar has; GAP is what stands between two groups
+BAR, GAP = 0.8, 0.9  # a bar's thickness and the gap between two groups, in units of the pitch of bars
 
 
 def load_counts(load: Load) -> dict[str, int]:
@@ -43,7 +43,7 @@ def load_text(loads: Sequence[Load]) -> str:
 
 
 def load_figure(loads: Sequence[Load]) -> Figure:
-    """A bar for each count of each design, all on one scale, so that what is small beside the rest looks so.
+    """A bar for each count of each design, all on one scale, so that a small count looks small.
 
     In a notebook it shows itself as a PNG whose text/plain is `load_text`.  ValueError if there is no load.
     """

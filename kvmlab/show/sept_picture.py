@@ -17,7 +17,7 @@ from ..hw.tdx import Leaf, seamcall
 from ..hw.tdx import sept as tdx_sept
 from ..hw.tdx.entry import State
 from ..hw.tdx.tlb import Age
-from .sept_walk import ENTRY_STATES, At, Click
+from .sept_machine import ENTRY_STATES, BoardState, Click
 from .style import BLUE, GREEN, VERMILLION
 
 WIDTH, HEIGHT = 960, 426
@@ -74,7 +74,7 @@ def before_finalize() -> str:
     return ", ".join(f"{_short(e.leaf)} {e.before} -> {e.after}" for e in early)
 
 
-def picture(at: At) -> str:
+def picture(at: BoardState) -> str:
     """The whole drawing with the machine at `at`: one <svg> element."""
     where = " ".join(f'data-{name}="{escape(value)}"' for name, value in data(at).items())
     return (
@@ -84,7 +84,7 @@ def picture(at: At) -> str:
     )
 
 
-def data(at: At) -> dict[str, str]:
+def data(at: BoardState) -> dict[str, str]:
     """Where the machine is, as the root's data-* attributes."""
     return {
         "at": at.entry,
@@ -96,7 +96,7 @@ def data(at: At) -> dict[str, str]:
     }
 
 
-def describe(at: At) -> str:
+def describe(at: BoardState) -> str:
     """Where the machine is, in words."""
     vcpu = "inside" if at.inside else "outside"
     return (
@@ -106,7 +106,7 @@ def describe(at: At) -> str:
     )
 
 
-def image(at: At) -> str:
+def image(at: BoardState) -> str:
     """The drawing as a data: URI, which survives where <svg> does not."""
     return "data:image/svg+xml;base64," + b64encode(picture(at).encode()).decode()
 

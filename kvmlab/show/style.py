@@ -66,13 +66,13 @@ def breakable(text: str) -> Html:
 
 @lru_cache(maxsize=1024)
 def css(*styles: str) -> str:
-    """Several inline styles as one; what a later one says of a property stands."""
+    """Several inline styles as one; of a property's values the last one is taken."""
     pairs = (pair.split(":", 1) for style in styles for pair in style.split(";") if pair)
     return ";".join(f"{name}:{value}" for name, value in dict(pairs).items())
 
 
 def quiet(*inner: str, style: str = "") -> Html:
-    """Text of the second rank."""
+    """Text that matters less: fainter."""
     return el("span", *inner, style=css(QUIET, style))
 
 
@@ -97,12 +97,12 @@ def td(*inner: str, style: str = "", number: bool = False, **attributes: str) ->
 
 
 def th(*inner: str, style: str = "", number: bool = False, **attributes: str) -> Html:
-    """A heading cell, no louder than it must be."""
+    """A heading cell."""
     return el("th", *inner, style=css(NUMBER if number else CELL, "font-weight:600", style), **attributes)
 
 
 def blank(style: str = "", **attributes: str) -> Html:
-    """A cell in which nothing stands."""
+    """An empty cell."""
     return el("td", style=css(EMPTY, style), **attributes)
 
 

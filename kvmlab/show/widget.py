@@ -20,23 +20,25 @@ from ..design.calls import SECTIONS
 from ..errors import Refusal
 from ..explore.graph import Watch
 from ..machine.properties import BY_NAME
-from ..verdict.code import replay
+from ..verdict.replay import replay
 from ..verdict.report import Report, as_design, check_case
+from ..verdict.run import Case
 from ..verdict.session import Session, changed_case
-from ..verdict.trace import Case, Trace
+from ..verdict.trace import Trace
 from .html import report_html, run_html, side_by_side_html, trace_title
 from .messages import Message, a_number, a_text, has_code, in_words, one_of
 from .page import script, stylesheet
-from .search import Search
+from .search_thread import Search
 from .style import block, el, quiet
-from .view import case_view, choices, first_position, trace_view, view
+from .workbench_json import case_json, choices, first_position, session_json, trace_json
 
 INVITATION = "Run this cell to make it live: move a line, and every interleaving is explored again."
 FARTHEST = 200  # lines that one message may move a statement
 LONGEST_HISTORY = 100
 
+
 @dataclass(frozen=True)
-class Wish:
+class Request:
     """What is being explored, and why: a "change", an "undo", or a design to "compare" with.
 
     `run` is the run to walk then, if it is not to be that of the gravest property violated; `draft` is the
@@ -52,7 +54,7 @@ class Wish:
 
 
 class Checked(NamedTuple):
-    """What became of a wish: the report, a run to walk, and the report to compare with, or why there is none."""
+    """The outcome of a request: the report, a run to walk, and the report to compare with, or why there is none."""
 
     report: Report
     run: Trace
@@ -71,7 +73,7 @@ class Workbench(anywidget.AnyWidget):
     def __init__(self, session: Session, versus: Design | None = None) -> None:
         self._lock = threading.RLock()
         self._search: Search[Checked] | None = None
-        self._wish: Wish | None = None
+        self._request: Request | None = None
         self._drawn: tuple[Trace, dict[str, Any]] | None = None  # the run that was drawn last
         self.session = session
         self.versus = versus
@@ -139,7 +141,7 @@ class Workbench(anywidget.AnyWidget):
     @property
     def _now(self) -> Case:
         """The case that the browser shows: the one being explored, if there is one."""
-        return self._wish.case if self._wish else self.session.case
+        return self._request.case if self._request else self.session.case
 
     def _edit(self, message: Message) -> None:
         text = a_text(message, "text")
@@ -207,18 +209,18 @@ class Workbench(anywidget.AnyWidget):
     def _compare(self, message: Message) -> None:
         name = message.get("design")
         versus = None if name is None else Design.load(one_of(message, "design", shipped("all")))
-        if self._wish:
-            self._begin(replace(self._wish, versus=versus))
+        if self._request:
+            self._begin(replace(self._request, versus=versus))
         else:
-            self._begin(Wish("compare", self.session.case, versus, self.session.trace, self.session.draft))
+            self._begin(Request("compare", self.session.case, versus, self.session.trace, self.session.draft))
 
     def _undo(self, message: Message) -> None:
-        if self._wish:
+        if self._request:
             self._cancel(message)
             return
         if not self.history:
             raise InputError("there is nothing to undo")
-        self._begin(Wish("undo", self.history[-1], self.versus))
+        self._begin(Request("undo", self.history[-1], self.versus))
 
     def _cancel(self, message: Message) -> None:
         if self._search is None:
@@ -236,34 +238,34 @@ class Workbench(anywidget.AnyWidget):
         focus: tuple[str, int] | None = None,
     ) -> None:
         """Explore a case, unless it is the one that is shown already; an earlier search is given up."""
-        versus = self._wish.versus if self._wish else self.versus
+        versus = self._request.versus if self._request else self.versus
         if case == self.session.case and run is None:
             self._settle()
             self.session.draft, self.focus = None, focus
         else:
-            self._begin(Wish("change", case, versus, run, draft, focus))
+            self._begin(Request("change", case, versus, run, draft, focus))
 
-    def _begin(self, wish: Wish) -> None:
-        case = {**case_view(wish.case), "choices": choices(wish.case.design)}
+    def _begin(self, request: Request) -> None:
+        case = {**case_json(request.case), "choices": choices(request.case.design)}
         self._settle()
-        search = Search(lambda watch: self._checked(wish, watch), self._tell, self._done)
-        self._wish, self._search = wish, search
+        search = Search(lambda watch: self._checked(request, watch), self._tell, self._done)
+        self._request, self._search = request, search
         self.explored = 0
-        self.pending = {**case, "focus": wish.focus, "problem": "", "said": ""}
+        self.pending = {**case, "focus": request.focus, "problem": "", "said": ""}
         search.start()
 
     def _settle(self) -> None:
         """Nothing is being explored any more."""
         if self._search:
-            self._search.give_up()
-        self._search, self._wish, self.pending = None, None, {}
+            self._search.cancel()
+        self._search, self._request, self.pending = None, None, {}
 
-    def _checked(self, wish: Wish, watch: Watch) -> Checked:
-        same = wish.case is self.session.case
-        report = self.session.report if same else check_case(wish.case, watch=watch)
-        run = wish.run or report.trace()
+    def _checked(self, request: Request, watch: Watch) -> Checked:
+        same = request.case is self.session.case
+        report = self.session.report if same else check_case(request.case, watch=watch)
+        run = request.run or report.trace()
         run.frames  # noqa: B018 - replays it now, in this thread
-        return Checked(report, run, _against(wish.case, wish.versus, watch))
+        return Checked(report, run, _against(request.case, request.versus, watch))
 
     def _tell(self, search: Search[Checked], states: int) -> None:
         with self._lock:
@@ -273,33 +275,33 @@ class Workbench(anywidget.AnyWidget):
     def _done(self, search: Search[Checked]) -> None:
         """Take what a search has found, unless something else is wanted by now."""
         with self._lock, self.hold_sync():
-            if search is not self._search or self._wish is None:
+            if search is not self._search or self._request is None:
                 return
-            wish = self._wish
+            request = self._request
             self._settle()
-            self.focus = wish.focus
+            self.focus = request.focus
             try:
                 if search.found is None:
                     raise search.failure or RuntimeError("a search ended with nothing")
-                self._take_over(wish, search.found)
+                self._take_over(request, search.found)
             except Exception as failure:
-                self.session.problem, self.session.draft = in_words(failure), wish.draft
+                self.session.problem, self.session.draft = in_words(failure), request.draft
             self.view = self._view()
 
-    def _take_over(self, wish: Wish, checked: Checked) -> None:
+    def _take_over(self, request: Request, checked: Checked) -> None:
         before, at = self.session.case, self.session.position
         self.session.adopt(checked.report, checked.run)
-        self.session.jump(at if wish.why == "compare" else first_position(checked.run))
-        self.versus, self.against = wish.versus, checked.against
-        if wish.why == "compare":
-            self.session.draft = wish.draft
+        self.session.jump(at if request.why == "compare" else first_position(checked.run))
+        self.versus, self.against = request.versus, checked.against
+        if request.why == "compare":
+            self.session.draft = request.draft
             return
-        if wish.why == "undo":
+        if request.why == "undo":
             self.history.pop()
         else:
             self.history = [*self.history, before][-LONGEST_HISTORY:]
         bad = [f"{name} {checked.report.verdicts[name].verdict}" for name in checked.report.violated]
-        done = "Undone. Checked" if wish.why == "undo" else "Checked"
+        done = "Undone. Checked" if request.why == "undo" else "Checked"
         self.said = f"{done}: {', '.join(bad) or 'nothing is violated'}."
 
     # -- what the browser sees
@@ -319,8 +321,8 @@ class Workbench(anywidget.AnyWidget):
             "undo": bool(self.history),
         }
         if self._drawn is None or self._drawn[0] is not self.session.trace:
-            self._drawn = self.session.trace, trace_view(self.session.trace)
-        return {**view(self.session, self._drawn[1]), **mine}
+            self._drawn = self.session.trace, trace_json(self.session.trace)
+        return {**session_json(self.session, self._drawn[1]), **mine}
 
 
 def _against(case: Case, versus: Design | None, watch: Watch | None = None) -> Report | str:

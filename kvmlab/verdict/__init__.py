@@ -1,1 +1,1 @@
-"""What a search says: runs and their codes, reports, the matrix, the claims."""
+"""What a search says: runs, their diagrams and codes, reports, the matrix, the claims."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,8 @@ from ..design.calls import BACKINGS
 from ..machine.conf import PLATFORMS, Switches
 from ..machine.properties import BY_NAME
 from ..pool import spread
+from .diagram import WIDTH
+from .display import Displayed
 from .report import ALWAYS, SOMETIMES, as_design, check
 
 SHORT = {
@@ -68,7 +71,7 @@ class Square:
 
 
 @dataclass(frozen=True)
-class Matrix:
+class Matrix(Displayed):
     """Designs down, scenarios across, for each platform and backing asked for."""
 
     squares: tuple[Square, ...]
@@ -80,18 +83,36 @@ class Matrix:
         return ", ".join(f"{short} {name}" for name, short in SHORT.items() if name in found)
 
     def text(self) -> str:
-        """One table a platform and backing; in each cell the gravest violation over the number of states."""
-        from ..show.text import matrix_text
+        """Scenarios down, designs across, the states of each scenario last; a table a platform and backing."""
+        lines: list[str] = []
+        for platform, backing in dict.fromkeys((s.platform, s.backing) for s in self.squares):
+            here = [s for s in self.squares if (s.platform, s.backing) == (platform, backing)]
+            lines += ["", *_table(f"{platform}, {backing}", {(s.design, s.scenario): s for s in here})]
+        total = sum(s.states for s in self.squares)
+        checks = sum(not s.reason for s in self.squares)
+        all_or_not = "all complete" if all(s.complete for s in self.squares) else "NOT all complete (+)"
+        lines.append("")
+        lines += textwrap.wrap(self.legend, max(WIDTH, *map(len, lines)), break_on_hyphens=False)
+        lines.append(f"{checks} checks, {total:,} states, {all_or_not}; ! in every run that finishes")
+        return "\n".join(line.rstrip() for line in lines[1:])
 
-        return matrix_text(self)
-
-    __str__ = text
     __repr__ = text
 
-    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
-        from ..show.html import matrix_html
 
-        return {"text/plain": self.text(), "text/html": matrix_html(self)}
+def _table(title: str, here: Mapping[tuple[str, str], Square]) -> list[str]:
+    """The lines of one table of the matrix; `here` has its squares by design and scenario."""
+    designs = list(dict.fromkeys(design for design, _ in here))
+    scenarios = list(dict.fromkeys(scenario for _, scenario in here))
+    left = max(len(name) for name in [*scenarios, title]) + 1
+    lines = []
+    for n, design in enumerate(designs):
+        lines.append(("" if n else title).ljust(left) + "       |" * n + "       " + design)
+    lines.append(" " * left + "       |" * len(designs) + "       states")
+    for scenario in scenarios:
+        row = [here[design, scenario] for design in designs]
+        verdicts = "".join(f"{s.short}{'' if s.complete else '+'}".rjust(8) for s in row)
+        lines.append(f"{scenario.ljust(left)}{verdicts}{sum(s.states for s in row):>13,}")
+    return lines
 
 
 Progress = Callable[[str], Any]
@@ -201,7 +222,9 @@ def dependence(
     """
     every = product(_named(designs), scenarios, BACKINGS)
     cases = [(design, platform, scenario, backing) for design, scenario, backing in every]
-    both: list[tuple[Where, Switches | None]] = [(case, switches) for case in cases for switches in (None, chosen)]
+    both: list[tuple[Where, Switches | None]] = [
+        (case, switches) for case in cases for switches in (None, chosen)
+    ]
     changed = []
     with spread(_switched, both, jobs) as results:
         waiting = iter(results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,10 @@ from ..explore.graph import Graph, Hit, Watch
 from ..machine.conf import Switches
 from ..machine.properties import BY_NAME, MEASURES, PROPERTIES
 from ..model.step import Model
-from .trace import Case, Trace
+from .diagram import WIDTH
+from .display import Displayed
+from .run import Case
+from .trace import Trace
 
 NEVER, SOMETIMES, ALWAYS, UNJUDGED = "Never", "Sometimes", "Always", "not judged"
 HITS_TRIED = 40  # how many shortest violations are looked at for runs that differ
@@ -36,7 +40,7 @@ class Verdict:
 
 
 @dataclass
-class Report:
+class Report(Displayed):
     """The outcome of one check.  `complete` only if every interleaving was explored."""
 
     case: Case
@@ -89,7 +93,9 @@ class Report:
 
         def avoids(graph: Graph) -> bool:
             ends = name in ("deadlock", "livelock")  # what never finishes cannot be avoided by finishing
-            return not graph.complete or (liveness.finishes(graph) if ends else liveness.avoidable(graph, name))
+            return not graph.complete or (
+                liveness.finishes(graph) if ends else liveness.avoidable(graph, name)
+            )
 
         return not avoids(self.graph) and not avoids(self._forgetful)
 
@@ -108,7 +114,7 @@ class Report:
         return {"conversion returns": any(self.graph.quiet), "guest uses the page": self._used() is not None}
 
     def _used(self) -> int | None:
-        """The nearest quiet state in which the guest has used the page in its last kind."""
+        """The nearest quiet state in which the guest has used its pages as it asked for them last."""
         model = self.case.model
         guest = [model.layout.cell("guest", gfn) for gfn in model.conf.used]
         for i, quiet in enumerate(self.graph.quiet):
@@ -204,17 +210,29 @@ class Report:
         return left
 
     def text(self) -> str:
-        """The verdicts as plain text, one line a property that is violated, and what all others are."""
-        from ..show.text import report_text
+        """The verdicts as plain text: what can go wrong first, then what never does."""
+        done = "complete" if self.complete else "NOT complete"
+        lines = [str(self.case), *(f"  ({note})" for note in self.case.design.notes)]
+        lines.append(
+            f"  {self.states:,} states, {self.transitions:,} transitions, depth {self.depth}, {done}"
+        )
+        for verdict in self.verdicts.values():
+            if verdict.depth is not None:
+                lines.append(f"  {verdict.verdict:<9} {verdict.name:<18} {_sentence(verdict.name)}")
+        never = [v.name for v in self.verdicts.values() if v.verdict == NEVER]
+        if never:
+            text, indent = f"Never     {', '.join(never)}", " " * 12
+            lines += textwrap.wrap(
+                text, WIDTH, initial_indent="  ", subsequent_indent=indent, break_on_hyphens=False
+            )
+        lines += [f"  Not seen  {name}" for name, seen in self.witnesses.items() if not seen]
+        lines += [f"  Not checked: {what}" for what in self.not_checked]
+        return "\n".join(lines)
 
-        return report_text(self)
 
-    __str__ = text
-
-    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
-        from ..show.html import report_html
-
-        return {"text/plain": self.text(), "text/html": report_html(self)}
+def _sentence(name: str) -> str:
+    text = BY_NAME[name].sentence
+    return text if len(text) <= 46 else text[:44] + ".."
 
 
 def _shape(run: Trace) -> tuple[object, ...]:
@@ -292,24 +310,25 @@ def as_design(design: Design | str) -> Design:
 
 
 @dataclass
-class Comparison:
+class Comparison(Displayed):
     """Several designs in the same scenario, property by property."""
 
     reports: Sequence[Report]
 
     def text(self) -> str:
-        """A table: designs down, violated properties across."""
-        from ..show.text import comparison_text
+        """A table: designs down, violated properties across; S for Sometimes, A for Always, . for Never."""
+        names = [p for p in BY_NAME if any(p in r.violated for r in self.reports)]
+        left = max((len(r.case.design.name) for r in self.reports), default=6)
+        letters = {NEVER: ".", SOMETIMES: "S", ALWAYS: "A"}
+        lines = [" " * (left + 2) + "  |" * n + "  " + name for n, name in enumerate(names)]
+        lines.append("".ljust(left) + "  " + "  |" * len(names) + f"{'states':>11}")
+        for r in self.reports:
+            marks = "".join(f"  {letters.get(r.verdicts[name].verdict, '?')}" for name in names)
+            lines.append(f"{r.case.design.name:<{left}}  {marks}{r.states:>11,}{'' if r.complete else ' +'}")
+        lines.append("S some runs, A every run that finishes, . never")
+        return "\n".join(lines)
 
-        return comparison_text(self.reports)
-
-    __str__ = text
     __repr__ = text
-
-    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
-        from ..show.html import comparison_html
-
-        return {"text/plain": self.text(), "text/html": comparison_html(self.reports)}
 
 
 def compare(designs: Iterable[Design | str], **case: Any) -> Comparison:

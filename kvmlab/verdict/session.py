@@ -14,17 +14,18 @@ from ..errors import Refusal
 from ..explore.paths import Schedule
 from ..machine.conf import Switches
 from ..machine.properties import PROPERTIES
-from .code import replay
+from .replay import replay
 from .report import Report, as_design, check, check_case
-from .trace import Case, Event, Frame, Trace, options
+from .run import Case, Event, Frame, options
+from .trace import Trace
 
 BY_HAND = "by-hand"
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def _alone(method: Method) -> Method:
-    """Let one thread at a time look at the walk or change it; a check is not waited for."""
+def _one_thread(method: Method) -> Method:
+    """Let one thread at a time read or change the run and the position; a check runs outside this lock."""
 
     @wraps(method)
     def locked(self: Session, *args: Any, **kwargs: Any) -> Any:
@@ -44,7 +45,7 @@ class Option(NamedTuple):
 
 
 class Session:
-    """One reviewer's desk: a case, its report, and a run with a position in it.
+    """What one reviewer works on: a case, its report, and a run with a position in it.
 
     Every change re-explores the case.  A change that is refused (a bad text, a case that does not exist)
     leaves everything as it was and says why in `problem`.  Several threads may use it.
@@ -65,7 +66,7 @@ class Session:
 
     @classmethod
     def of(cls, run: Trace) -> Session:
-        """A desk on which this run lies, with the verdicts of its case."""
+        """A session on this run, with the verdicts of its case."""
         case = run.case
         session = cls(case.design, case.platform, case.scenario, case.backing, case.switches)
         session.walk(run)
@@ -94,7 +95,7 @@ class Session:
         return self._trace.frames
 
     @property
-    @_alone
+    @_one_thread
     def frame(self) -> Frame:
         """Where the run stands now."""
         return self.frames[self.position]
@@ -141,21 +142,21 @@ class Session:
             self.adopt(report)
         return self.report
 
-    @_alone
+    @_one_thread
     def adopt(self, report: Report, run: Trace | None = None) -> None:
-        """Take a report, and a run of its case (default: that of the gravest property violated)."""
+        """Go over to a report, and to a run of its case (default: that of the gravest property violated)."""
         self.report = report
         self.problem = self.draft = None
         self.walk(run or report.trace())
 
     # -- walking a run
 
-    @_alone
+    @_one_thread
     def show(self, prop: str | None = None) -> Trace:
         """Walk the counterexample of a property (default: the gravest violated, or a sample run)."""
         return self.walk(self.report.trace(prop))
 
-    @_alone
+    @_one_thread
     def walk(self, run: Trace) -> Trace:
         """Walk a run of this case from its start."""
         self._trace = run
@@ -163,17 +164,17 @@ class Session:
         self.by_hand = run.why == BY_HAND
         return run
 
-    @_alone
+    @_one_thread
     def step(self) -> Frame:
         """Go one step forward, if there is one."""
         return self.jump(self.position + 1)
 
-    @_alone
+    @_one_thread
     def back(self) -> Frame:
         """Go one step back."""
         return self.jump(self.position - 1)
 
-    @_alone
+    @_one_thread
     def jump(self, position: int) -> Frame:
         """Go to a position; beyond either end means the end."""
         self.position = min(max(position, 0), len(self.frames) - 1)
@@ -181,7 +182,7 @@ class Session:
 
     # -- scheduling by hand
 
-    @_alone
+    @_one_thread
     def enabled(self) -> list[Option]:
         """Every step that some actor can take at this position."""
         if self.frame.event is not None and self.frame.event.fatal:
@@ -192,7 +193,7 @@ class Session:
             for choice, (event, _) in enumerate(options(self.case.model, self.frame.state, a))
         ]
 
-    @_alone
+    @_one_thread
     def blocked(self) -> list[str]:
         """Actors that have work left but cannot move now."""
         can = {option.actor for option in self.enabled()}
@@ -204,7 +205,7 @@ class Session:
             if a.key not in can and not a.program[cells[a.key].get(self.frame.state)].idle
         ]
 
-    @_alone
+    @_one_thread
     def take(self, actor: str, choice: int = 0, at: int | None = None) -> Frame:
         """Let `actor` take a step here, or at another position; what followed in the run before is dropped.
 
@@ -229,7 +230,7 @@ class Session:
         self.by_hand = True
         return self.jump(len(schedule))
 
-    @_alone
+    @_one_thread
     def so_far(self) -> dict[str, bool]:
         """For each property: whether it still holds in the run up to this position."""
         seen = {p for f in self.frames[: self.position + 1] if f.event for p in f.event.violations}

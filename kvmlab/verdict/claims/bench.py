@@ -1,4 +1,4 @@
-"""Where the claims' experiments are done, what they may answer, and the cases that an answer speaks of."""
+"""What the claims' experiments are made of: checks and emulated VMs, each noted as evidence of the answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...design import Design
 from ...machine.conf import Switches
 from ..report import NEVER, Report, check
-from ..trace import changed
+from ..run import changed
 
 if TYPE_CHECKING:
     from ...emulator import Vm
@@ -19,19 +19,19 @@ CONFIRMED, REFUTED = "confirmed", "refuted"
 QUALIFIED = "qualified"  # true only under a named condition
 ANSWERED = "answered"  # a question, not a statement
 SOURCE = "the source says"  # only our transcription of a text shows it, no experiment
-Said = tuple[str, str]  # one of these words, and why
+Finding = tuple[str, str]  # one of these words, and why
 
 
 @dataclass
 class Bench:
-    """Checks are remembered; every look at one is written down as evidence, and its case as what is spoken of."""
+    """Runs checks, each once; notes the result of every one that an experiment asks for, and its case."""
 
     evidence: list[str] = field(default_factory=list)
     _cases: dict[str, list[str]] = field(default_factory=dict)
     _done: dict[Any, Report] = field(default_factory=dict)
 
     def begin(self) -> None:
-        """Forget what was looked at, not what is known."""
+        """Begin another experiment: no evidence and no cases yet; finished checks are kept."""
         self.evidence.clear()
         self._cases.clear()
 
@@ -101,13 +101,13 @@ class Bench:
         return Vm("snp", design=self.design(design), **kinds)
 
     def note(self, text: str) -> None:
-        """Write down what was looked at."""
+        """Note a piece of evidence, once."""
         if text not in self.evidence:
             self.evidence.append(text)
 
     @property
     def cases(self) -> str:
-        """The cases looked at, in words: an answer speaks of these and of no others."""
+        """The cases that the experiment asked for, in words: its answer holds for these alone."""
         alike: dict[str, list[str]] = {}
         for where, scenarios in self._cases.items():
             alike.setdefault(", ".join(scenarios), []).append(where)
@@ -128,10 +128,10 @@ class Claim:
     id: str
     who: str
     text: str
-    experiment: Callable[[Bench], Said]
+    experiment: Callable[[Bench], Finding]
 
     def answer(self, bench: Bench | None = None) -> Answer:
-        """Run the experiment; the cases that it looked at stand behind its words."""
+        """Run the experiment; the reason ends with the cases that it asked for, in brackets."""
         bench = bench or Bench()
         bench.begin()
         word, why = self.experiment(bench)
@@ -140,7 +140,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Answer:
-    """What an experiment says of a claim, why and in which cases, and the checks that it looked at."""
+    """What an experiment says of a claim, why and in which cases, and its evidence."""
 
     claim: Claim
     word: str
@@ -156,10 +156,10 @@ class Answer:
 CLAIMS: dict[str, Claim] = {}
 
 
-def claim(id: str, who: str, text: str) -> Callable[[Callable[[Bench], Said]], None]:
+def claim(id: str, who: str, text: str) -> Callable[[Callable[[Bench], Finding]], None]:
     """Register an experiment as the answer to a claim."""
 
-    def register(experiment: Callable[[Bench], Said]) -> None:
+    def register(experiment: Callable[[Bench], Finding]) -> None:
         CLAIMS[id] = Claim(id, who, text, experiment)
 
     return register

@@ -11,15 +11,15 @@ from ...design import Design
 from ...design.calls import BACKINGS
 from ...hw.snp import HOST_ACCESS, OK
 from ..report import ALWAYS, NEVER, SOMETIMES
-from .bench import ANSWERED, CONFIRMED, PAGE, QUALIFIED, REFUTED, SOURCE, Bench, Said, claim, listed
+from .bench import ANSWERED, CONFIRMED, PAGE, QUALIFIED, REFUTED, SOURCE, Bench, Finding, claim, listed
 
 
-def _if(holds: bool, why: str, otherwise: str = "not so here") -> Said:
+def _if(holds: bool, why: str, otherwise: str = "not so here") -> Finding:
     return (CONFIRMED, why) if holds else (REFUTED, otherwise)
 
 
 @claim("C01", "MR", "one optional op (absent: success) can carry what a platform needs")
-def _c01(b: Bench) -> Said:
+def _c01(b: Bench) -> Finding:
     op = "v8-post-hook"
     carried = b.clean(op, "tiny", "host-io", "round-trip", "range")
     absent = all(b.clean(op, "tiny", "host-io", platform=p) for p in ("tdx", "sev", "sw"))
@@ -34,7 +34,7 @@ def _c01(b: Bench) -> Said:
 
 
 @claim("C02", "MR", "the hook must visit every memslot that overlaps, clipped to it, skipping what is empty")
-def _c02(b: Bench) -> Said:
+def _c02(b: Bench) -> Finding:
     vm = b.vm("v8-post-hook", slots=[(0, 4 * PAGE), (6 * PAGE, 4 * PAGE)])
     vm.set_memory_attributes(2 * PAGE, 6 * PAGE, True)
     owned = [g for g in (0, 1, 2, 3, 6, 7, 8, 9) if vm.rmp.assigned(vm.pfn(g * PAGE, True))[0]]
@@ -50,7 +50,7 @@ def _c02(b: Bench) -> Said:
 
 
 @claim("C03", "MR", "the hook runs only for the part that was stored, and only if that is not empty")
-def _c03(b: Bench) -> Said:
+def _c03(b: Bench) -> Finding:
     ops = []
     for at in (3, 0):
         vm = b.vm("v8-post-hook", pages=8)
@@ -65,7 +65,7 @@ def _c03(b: Bench) -> Said:
 
 
 @claim("C04", "MR", "a failing hook only warns and the ioctl succeeds: what state is left?")
-def _c04(b: Bench) -> Said:
+def _c04(b: Bench) -> Finding:
     stuck = b.verdict("livelock", "v8-post-hook", "hook-fails")
     killed = b.verdict("guest-killed", "upstream", "hook-fails")
     there = {what: _after_a_failed_hook(b, True, "split", what) for what in WAYS_IN}
@@ -120,7 +120,7 @@ def _after_a_failed_hook(b: Bench, private: bool, backing: str, what: str) -> st
 
 
 @claim("C05", "IY", "the hook could be called in kvm_arch_set_memory_attributes()")
-def _c05(b: Bench) -> Said:
+def _c05(b: Bench) -> Finding:
     bad, tdx = b.bad("set-mem-attr-op", "tiny", "host-io"), b.clean("set-mem-attr-op", "tiny", platform="tdx")
     return _if(
         not bad,
@@ -133,7 +133,7 @@ def _c05(b: Bench) -> Said:
 @claim(
     "C06", "MR", "under mmu_lock the directmap update gives 'scheduling while atomic', on invalidation too"
 )
-def _c06(b: Bench) -> Said:
+def _c06(b: Bench) -> Finding:
     seen = b.verdict("sleep-in-atomic", "v7-under-lock")
     punch = b.fails("sleep-in-atomic", "v7-under-lock", "vmm-punches")
     unseen = b.verdict("sleep-in-atomic", "v7-under-lock", preempt_count=False)
@@ -148,7 +148,7 @@ def _c06(b: Bench) -> Said:
     "ZW",
     "a conversion is four things: attributes, zap (TDX), RMP (SNP), directmap (SNP; TDX as a guess)",
 )
-def _c07(b: Bench) -> Said:
+def _c07(b: Bench) -> Finding:
     without = {
         "the store": b.bad("stores-one-way", "tiny"),
         "the zap": b.bad("no-zap", "tiny", "host-io"),
@@ -169,7 +169,7 @@ def _c07(b: Bench) -> Said:
 
 
 @claim("C08", "MR", "it is not established that TDX needs the directmap work")
-def _c08(b: Bench) -> Said:
+def _c08(b: Bench) -> Finding:
     without = b.bad("upstream", "tiny", "to-shared", platform="tdx")
     stray = b.bad("upstream", "host-stray", platform="tdx")
     generic = b.bad("pre-post-directmap", "tiny", platform="tdx")
@@ -186,7 +186,7 @@ def _c08(b: Bench) -> Said:
 
 
 @claim("C09", "MR", "in the series directmap and RMP update are one function")
-def _c09(b: Bench) -> Said:
+def _c09(b: Bench) -> Finding:
     rows = b.calls("v8-post-hook", "ioctl")
     n = rows.index("rmpupdate")
     one = rows[n - 1] == "kvm_unmap_directmap"
@@ -197,7 +197,7 @@ def _c09(b: Bench) -> Said:
 
 
 @claim("C10", "MR", "does doing the RMP outside mmu_lock trouble TDX? what would TDX do in the hook?")
-def _c10(b: Bench) -> Said:
+def _c10(b: Bench) -> Finding:
     case: dict[str, Any] = {"platform": "tdx"}
     outside, inside = (b.bad(d, "tiny", "to-shared", **case) for d in ("v8-post-hook", "set-mem-attr-op"))
     slept = b.verdict("sleep-in-atomic", "v8-post-hook", "to-shared", **case)
@@ -212,7 +212,7 @@ def _c10(b: Bench) -> Said:
 
 
 @claim("C11", "ZW", "does SNP need to zap the NPT at all?")
-def _c11(b: Bench) -> Said:
+def _c11(b: Bench) -> Finding:
     there, back = b.bad("no-zap", "tiny"), b.bad("no-zap", "host-io")
     today = b.bad("upstream-no-zap", "tiny", "host-io")
     one_page = b.bad("no-zap", "tiny", "host-io", "round-trip", backing="in-place")
@@ -224,7 +224,7 @@ def _c11(b: Bench) -> Said:
 
 
 @claim("C12", "MR", "RMPUPDATE flushes the TLB, so perhaps no zap is needed")
-def _c12(b: Bench) -> Said:
+def _c12(b: Bench) -> Finding:
     flushes, silent = (b.bad("no-zap", "tiny", "host-io", rmpupdate_flushes=f) for f in (True, False))
     one_page = b.clean("no-zap", "tiny", "host-io", "round-trip", backing="in-place")
     word = CONFIRMED if not flushes else QUALIFIED if one_page else REFUTED
@@ -236,7 +236,7 @@ def _c12(b: Bench) -> Said:
 
 
 @claim("C13", "MR", "a fault before RMPUPDATE, without unmap and flush, leaves a stale mapping")
-def _c13(b: Bench) -> Said:
+def _c13(b: Bench) -> Finding:
     left = b.fails("out-of-sync", "no-zap", "tiny", "host-io")
     used = [s for s in ("tiny", "host-io") if b.fails("stale-mapping", "no-zap", s)]
     flushed = b.fails("out-of-sync", "flush-without-zap", "tiny", "host-io")
@@ -253,7 +253,7 @@ def _c13(b: Bench) -> Said:
 
 
 @claim("C14", "MR", "the UPM selftests and SEV with lazy pinning need the unmap too")
-def _c14(b: Bench) -> Said:
+def _c14(b: Bench) -> Finding:
     broken = {p: b.bad("no-zap", "tiny", "host-io", platform=p) for p in ("sw", "sev")}
     return (QUALIFIED if all(broken.values()) else REFUTED), (
         f"without it, two backings: the software-protected VM of the selftests {listed(broken['sw'])}; plain SEV "
@@ -262,7 +262,7 @@ def _c14(b: Bench) -> Said:
 
 
 @claim("C15", "ZW", "RMPUPDATE could wait for the next fault")
-def _c15(b: Bench) -> Said:
+def _c15(b: Bench) -> Finding:
     both = b.bad("defer-to-fault", "tiny", "to-private", "host-io", "round-trip", "range")
     if both:
         return REFUTED, f"it cannot, even with two backings ({listed(both)})"
@@ -289,7 +289,7 @@ def out_of_the_file_first(design: Design) -> Design:
 
 
 @claim("C16", "MR", "RMPUPDATE in the ioctl lets the MMU rely on the xarray; deferred, it must ask the RMP")
-def _c16(b: Bench) -> Said:
+def _c16(b: Bench) -> Finding:
     asks = {"rmp_match", "rmp_prepare"}
     designs = ("v8-post-hook", "defer-to-fault", "upstream")
     asking = [d for d in designs if asks & set(b.calls(d, "fault"))]
@@ -301,7 +301,7 @@ def _c16(b: Bench) -> Said:
 
 
 @claim("C17", "MR", "inside the window a racing fault retries and never maps against the old RMP state")
-def _c17(b: Bench) -> Said:
+def _c17(b: Bench) -> Finding:
     inside, after = (
         [b.most("spurious-npf", d, backing=backing) for backing in BACKINGS]
         for d in ("pre-post-directmap", "v8-post-hook")
@@ -320,7 +320,7 @@ def _c17(b: Bench) -> Said:
 
 
 @claim("C18", "MR", "in v8 the guest may loop on RMP faults until RMPUPDATE is done; it works out")
-def _c18(b: Bench) -> Said:
+def _c18(b: Bench) -> Finding:
     loops = b.most("spurious-npf", "v8-post-hook") is None
     ends = b.clean("v8-post-hook", "tiny", "host-io")
     back = b.most("spurious-npf", "v8-post-hook", "host-io")
@@ -338,7 +338,7 @@ def _c18(b: Bench) -> Said:
 
 
 @claim("C19", "MR", "deferral saves page-state changes, but little beside the other costs")
-def _c19(b: Bench) -> Said:
+def _c19(b: Bench) -> Finding:
     from ...emulator.costs import RMPUPDATE_SECONDS, estimate
     from ...emulator.workloads import boot
 
@@ -381,7 +381,7 @@ def _c19(b: Bench) -> Said:
 
 
 @claim("C20", "ZW", "if SNP needs no zap, an op should say whether zapping is required")
-def _c20(b: Bench) -> Said:
+def _c20(b: Bench) -> Finding:
     premise = b.bad("no-zap", "tiny", "host-io")
     says_no = b.bad("zap-by-op", "tiny", "host-io")
     tdx = b.bad("no-zap", "tiny", "host-io", platform="tdx")
@@ -396,7 +396,7 @@ def _c20(b: Bench) -> Said:
 
 
 @claim("C21", "ZW", "RMPUPDATE needs no mutex; only the directmap update does")
-def _c21(b: Bench) -> Said:
+def _c21(b: Bench) -> Finding:
     alone, both = (b.verdict("sleep-in-atomic", d) for d in ("pre-post-directmap", "v7-under-lock"))
     return _if(
         alone == NEVER and both == ALWAYS,
@@ -409,7 +409,7 @@ def _c21(b: Bench) -> Said:
     "MR",
     "the directmap must be unmapped before RMPUPDATE, or any access in the 2M region can be fatal",
 )
-def _c22(b: Bench) -> Said:
+def _c22(b: Bench) -> Finding:
     late = b.fails("host-rmp-fault", "rmp-under-lock-directmap-post", "tiny")
     never = b.fails("host-rmp-fault", "keeps-directmap", "tiny")
     split = b.bad("upstream", "tiny", "host-io")
@@ -425,7 +425,7 @@ def _c22(b: Bench) -> Said:
 
 
 @claim("C23", "MR", "rmpupdate() unmaps before shared->private and restores after private->shared")
-def _c23(b: Bench) -> Said:
+def _c23(b: Bench) -> Finding:
     there, back = b.calls("v8-post-hook", "ioctl"), b.calls("v8-post-hook", "ioctl", "shared")
     order = there.index("kvm_unmap_directmap") < there.index("rmpupdate")
     order = order and back.index("rmpupdate") < back.index("kvm_map_directmap")
@@ -441,7 +441,7 @@ def _c23(b: Bench) -> Said:
 
 
 @claim("C24", "MR", "unmap in a pre hook, map in a post hook")
-def _c24(b: Bench) -> Said:
+def _c24(b: Bench) -> Finding:
     hooks, typed = (
         b.clean("pre-post-directmap", "tiny", "host-io", "host-stray"),
         b.bad("pre-post-as-typed", "tiny"),
@@ -462,7 +462,7 @@ def _c24(b: Bench) -> Said:
     "MR",
     "pre/post hooks avoid a second memslot walk (a loop over kvm_restrictedmem_get_pfn() remains)",
 )
-def _c25(b: Bench) -> Said:
+def _c25(b: Bench) -> Finding:
     b.note("patches 48/56 and 52/56: kvm_restrictedmem_get_pfn(slot, gfn, &pfn, &order), in a loop over gfns")
     return SOURCE, (
         "a matter of code, not of behaviour: kvm_restrictedmem_get_pfn() of the series takes the memslot, so that "
@@ -471,7 +471,7 @@ def _c25(b: Bench) -> Said:
 
 
 @claim("C26", "MR", "with pre/post hooks RMPUPDATE can run under mmu_lock, inside the window")
-def _c26(b: Bench) -> Said:
+def _c26(b: Bench) -> Finding:
     alone = b.bad("pre-post-directmap", "tiny", "to-private", "to-shared", "round-trip")
     looks_up = b.bad("pre-post-op-looks-up", "tiny", "host-io")
     always = b.verdict("sleep-in-atomic", "pre-post-op-looks-up") == ALWAYS
@@ -485,7 +485,7 @@ def _c26(b: Bench) -> Said:
 
 
 @claim("C27", "ZW", "RMPUPDATE in kvm_mem_attrs_changed(), all directmap work in the post hook")
-def _c27(b: Bench) -> Said:
+def _c27(b: Bench) -> Finding:
     name = "rmp-under-lock-directmap-post"
     there, back = b.bad(name, "tiny"), b.bad(name, "host-io")
     tdx = b.bad(name, "tiny", platform="tdx")
@@ -498,7 +498,7 @@ def _c27(b: Bench) -> Said:
 
 
 @claim("C28", "IY", "the op returns nothing and follows the large-page flags")
-def _c28(b: Bench) -> Said:
+def _c28(b: Bench) -> Finding:
     snp, tdx = b.bad("set-mem-attr-op", "tiny", "host-io"), b.bad("set-mem-attr-op", "tiny", platform="tdx")
     void, logged = (b.report(d, "hook-fails").violated for d in ("set-mem-attr-op", "v8-post-hook"))
     same = set(void) - set(snp) == set(logged)
@@ -511,7 +511,7 @@ def _c28(b: Bench) -> Said:
 
 
 @claim("C29", "patch", "a 2M range with mixed attributes must not be mapped huge")
-def _c29(b: Bench) -> Said:
+def _c29(b: Bench) -> Finding:
     kept = all(b.clean(d, "huge", "huge-1g") for d in ("upstream", "v8-post-hook"))
     slipped, slipped_1g = b.bad("narrow-hull", "huge"), b.bad("hull-of-2m-only", "huge-1g")
     return _if(

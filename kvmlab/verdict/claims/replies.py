@@ -9,7 +9,7 @@ from ...design.calls import BACKINGS
 from ...hw.snp import HOST_ACCESS, HOST_PF, OK, PG_2M, PG_4K, Npf
 from ...hw.tdx import lines as tdx_lines
 from ..report import ALWAYS
-from .bench import CONFIRMED, PAGE, QUALIFIED, REFUTED, SOURCE, Bench, Said, claim, listed
+from .bench import CONFIRMED, PAGE, QUALIFIED, REFUTED, SOURCE, Bench, Finding, claim, listed
 from .mail import out_of_the_file_first
 
 FLUSH = "flush-without-zap"
@@ -17,7 +17,7 @@ RMP_ENC = Npf.RMP | Npf.ENC
 
 
 @claim("C30", "MR", "tested on hardware: a TLB flush alone, without the zap, is not enough")
-def _c30(b: Bench) -> Said:
+def _c30(b: Bench) -> Finding:
     stale = b.fails("stale-mapping", FLUSH, "host-io", "to-shared")
     silent = not _faults_after_the_return(b, "to-shared")
     used = [s for s in ("tiny", "to-private") if b.fails("stale-mapping", FLUSH, s)]
@@ -79,7 +79,7 @@ def _first_access(b: Bench, private: bool, design: str = FLUSH) -> tuple[str, li
 
 
 @claim("C31", "MR", "perhaps the zap can be left out going private only; the gain would be lost in the noise")
-def _c31(b: Bench) -> Said:
+def _c31(b: Bench) -> Finding:
     one_way = b.design("zap-to-shared-only")
     today = one_way.replace_text(one_way.text.replace("\nbase: ", "\nlinux: v6.19\nbase: "))
     back = b.bad(FLUSH, "host-io", "to-shared")
@@ -98,7 +98,7 @@ def _c31(b: Bench) -> Said:
 
 
 @claim("C32", "MR", "on SEV there is no #NPF on a mismatch: it depends on the zap even more")
-def _c32(b: Bench) -> Said:
+def _c32(b: Bench) -> Finding:
     sev, snp = (
         [s for s in ("tiny", "host-io") if b.fails("stale-mapping", FLUSH, s, platform=p)]
         for p in ("sev", "snp")
@@ -118,7 +118,7 @@ def _c32(b: Bench) -> Said:
     "MR",
     "wherever the work is done: unmap before RMPUPDATE, restore after it, neither under a spinlock",
 )
-def _c33(b: Bench) -> Said:
+def _c33(b: Bench) -> Finding:
     kept = b.clean("pre-post-directmap", "tiny", "host-io", "host-stray")
     late = b.fails("host-rmp-fault", "rmp-under-lock-directmap-post", "tiny")
     early = b.fails("host-rmp-fault", "maps-too-early", "host-stray")
@@ -138,7 +138,7 @@ def _c33(b: Bench) -> Said:
     "ZW",
     "TDX needs no callback: zap from one EPT, fault into the other; outside mmu_lock is no problem",
 )
-def _c34(b: Bench) -> Said:
+def _c34(b: Bench) -> Finding:
     scenarios = ("tiny", "host-io", "round-trip")
     without = b.bad("never-rmpupdate", *scenarios, platform="tdx")  # v8 without its op
     outside = b.bad("v8-post-hook", *scenarios, platform="tdx")
@@ -156,7 +156,7 @@ def _c34(b: Bench) -> Said:
     "MR",
     "a write through a 2M mapping counts as one to the private page in it; TDX may tell them apart",
 )
-def _c35(b: Bench) -> Said:
+def _c35(b: Bench) -> Finding:
     near = {"page_assigned": False, "region_assigned": True}
     by_size = {size: HOST_ACCESS(op="write", mapping=size, **near) for size in (PG_2M, PG_4K)}
     b.note(f"{HOST_ACCESS.source}: a write to the host's own page beside one of the guest's: {by_size}")
@@ -173,7 +173,7 @@ def _c35(b: Bench) -> Said:
 
 
 @claim("C36", "MR", "an RMPUPDATE takes about 1 us; at worst 5 s for a guest of 16 GB")
-def _c36(b: Bench) -> Said:
+def _c36(b: Bench) -> Finding:
     from ...emulator import linux
     from ...emulator.costs import RMPUPDATE_SECONDS
 
@@ -199,7 +199,7 @@ def _c36(b: Bench) -> Said:
     "MR",
     "with lazy acceptance or without, pages are used soon after the request: deferral saves little",
 )
-def _c37(b: Bench) -> Said:
+def _c37(b: Bench) -> Finding:
     saved = {}
     for how in ("all at once", "lazily", "never"):
         early, later = (_accepted(b, design, how) for design in ("v8-post-hook", "defer-to-fault"))
@@ -233,7 +233,7 @@ def _accepted(b: Bench, design: str, how: str) -> int:
 
 
 @claim("C38", "ZW", "private and shared memory come from different sources, so the zap is needed on SNP too")
-def _c38(b: Bench) -> Said:
+def _c38(b: Bench) -> Finding:
     scenarios = ("tiny", "host-io", "round-trip")
     two, one = (b.bad(FLUSH, *scenarios, backing=backing) for backing in BACKINGS)
     return (CONFIRMED if two and not one else REFUTED), (
@@ -243,7 +243,7 @@ def _c38(b: Bench) -> Said:
 
 
 @claim("C39", "MR", "if the callback is SNP's alone, the work may be deferred to the fault, under C33")
-def _c39(b: Bench) -> Said:
+def _c39(b: Bench) -> Finding:
     design = b.design("defer-to-fault")
     bad = b.bad(design.name, "tiny", "to-private", "host-io", "round-trip")
     line = next(n for n, text in enumerate(design.lines("fault")) if "rmp_match" in text)
@@ -259,7 +259,7 @@ def _c39(b: Bench) -> Said:
 
 
 @claim("C40", "MR, ZW", "the directmap work stays in SNP's own code for now")
-def _c40(b: Bench) -> Said:
+def _c40(b: Bench) -> Finding:
     calls = b.calls("upstream", "fault")
     own = "adjust_direct_map" in calls and "adjust_direct_map" not in b.calls("upstream", "ioctl")
     return SOURCE, (

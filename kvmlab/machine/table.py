@@ -1,4 +1,4 @@
-"""The machine's table: what a reader should see of one state, part by part; every view draws from it."""
+"""The machine's table: what a reader should see of one state, a row a part; text, HTML and codes are made from it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ from ..hw.tdx.lines import ZERO, Line
 from ..model.step import Model
 
 
-class Part(NamedTuple):
-    """One line of the table: its name, a hint for newcomers, and (key, value) cells; values are short text."""
+class TableRow(NamedTuple):
+    """One row of the table: its name, a hint for newcomers, and (key, value) cells; values are short text."""
 
     name: str
     hint: str
     cells: tuple[tuple[str, str], ...]
 
 
-def machine(model: Model, x: int) -> list[Part]:
-    """The parts of state `x` in the order in which reviewers ask for them; absent parts are left out."""
+def machine_text(model: Model, x: int) -> str:
+    """The table of state `x` as plain text, a line a row."""
+    return "\n".join(
+        f"{row.name:<12} {'  '.join(f'{k}={v}' if k else v for k, v in row.cells)}"
+        for row in machine_rows(model, x)
+    )
+
+
+def machine_rows(model: Model, x: int) -> list[TableRow]:
+    """The table of state `x`, in the order in which reviewers ask; what the model does not have is left out."""
     values = model.layout.unpack(x)
     fields = model.layout.fields
 
@@ -28,62 +36,68 @@ def machine(model: Model, x: int) -> list[Part]:
 
     conf = model.conf
     moment = "running" if values["running"] else ("returned" if values["era"] else "not asked")
-    parts = [
-        Part(
+    rows = [
+        TableRow(
             "conversion",
             "what the guest asked for, and whether the ioctl has returned",
             (("to", conf.eras[values["era"]]), ("", moment)),
         ),
-        Part("xarray", "the memory attribute that KVM keeps", _xarray(values, family("attr"))),
-        Part("memslot", "the memslot, and as what each fault has found it", _memslot(values, family("fault_slot"))),
-        Part("EPT", "the leaf of the ordinary EPT (SHARED bit set)", _pairs(family("npt"), "gfn "))
+        TableRow("xarray", "the memory attribute that KVM keeps", _xarray(values, family("attr"))),
+        TableRow(
+            "memslot",
+            "the memslot, and as what each fault has found it",
+            _memslot(values, family("fault_slot")),
+        ),
+        TableRow("EPT", "the leaf of the ordinary EPT (SHARED bit set)", _pairs(family("npt"), "gfn "))
         if conf.tdx
-        else Part(
+        else TableRow(
             "NPT",
             "the leaf that the nested page table holds",
             (*_npt(values, family("npt"), family("npt_large")), *_pairs(family("npt_smm"), "SMM gfn ")),
         ),
         *(_secure_ept(values, family) if conf.tdx else ()),
-        Part("TLB", "the translation each vCPU could still use", _tlb(values, family("tlb"))),
-        Part("RMP", "who owns the page, in hardware", _pairs(family("rmp"))),
+        TableRow("TLB", "the translation each vCPU could still use", _tlb(values, family("tlb"))),
+        TableRow("RMP", "who owns the page, in hardware", _pairs(family("rmp"))),
         *(_module(family) if conf.tdx else ()),
-        Part(
+        TableRow(
             "guest_memfd",
             "the private page: in the file, on its way out, or given back; who holds it",
             _gmem(family("gmem"), family("folio_ref")),
         ),
-        Part("directmap", "the kernel's own mapping of the page", _directmap(values, family("directmap"))),
-        Part(
+        TableRow(
+            "directmap", "the kernel's own mapping of the page", _directmap(values, family("directmap"))
+        ),
+        TableRow(
             "contents",
             "who wrote the page last; * under the guest's key",
             _contents(values, family("memory")),
         ),
-        Part(
+        TableRow(
             "window",
             "invalidation: how many in progress, and each fault's snapshot",
             _window(values, family("snapshot")),
         ),
-        Part("locks", "who holds what", _locks(values, fields.keys())),
-        Part(
+        TableRow("locks", "who holds what", _locks(values, fields.keys())),
+        TableRow(
             "access", "what each vCPU is trying to do", tuple((str(k), v) for k, v in family("acc").items())
         ),
     ]
-    return [part for part in parts if part.cells]
+    return [row for row in rows if row.cells]
 
 
 Family = Callable[[str], dict[Any, str]]
 
 
-def _secure_ept(values: dict[Any, Any], family: Family) -> list[Part]:
+def _secure_ept(values: dict[Any, Any], family: Family) -> list[TableRow]:
     """TDX: the secure EPT, and KVM's copy of it."""
     locked = tuple((f"gfn {gfn} lock", who) for gfn, who in family("entry_lock").items() if who != "-")
     return [
-        Part(
+        TableRow(
             "S-EPT",
             "the secure EPT that the TDX module keeps, and the table above",
             (*_pairs(family("sept"), "gfn "), ("table", str(values["sept_table"])), *locked),
         ),
-        Part(
+        TableRow(
             "mirror",
             "KVM's own copy of the secure EPT",
             (*_pairs(family("mirror"), "gfn "), ("table", str(values["mirror_table"]))),
@@ -91,18 +105,20 @@ def _secure_ept(values: dict[Any, Any], family: Family) -> list[Part]:
     ]
 
 
-def _module(family: Family) -> list[Part]:
+def _module(family: Family) -> list[TableRow]:
     """TDX: who owns the page, and where each vCPU stands to TD_EPOCH."""
     epochs, private = family("vcpu_epoch"), family("ptlb")
     blocked = tuple((f"{pfn} blocked", epoch) for pfn, epoch in family("bepoch").items() if epoch != "older")
     return [
-        Part("PAMT", "whose page it is: REG is the TD's, NDA nobody's", (*_pairs(family("pamt")), *blocked)),
-        Part(
+        TableRow(
+            "PAMT", "whose page it is: REG is the TD's, NDA nobody's", (*_pairs(family("pamt")), *blocked)
+        ),
+        TableRow(
             "vCPUs",
             "in the TD or not, and how its epoch stands to TD_EPOCH",
             tuple((cpu, f"{mode}, {epochs[cpu]}") for cpu, mode in family("mode").items()),
         ),
-        Part(
+        TableRow(
             "private TLB",
             "the private translation each vCPU could still use",
             tuple((k[0], v) for k, v in private.items()),
@@ -159,7 +175,9 @@ def _memslot(values: dict[object, object], found: dict[object, str]) -> tuple[tu
 
 def _gmem(family: dict[object, str], refs: dict[Any, str]) -> tuple[tuple[str, str], ...]:
     """Each private page, and who holds it."""
-    holders = {gfn: [str(who) for (who, g), held in refs.items() if g == gfn and held == "True"] for gfn in family}
+    holders = {
+        gfn: [str(who) for (who, g), held in refs.items() if g == gfn and held == "True"] for gfn in family
+    }
     return tuple((f"gfn {gfn}", ", held by ".join([state, *holders[gfn]])) for gfn, state in family.items())
 
 

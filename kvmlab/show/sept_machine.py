@@ -50,7 +50,7 @@ class Click(StrEnum):
     ACCEPT = "ACCEPT", Leaf.ACCEPT, "vCPU"
 
 
-class At(NamedTuple):
+class BoardState(NamedTuple):
     """Where the machine is.  `bepoch` is None while the entry is not blocked: nobody looks at it then."""
 
     op_state: OpState = OpState.RUNNABLE
@@ -82,7 +82,7 @@ class Answer(NamedTuple):
     click: Click
     rax: int | None
     said: str
-    after: At
+    after: BoardState
 
     @property
     def name(self) -> str:
@@ -116,14 +116,14 @@ _UNTRACKED = {
 }
 
 
-def possible(at: At, click: Click) -> bool:
+def possible(at: BoardState, click: Click) -> bool:
     """Whether a click makes sense: only a vCPU that is inside acts, only one that is outside enters."""
     if click.side == "KVM":
         return True
     return at.inside != (click == Click.ENTER)
 
 
-def answer(at: At, click: Click) -> Answer:
+def answer(at: BoardState, click: Click) -> Answer:
     """What comes of a click; InputError for one that is not possible."""
     if not possible(at, click):
         raise InputError(
@@ -143,7 +143,7 @@ def answer(at: At, click: Click) -> Answer:
     return _DONE[click](at) if click in _DONE else _on_entry(at, click, found.state or at.entry)
 
 
-def _told(at: At) -> Told:
+def _told(at: BoardState) -> Told:
     """The place as the checks ask for it."""
     return Told(
         td=TdState(op_state=at.op_state),
@@ -154,19 +154,19 @@ def _told(at: At) -> Told:
     )
 
 
-def _finalize(at: At) -> Answer:
+def _finalize(at: BoardState) -> Answer:
     return Answer(
         Click.FINALIZE, 0, "the TD may run: tracking counts now", at._replace(op_state=OpState.RUNNABLE)
     )
 
 
-def _track(at: At) -> Answer:
+def _track(at: BoardState) -> Answer:
     older = None if at.bepoch is None else tdx_tlb.track_age(at.bepoch)
     after = at._replace(vcpu=tdx_tlb.track_age(at.vcpu), bepoch=older)
     return Answer(Click.TRACK, 0, "a new epoch; nobody is flushed or kicked", after)
 
 
-def _enter(at: At) -> Answer:
+def _enter(at: BoardState) -> Answer:
     epoch, flushes = tdx_tlb.enter_age(at.vcpu)
     said = "inside; a new epoch, so its translations are dropped first" if flushes else "inside"
     return Answer(
@@ -174,14 +174,14 @@ def _enter(at: At) -> Answer:
     )
 
 
-def _wbinvd(at: At) -> Answer:
+def _wbinvd(at: BoardState) -> Answer:
     return Answer(Click.WBINVD, 0, "the TD's lines go to memory", at)
 
 
 _DONE = {Click.FINALIZE: _finalize, Click.TRACK: _track, Click.ENTER: _enter, Click.WBINVD: _wbinvd}
 
 
-def _access(at: At) -> Answer:
+def _access(at: BoardState) -> Answer:
     if at.cached:
         return Answer(Click.ACCESS, None, f"ok, through the vCPU's cached translation ({at.entry})", at)
     found = tdx_sept.access(at.entry)
@@ -190,13 +190,13 @@ def _access(at: At) -> Answer:
     return Answer(Click.ACCESS, EXIT_REASON_EPT_VIOLATION, EXITS[found], at._replace(inside=False))
 
 
-def _on_entry(at: At, click: Click, state: State) -> Answer:
+def _on_entry(at: BoardState, click: Click, state: State) -> Answer:
     """A leaf that has changed the entry; BLOCK notes the epoch, for which nobody asks once it is not blocked."""
     bepoch = Age.NOW if click == Click.BLOCK else at.bepoch if state in tdx_sept.ANY_BLOCKED else None
     return Answer(click, 0, f"{at.entry} -> {state}", at._replace(entry=state, bepoch=bepoch))
 
 
-def reachable(start: At) -> list[At]:
+def reachable(start: BoardState) -> list[BoardState]:
     """Every place that some sequence of clicks leads to, nearest first."""
     found = {start: None}
     for at in (queue := [start]):
@@ -219,7 +219,7 @@ def find_click(name: str) -> Click:
     raise InputError(f"unknown click {name!r}{hint}; there are: {', '.join(Click)}")
 
 
-def walked(start: At, names: Sequence[str]) -> list[Answer]:
+def walked(start: BoardState, names: Sequence[str]) -> list[Answer]:
     """The answers to a sequence of clicks; InputError says which of them cannot be, and why."""
     found: list[Answer] = []
     for n, name in enumerate(names, 1):

@@ -1,7 +1,7 @@
 """The TDX module's state machine to click through: one secure EPT entry, one vCPU, every answer bit for bit.
 
-All answers are computed beforehand (sept_walk.py), so the browser walks without a kernel; a stored output keeps the
-drawing, what was clicked, and the table of all answers.
+All answers are computed beforehand (sept_machine.py), so the browser walks without a kernel; a stored output keeps
+the drawing, what was clicked, and the table of all answers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,17 @@ from ..hw.tdx.sept import SEPT, Outcome, State
 from ..hw.tdx.td import OpState
 from . import sept_picture
 from .page import stylesheet
-from .sept_walk import ENTRY_STATES, MEANINGS, Answer, At, Click, answer, possible, reachable, walked
+from .sept_machine import (
+    ENTRY_STATES,
+    MEANINGS,
+    Answer,
+    BoardState,
+    Click,
+    answer,
+    possible,
+    reachable,
+    walked,
+)
 from .style import FAINT, LINE, MONO, SMALL, Html, alarm, block, el, join, quiet, table, td, th, tr
 
 _HERE = Path(__file__).parent
@@ -38,12 +48,12 @@ class SeptBoard:
     """
 
     def __init__(self, clicks: Sequence[str] = (), finalized: bool = True) -> None:
-        self.start = At() if finalized else At(op_state=OpState.INITIALIZED)
+        self.start = BoardState() if finalized else BoardState(op_state=OpState.INITIALIZED)
         self.log = walked(self.start, clicks)
         self.rules = rules(finalized)
 
     @property
-    def at(self) -> At:
+    def at(self) -> BoardState:
         """Where the machine is now."""
         return self.log[-1].after if self.log else self.start
 
@@ -53,7 +63,7 @@ class SeptBoard:
         return [log_line(each) for each in self.log]
 
     @property
-    def places(self) -> list[At]:
+    def places(self) -> list[BoardState]:
         """Every state that some sequence of clicks reaches."""
         return reachable(self.start)
 
@@ -214,7 +224,7 @@ def _cell_of(values: Collection[Any], domain: Collection[Any]) -> Any:
     return next(iter(values)) if len(values) == 1 else frozenset(values)
 
 
-def facts(at: At) -> list[tuple[str, str]]:
+def facts(at: BoardState) -> list[tuple[str, str]]:
     """Where the machine is, as (what, value)."""
     since = {"now": "in this epoch", "previous": "in the epoch before this one", "older": "longer ago"}
     found = [("entry", str(at.entry)), ("PAMT", at.pamt.name), ("vCPU", "inside" if at.inside else "outside")]
@@ -245,7 +255,7 @@ def _log_rows(log: Sequence[Answer]) -> list[Html]:
     return rows
 
 
-def _button(click: Click, start: At) -> Json:
+def _button(click: Click, start: BoardState) -> Json:
     useless = click == Click.FINALIZE and start.op_state == OpState.RUNNABLE
     full = click.leaf or click
     return {
@@ -257,7 +267,7 @@ def _button(click: Click, start: At) -> Json:
     }
 
 
-def _step(each: Answer, number: dict[At, int], pool: dict[Json, Json]) -> list[int]:
+def _step(each: Answer, number: dict[BoardState, int], pool: dict[Json, Json]) -> list[int]:
     """Where a click leads, and the number of its answer in the pool."""
     key: Any = each[:3]
     if key not in pool:
@@ -271,7 +281,7 @@ def _step(each: Answer, number: dict[At, int], pool: dict[Json, Json]) -> list[i
     return [number[each.after], list(pool).index(key)]
 
 
-def answers_html(start: At) -> Html:
+def answers_html(start: BoardState) -> Html:
     """All answers as one table: leaves down, states of the entry across."""
     head = tr(th("", style=_EDGE), *(th(state, style=_EDGE) for state in ENTRY_STATES))
     leaves = [click for click in Click if click.leaf in tdx_sept.LEAVES]
@@ -286,7 +296,7 @@ _APART = "margin-top:10px"
 _EDGE = f"border:1px solid {LINE};padding:3px 8px"
 
 
-def _cell(click: Click, start: At, state: Any) -> list[Html]:
+def _cell(click: Click, start: BoardState, state: Any) -> list[Html]:
     """What one leaf answers in one state; twice where tracking makes a difference."""
     assert click.leaf is not None
     running = start.op_state == OpState.RUNNABLE

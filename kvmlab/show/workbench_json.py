@@ -14,29 +14,29 @@ from ..design import Design, Row, shipped
 from ..design.calls import BACKINGS, DEFAULTS_FROM, SECTIONS
 from ..machine.conf import PLATFORMS
 from ..machine.properties import BY_NAME
+from ..verdict.diagram import describe
 from ..verdict.report import NEVER, UNJUDGED, Report
+from ..verdict.run import Case, Event, options, waits
 from ..verdict.session import Session
-from ..verdict.trace import Case, Event, Trace, options
+from ..verdict.trace import Trace
+from .fragments import Fragments
 from .html import trace_title
-from .lanes import bodies, foot, head
-from .parts import changes, machine_lines
-from .sheet import Sheet
+from .lanes import foot, head, step_bodies
+from .machine_table import changes, machine_trs
 from .style import MONO, Html, hues, plural, table
-from .text import describe
-from .told import broken, said, waits
 
 Json = dict[str, Any]
 SCOPE = ".kvmlab-player"  # the element in which the browser shows a run's fragments
 BACKING_TITLES = {"split": "two PFNs, as in the thread", "in-place": "one PFN, converted where it is"}
 
 
-def view(session: Session, drawn: Json | None = None) -> Json:
+def session_json(session: Session, drawn: Json | None = None) -> Json:
     """Everything but what only the widget knows (messages, the ordering to compare with).
 
-    `drawn` is what `trace_view` gives for the session's run, if that is known already.
+    `drawn` is what `trace_json` gives for the session's run, if that is known already.
     """
     return {
-        **report_view(session.report, session.trace, drawn),
+        **report_json(session.report, session.trace, drawn),
         "choices": choices(session.design),
         "took": f"{session.report.seconds * 1000:,.0f} ms",
         "position": session.position,
@@ -46,23 +46,23 @@ def view(session: Session, drawn: Json | None = None) -> Json:
     }
 
 
-def case_view(case: Case) -> Json:
+def case_json(case: Case) -> Json:
     """Which case it is, and its ordering: what can be shown before anything is explored."""
     names = {"platform": case.platform, "scenario": case.scenario, "backing": case.backing}
-    return {"case": {**names, "design": case.design.name}, "design": design_view(case)}
+    return {"case": {**names, "design": case.design.name}, "design": design_json(case)}
 
 
-def report_view(report: Report, trace: Trace, drawn: Json | None = None) -> Json:
-    """What was checked, what came out, and one run of it; `drawn` as for `view`."""
+def report_json(report: Report, trace: Trace, drawn: Json | None = None) -> Json:
+    """What was checked, what came out, and one run of it; `drawn` as for `session_json`."""
     return {
-        **case_view(report.case),
+        **case_json(report.case),
         "status": status(report),
         "verdicts": verdicts(report),
         "complete": report.complete,
         "unjudged": unjudged(report),
         "unseen": [name for name, seen in report.witnesses.items() if not seen],
         "shown": trace.why,
-        "trace": drawn or trace_view(trace),
+        "trace": drawn or trace_json(trace),
     }
 
 
@@ -79,7 +79,7 @@ def choices(design: Design) -> Json:
     }
 
 
-def design_view(case: Case) -> Json:
+def design_json(case: Case) -> Json:
     """The ordering as its text, and as lines that can be moved: those of the sections that run in this case.
 
     A section says from which design it is inherited, if it is; `idle` names the sections that do not run.
@@ -152,39 +152,39 @@ def first_position(run: Trace) -> int:
     return run.steps if run.why in BY_NAME else 0
 
 
-def trace_view(trace: Trace) -> Json:
+def trace_json(trace: Trace) -> Json:
     """A run: its lanes as fragments, one a step, and for each position the machine, a sentence, what can be done."""
-    sheet = Sheet(SCOPE)
-    where = places(trace.case.design)
-    steps = [_step(trace, n, body, sheet, where) for n, body in enumerate([Html(), *bodies(trace)])]
+    fragments = Fragments(SCOPE)
+    where = shown_lines(trace.case.design)
+    steps = [_step(trace, n, body, fragments, where) for n, body in enumerate([Html(), *step_bodies(trace)])]
     return {
-        "title": sheet.classed(trace_title(trace)),
-        "head": sheet.classed(head(trace)),
-        "foot": sheet.classed(foot(trace)),
+        "title": fragments.classed(trace_title(trace)),
+        "head": fragments.classed(head(trace)),
+        "foot": fragments.classed(foot(trace)),
         "steps": steps,
         "first": first_position(trace),
-        "pool": list(sheet.pool),
-        "table": sheet.classed(table((), MONO)),
-        "styles": sheet.css(),
+        "pool": list(fragments.pool),
+        "table": fragments.classed(table((), MONO)),
+        "styles": fragments.css(),
         "hues": hues([actor.key for actor in trace.case.model.actors]),
         "text": trace.text(),
         "code": trace.code,
     }
 
 
-def _step(trace: Trace, n: int, body: Html, sheet: Sheet, where: Places) -> Json:
+def _step(trace: Trace, n: int, body: Html, fragments: Fragments, where: ShownLines) -> Json:
     """Everything about position `n`: `row` is its part of the lanes, `machine` the numbers of its table's rows."""
     model, frame = trace.case.model, trace.frames[n]
     before = trace.frames[max(n - 1, 0)].state
-    reasons = broken(trace, n)
+    reasons = trace.violations(n)
     return {
-        "row": sheet.classed(body),
-        "machine": [sheet.shared(line) for line in machine_lines(model, frame.state, before)],
+        "row": fragments.classed(body),
+        "machine": [fragments.shared(line) for line in machine_trs(model, frame.state, before)],
         "say": _sentence(n, frame.event, reasons, changes(model, before, frame.state)),
         "actor": frame.event.actor if frame.event else None,
         "broken": [reason.split(":")[0] for reason in reasons],
         "loud": bool(reasons or (frame.event and _faults(frame.event))),
-        "line": _place(frame.event, where),
+        "line": _shown_line(frame.event, where),
         **_next(trace, n),
     }
 
@@ -199,7 +199,7 @@ def _sentence(
     """What a screen reader says of a step: who did what, and what that changed."""
     if event is None:
         return "Before the first step. The arrow keys walk through the run."
-    call, notes, _ = said(event)
+    call, notes, _ = event.text
     told = [f"Step {n}, {event.actor}: {', '.join((call, *notes))}.", *(f"Violated: {r}." for r in reasons)]
     told += [f"{part} {key}: {was} becomes {now}." for part, key, was, now in changed]
     return " ".join(" ".join(told).split())
@@ -226,15 +226,15 @@ def _next(trace: Trace, n: int) -> Json:
     }
 
 
-Places = dict[tuple[str, int], list[tuple[int, str]]]
+ShownLines = dict[tuple[str, int], list[tuple[int, str]]]
 
 
-def places(design: Design) -> Places:
+def shown_lines(design: Design) -> ShownLines:
     """Where each line of the source stands among a section's shown lines: (section, line) to [(index, call)].
 
     Inherited sections have line numbers of their own; a fragment mixes two sources, hence a list.
     """
-    found: Places = {}
+    found: ShownLines = {}
     for section in SECTIONS:
         shown = [line.strip().removesuffix(":") for line in design.lines(section)]
         at = 0
@@ -252,7 +252,7 @@ def _flat(rows: Iterable[Row]) -> Iterator[Row]:
         yield from _flat(row.body or ())
 
 
-def _place(event: Event | None, where: Places) -> tuple[str, int] | None:
+def _shown_line(event: Event | None, where: ShownLines) -> tuple[str, int] | None:
     """The shown line that a step belongs to, if it is of the design and there is no doubt."""
     if event is None:
         return None

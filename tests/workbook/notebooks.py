@@ -1,4 +1,4 @@
-"""The normal form of committed notebooks: ``python -m kvmlab.nb run|normalise|check [NOTEBOOK...]``.
+"""The normal form of committed notebooks: ``python tests/workbook/notebooks.py run|normalise|check [NOTEBOOK...]``.
 
 Stored outputs are what readers see before anything runs, and what nbval compares when everything does. Hence
 they must be the same on every machine and on every day, and must survive viewers that remove scripts, styles
@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import nbrules
+import notebook_rules as rules
 
 Notebook = dict[str, Any]
 
-METADATA = nbrules.METADATA
-WIDGET_VIEW = nbrules.WIDGET_VIEW
+METADATA = rules.METADATA
+WIDGET_VIEW = rules.WIDGET_VIEW
 CELL_TIMEOUT = 600  # seconds; only a hang reaches it
 
 
@@ -36,7 +36,7 @@ def normalise(nb: Notebook) -> Notebook:
     nb["cells"] = [cell for cell in nb["cells"] if cell["source"].strip()]
     executed = 0
     for index, cell in enumerate(nb["cells"]):
-        cell["id"] = nbrules.cell_id(index)
+        cell["id"] = rules.cell_id(index)
         cell["source"] = "\n".join(line.rstrip() for line in cell["source"].strip("\n").splitlines())
         tags = cell["metadata"].get("tags")
         cell["metadata"] = {"tags": tags} if tags else {}
@@ -59,7 +59,7 @@ def _outputs(outputs: list[dict[str, Any]], executed: int) -> Iterator[dict[str,
         elif kind == "error":
             output["traceback"] = []
         else:
-            if nbrules.has_fallback(output):
+            if rules.has_fallback(output):
                 output["data"].pop(WIDGET_VIEW, None)
             if kind == "execute_result":
                 output["execution_count"] = executed
@@ -72,9 +72,9 @@ def _outputs(outputs: list[dict[str, Any]], executed: int) -> Iterator[dict[str,
 
 def check(nb: Notebook) -> list[str]:
     """What keeps a notebook from being committed: cell, rule, what is allowed. Empty if all is well."""
-    problems = nbrules.problems(nb)
+    problems = rules.problems(nb)
     if not problems and dumps(nb) != dumps(normalise(nb)):
-        problems.append("notebook: normal form: write it with 'python -m kvmlab.nb normalise'")
+        problems.append("notebook: normal form: write it with 'python tests/workbook/notebooks.py normalise'")
     return problems
 
 
@@ -104,7 +104,7 @@ def execute(nb: Notebook, folder: Path) -> None:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    for _, cell in nbrules.code(nb):  # what an earlier run has stored says nothing about this one
+    for _, cell in rules.code(nb):  # what an earlier run has stored says nothing about this one
         cell["outputs"] = []
     client = NotebookClient(
         nb,  # type: ignore[arg-type]
@@ -126,7 +126,7 @@ def execute(nb: Notebook, folder: Path) -> None:
 def _failed(nb: Notebook) -> str:
     """The place of the cell whose error stopped the run: the last one with outputs."""
     ran = [index for index, cell in enumerate(nb["cells"]) if cell.get("outputs")]
-    return nbrules.cell_id(ran[-1]) if ran else "?"
+    return rules.cell_id(ran[-1]) if ran else "?"
 
 
 def treat(verb: str, path: Path) -> list[str]:
@@ -146,7 +146,7 @@ def treat(verb: str, path: Path) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line. Exit status: 0 all well, 1 problems found, 2 bad input."""
-    parser = argparse.ArgumentParser(prog="python -m kvmlab.nb", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python tests/workbook/notebooks.py", description=__doc__.splitlines()[0])
     parser.add_argument("verb", choices=["run", "normalise", "check"])
     parser.add_argument("paths", nargs="*", type=Path, help="default: notebooks/*.ipynb")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""A check that runs in a thread of its own, says how far it is, and can be given up."""
+"""A check that runs in a thread of its own, reports its progress, and can be cancelled."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Generic, TypeVar
 from ..explore.graph import Watch
 
 Found = TypeVar("Found")
-TELL_EVERY = 0.25  # seconds between two numbers
+PROGRESS_EVERY = 0.25  # seconds between two reports
 
 
-class GivenUp(Exception):
-    """Nobody waits for this search any more."""
+class Cancelled(Exception):
+    """The search was cancelled."""
 
 
 class Search(Generic[Found]):
     """One piece of work: `work(watch)` gives what is found; then `done(search)` is called, in the same thread.
 
     `watch` is to be called now and then with the number of states known, and passes it to `tell`.  Afterwards
-    `found` is the result, or `failure` what was raised instead; a search that was given up calls nobody.
+    `found` is the result, or `failure` what was raised instead; a cancelled search calls nobody.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Search(Generic[Found]):
         self.found: Found | None = None
         self.failure: Exception | None = None
         self._work, self._tell, self._done = work, tell, done
-        self._given_up = False
+        self._cancelled = False
         self._told = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="kvmlab-search", daemon=True)
 
@@ -49,24 +49,24 @@ class Search(Generic[Found]):
         if self._thread.is_alive():
             self._thread.join()
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         """Let the work end at its next call of the watch, and forget its result."""
-        self._given_up = True
+        self._cancelled = True
 
     def _run(self) -> None:
         try:
             self.found = self._work(self._watch)
-        except GivenUp:
+        except Cancelled:
             return
         except Exception as failure:
             self.failure = failure
-        if not self._given_up:
+        if not self._cancelled:
             self._done(self)
 
     def _watch(self, states: int) -> None:
-        if self._given_up:
-            raise GivenUp
+        if self._cancelled:
+            raise Cancelled
         now = time.monotonic()
-        if now - self._told >= TELL_EVERY:
+        if now - self._told >= PROGRESS_EVERY:
             self._told = now
             self._tell(self, states)

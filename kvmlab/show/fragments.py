@@ -1,4 +1,4 @@
-"""The live view's fragments made small: styles gathered into classes, fragments that recur sent once."""
+"""What the workbench sends to the browser, made small: a class in place of each inline style, what recurs once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .style import Html
 _STYLE = re.compile(r' style="([^"]*)"')
 
 
-class Sheet:
-    """Classes for the styles seen so far, and the fragments to be shared, in the order of their first use."""
+class Fragments:
+    """The HTML fragments of one run: a class for each inline style, and a pool with each table row once."""
 
     def __init__(self, scope: str) -> None:
         self.scope = scope
@@ -20,7 +20,7 @@ class Sheet:
         self.pool: dict[str, int] = {}
 
     def shared(self, html: Html) -> int:
-        """The fragment's place in the pool."""
+        """Put the fragment into the pool, if it is new, and return its index there."""
         return self.pool.setdefault(self.classed(html), len(self.pool))
 
     def classed(self, html: Html) -> str:
@@ -28,7 +28,7 @@ class Sheet:
         return _STYLE.sub(lambda found: f' class="{self._name(found[1])}"', html)
 
     def _name(self, style: str) -> str:
-        """A class for a style; it follows from the style alone, since another view on the page may use it too."""
+        """The class for a style, made from the style alone: two workbenches on one page then agree on it."""
         digest = blake2s(style.encode(), digest_size=5).hexdigest()
         return self.names.setdefault(style, f"k{digest}")
 

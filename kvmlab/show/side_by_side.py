@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from ..verdict.report import Report
 from .style import MONO, ORANGE, SMALL, Html, blank, block, el, plural, quiet, table, td, th, tint, tr
-from .tables import case_line, size_line, verdict_table
-
-if TYPE_CHECKING:
-    from ..verdict.report import Report
+from .verdict_tables import case_line, size_line, verdict_table
 
 SAME, LEFT, RIGHT, MOVED = " ", "-", "+", "~"
 KEY = "~ moved, - only left, + only right"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ..machine.properties import BY_NAME
-from ..verdict.report import ALWAYS, NEVER, SOMETIMES, UNJUDGED
+from ..verdict.matrix import Matrix, Square
+from ..verdict.report import ALWAYS, NEVER, SOMETIMES, UNJUDGED, Report
+from ..verdict.run import Case
 from .style import (
     ALARM,
     LINE,
@@ -28,11 +29,6 @@ from .style import (
     tr,
 )
 
-if TYPE_CHECKING:
-    from ..verdict.matrix import Matrix, Square
-    from ..verdict.report import Report
-    from ..verdict.trace import Case
-
 RULED = f"padding:3px 12px 3px 0;border-bottom:1px solid {LINE}"
 HOST_DOWN = ("host-rmp-fault", "kernel-bug", "platform-error", "deadlock")
 MATRIX_KEY = "A trailing ! means: in every run that finishes. Solid: the host goes down."
@@ -53,16 +49,16 @@ def size_line(report: Report) -> str:
 
 
 def verdict_table(report: Report) -> Html:
-    """What can go wrong, a row each; then, in one line, what never does; then what is not said."""
+    """What can go wrong, a row each; then, in one line, what never does; then what was not checked."""
     never = [name for name, verdict in report.verdicts.items() if verdict.verdict == NEVER]
     lines = [f"Never: {', '.join(never)}"] if never else []
     lines += [f"Not seen: {name}" for name, seen in report.witnesses.items() if not seen]
     lines += [f"Not checked: {what}" for what in report.not_checked]
-    bad = [table(_bad(report, name) for name in report.violated)] if report.violated else []
+    bad = [table(_violated_row(report, name) for name in report.violated)] if report.violated else []
     return join((*bad, *(el("div", quiet(line), style="margin-top:4px") for line in lines)))
 
 
-def _bad(report: Report, name: str) -> Html:
+def _violated_row(report: Report, name: str) -> Html:
     verdict = report.verdicts[name]
     nowrap = f"{RULED};white-space:nowrap"
     return tr(

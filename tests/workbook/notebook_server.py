@@ -1,18 +1,19 @@
-"""How the server of `kvmlab lab` reads and writes notebooks: opening one, or saving it, changes nothing but the work.
+"""JupyterLab as `kvmlab lab` starts it in a clone: opening a notebook, or saving it, changes nothing but the work.
 
 JupyterLab writes the kernel's exact Python into every notebook that it opens: a committed one then counts as
 changed before anything was done, and shows in `git diff` after it was saved.  So the notebook that it is given
-says that already, and the file keeps the language's name alone (see `nbrules.METADATA`).
+says that already, and the file keeps the language's name alone (see `notebook_rules.METADATA`).
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from ipykernel.ipkernel import IPythonKernel
 from jupyter_server.services.contents.largefilemanager import AsyncLargeFileManager
-
-from .nbrules import METADATA
+from jupyterlab.labapp import main
+from notebook_rules import METADATA
 
 LANGUAGE = "language_info"
 
@@ -43,3 +44,8 @@ def _python(model: dict[str, Any]) -> dict[str, Any] | None:
     metadata: dict[str, Any] = model["content"]["metadata"]
     kernel = METADATA["kernelspec"]["name"]
     return metadata if metadata.get("kernelspec", {}).get("name") == kernel else None
+
+
+if __name__ == "__main__":
+    sys.argv.insert(1, f"--ServerApp.contents_manager_class={__name__}.{Contents.__name__}")
+    sys.exit(main())
