@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..model.step import Learner, Model
-from .dedup import MULTIPLIERS, Multipliers, Numbers, StateSet, Words
+from .dedup import MULTIPLIERS, Multipliers, Numbers, StateSet, Words, where
 from .graph import END, Graph, Hit, Label, Watch
 from .levels import LevelSpace, chunks
 from .tables import INSIDE, Edges, QuietRows, Rows, split
@@ -67,7 +67,7 @@ class _Search:
 
     def run(self) -> Graph:
         seen, space = self.seen, self.space
-        seen.tail(1)[0] = split(space.model.initial, seen.words)
+        seen.tail(1)[:] = split([space.model.initial], seen.words)
         seen.intern(1)
         low, high, depth = 0, 1, 0
         space.levels = [0, 1]
@@ -117,7 +117,7 @@ class _Search:
         if not rows.any_fatal:
             rows.successors(states, source, outcome, seen.tail(len(source)))
             return seen.intern(len(source))
-        live = np.flatnonzero(~rows.fatal.a.take(outcome))
+        live = where(~rows.fatal.a.take(outcome))
         rows.successors(states, source.take(live), outcome.take(live), seen.tail(len(live)))
         ends = np.full(len(source), END, np.int64)
         ends[live] = seen.intern(len(live))
@@ -127,7 +127,7 @@ class _Search:
         """The source (in its chunk) that made the states known exceed the limit."""
         if self.limit is None or self.seen.n <= self.limit:
             return None
-        passed = np.flatnonzero(ends == self.limit)
+        passed = where(ends == self.limit)
         return int(edges.source[passed[0]]) if self.limit > 0 else 0
 
     def note_violations(self, start: int, depth: int, edges: Edges) -> None:
@@ -140,7 +140,7 @@ class _Search:
         if not alarm.any():
             return
         label = self.rows.label.a.take(edges.outcome)
-        for e in np.flatnonzero(alarm.take(label)).tolist():
+        for e in where(alarm.take(label)).tolist():
             found = labels[label[e]]
             hit = Hit(start + int(edges.source[e]), int(edges.actor[e]), found.choice)
             for prop in found.violations:
@@ -150,15 +150,15 @@ class _Search:
         """Record deadlocks, and what the watch finds in quiet states."""
         space = self.space
         if space.hit_depth.get("deadlock", depth) >= depth:
-            for i in np.flatnonzero(flags == INSIDE).tolist():
+            for i in where(flags == INSIDE).tolist():
                 space.hit("deadlock", depth, Hit(start + i, None, None))
         if space.model.quiet is None:
             return
-        calm = np.flatnonzero(flags & INSIDE == 0)
+        calm = where(flags & INSIDE == 0)
         if not len(calm):
             return
         number = self.quiet_rows.find(states.take(calm, axis=0))
-        for k in np.flatnonzero(number).tolist():
+        for k in where(number).tolist():
             found, i = self.quiet_rows.found[number[k]], start + int(calm[k])
             if self.keep_edges:
                 space.quiet_found[i] = found

@@ -18,7 +18,7 @@ def joined(state: Any) -> int:
     """A packed state as one Python int, from a number or from a row of 64-bit words, low to high."""
     if not getattr(state, "shape", ()):
         return int(state)
-    return sum(int(word) << (WORD * w) for w, word in enumerate(state))
+    return sum(word << (WORD * w) for w, word in enumerate(state.tolist()))
 
 
 class Label(NamedTuple):

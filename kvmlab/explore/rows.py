@@ -22,6 +22,7 @@ def search(model: Model, limit: int | None = None, watch: Watch | None = None) -
     quiet: list[bool] = []
     labels: dict[Label, int] = {}
     index = {model.initial: 0}
+    edges: dict[int, list[tuple[int, int, int, tuple[str, ...], int, bool]]] = {}  # of a row, by its identity
     lanes = [(a, cell.mask, cell.shift, learner.tables[a]) for a, cell in enumerate(learner.pc)]
     for i, x in enumerate(states):  # grows while we go
         stop = watch is not None and not i % WATCHED and watch(len(states))
@@ -29,15 +30,30 @@ def search(model: Model, limit: int | None = None, watch: Watch | None = None) -
         d = depth[i]
         for a, mask, shift, tables in lanes:
             table = tables[(x & mask) >> shift]
-            row = table.rows.get(x & table.mask)
-            if row is None:
+            for footprint, rows in table.footprints:
+                row = rows.get(x & footprint)
+                if row is not None:
+                    break
+            else:
                 row = learner.outcomes(a, x)
             if not table.idle:
                 inside = True
                 moved = moved or bool(row)
-            for keep, put, violations, counts, choice, fatal in row:
-                key = Label(violations, counts, choice, fatal)
-                label.append(labels.setdefault(key, len(labels)))
+            known = edges.get(id(row))
+            if known is None:
+                known = edges[id(row)] = [
+                    (
+                        out.keep,
+                        out.put,
+                        labels.setdefault(Label(*out[2:]), len(labels)),
+                        out.violations,
+                        out.choice,
+                        out.fatal,
+                    )
+                    for out in row
+                ]
+            for keep, put, number, violations, choice, fatal in known:
+                label.append(number)
                 actor.append(a)
                 for prop in violations:
                     graph.hit(prop, d + 1, Hit(i, a, choice))

@@ -87,6 +87,9 @@ class Outcome(NamedTuple):
     fatal: bool
 
 
+Row = tuple[Outcome, ...]
+
+
 def run_step(
     model: Model, actor: Actor, pc_cell: Cell, x: int, prefix: tuple[int, ...] = ()
 ) -> tuple[View, bool]:
@@ -108,17 +111,38 @@ def run_step(
 
 
 class Table:
-    """The rows learned for one (actor, pc): footprint `mask`, and outcomes by footprint value."""
+    """The rows learned for one (actor, pc): for each footprint that a run of the step had, outcomes by its value.
 
-    __slots__ = ("idle", "mask", "rows")
+    What a step reads depends on what it has read before, so its footprints differ.  A state that agrees with a row
+    in the row's footprint makes the step read just that and do just the same; so at most one row fits a state.
+    """
 
-    def __init__(self, idle: bool, mask: int = 0) -> None:
-        self.idle, self.mask = idle, mask
-        self.rows: dict[int, tuple[Outcome, ...]] = {}
+    __slots__ = ("footprints", "idle")
+
+    def __init__(self, idle: bool) -> None:
+        self.idle = idle
+        self.footprints: list[tuple[int, dict[int, Row]]] = []
+
+    def find(self, x: int) -> Row | None:
+        """The row that fits the packed state `x`, if it is known."""
+        for mask, rows in self.footprints:
+            row = rows.get(x & mask)
+            if row is not None:
+                return row
+        return None
+
+    def add(self, x: int, reads: int, row: Row) -> Row:
+        """Learn from a run on `x` that read `reads`; returns the row."""
+        for mask, rows in self.footprints:
+            if mask == reads:
+                rows[x & mask] = row
+                return row
+        self.footprints.append((reads, {x & reads: row}))
+        return row
 
 
 class Learner:
-    """Rows for a model: runs a step once per distinct valuation of its footprint, on demand.
+    """Rows for a model: runs a step once for each way in which it can read the state, on demand.
 
     `calls` counts how often Python step code ran.
     """
@@ -130,28 +154,25 @@ class Learner:
         self.tables = [[Table(instr.idle) for instr in actor.program] for actor in model.actors]
         self.quiet_table = Table(idle=True)
 
-    def outcomes(self, a: int, x: int) -> tuple[Outcome, ...]:
+    def outcomes(self, a: int, x: int) -> Row:
         """Every edge of actor number `a` out of state `x`; empty when it is blocked."""
         table = self.tables[a][self.pc[a].get(x)]
-        found = table.rows.get(x & table.mask)
+        found = table.find(x)
         return self._learn(a, table, x) if found is None else found
 
-    def _learn(self, a: int, table: Table, x: int) -> tuple[Outcome, ...]:
+    def _learn(self, a: int, table: Table, x: int) -> Row:
         model, actor = self.model, self.model.actors[a]
         outcomes: list[Outcome] = []
         prefix: tuple[int, ...] | None = ()
         reads = 0
-        while prefix is not None:
+        while prefix is not None:  # what any of the choices reads, decides about all of them
             view, enabled = run_step(model, actor, self.pc[a], x, prefix)
             self.calls += 1
             reads |= view.reads
             if enabled:
                 outcomes.append(self._outcome(view, len(outcomes)))
             prefix = view.next_prefix()
-        table.mask |= reads  # rows learned with a narrower footprint stay true of whatever they match
-        row = tuple(outcomes)
-        table.rows[x & table.mask] = row
-        return row
+        return table.add(x, reads, tuple(outcomes))
 
     def _outcome(self, view: View, choice: int) -> Outcome:
         keep, put = -1, 0
@@ -168,13 +189,11 @@ class Learner:
         """Violations and counts that the model's `quiet` watch finds in the quiet state `x`."""
         if self.model.quiet is None:
             return (), ()
-        table = self.quiet_table
-        row = table.rows.get(x & table.mask)
+        row = self.quiet_table.find(x)
         if row is None:
             view = self.model.view(x)
             self.model.quiet(view)
             self.calls += 1
-            table.mask |= view.reads
-            row = (Outcome(-1, 0, tuple(dict.fromkeys(view.violations)), tuple(view.counts), 0, False),)
-            table.rows[x & table.mask] = row
+            found = Outcome(-1, 0, tuple(dict.fromkeys(view.violations)), tuple(view.counts), 0, False)
+            row = self.quiet_table.add(x, view.reads, (found,))
         return row[0].violations, row[0].counts
