@@ -212,6 +212,22 @@ def test_rows_already_learned_can_be_lent(make: Any) -> None:
 
 
 @some_model
+@pytest.mark.parametrize("enough", [1, 2, 5])
+def test_the_array_engine_goes_on_where_the_dict_engine_stopped(make: Any, enough: int) -> None:
+    begun = rows.search(make(), enough=enough)
+    whole = arrays.search(begun.model, begun=begun) if begun.begun else begun
+    assert facts(whole) == facts(rows.search(make()))
+
+
+@some_model
+@pytest.mark.parametrize("limit", [2, 5, 17])
+def test_it_stops_at_the_same_limit_then(make: Any, limit: int) -> None:
+    begun = rows.search(make(), limit, enough=2)
+    whole = arrays.search(begun.model, limit, begun=begun) if begun.begun else begun
+    assert facts(whole) == facts(rows.search(make(), limit))
+
+
+@some_model
 @pytest.mark.parametrize("limit", [None, 7])
 def test_a_sweep_without_edges_finds_what_the_search_finds(make: Any, limit: int | None) -> None:
     lean, full = arrays.sweep(make(), limit), arrays.search(make(), limit)

@@ -41,6 +41,11 @@ class Instr:
         """The line of the design's text that it comes from; 0: none."""
         return self.row.line if self.row else 0
 
+    def acts_as(self, other: Instr) -> bool:
+        """Whether it does the same and leads to the same places: only what a trace prints may differ."""
+        mine = (self.step, self.args, self.next, self.jumps, self.idle)
+        return mine == (other.step, other.args, other.next, other.jumps, other.idle)
+
 
 @dataclass(frozen=True)
 class Actor:
@@ -66,6 +71,11 @@ class Model:
     fatal: frozenset[str] = frozenset()
     quiet: Callable[[View], None] | None = None
     title: str = ""
+
+    def is_machine_of(self, other: Model) -> bool:
+        """Whether the cells, what never changes, and what is watched for are the same; programs may differ."""
+        mine = (self.fatal, self.quiet, self.conf, self.layout.places)
+        return mine == (other.fatal, other.quiet, other.conf, other.layout.places)
 
     def view(self, x: int) -> View:
         """Return a fresh view of the packed state `x`."""
@@ -144,15 +154,29 @@ class Table:
 class Learner:
     """Rows for a model: runs a step once for each way in which it can read the state, on demand.
 
-    `calls` counts how often Python step code ran.
+    `calls` counts how often Python step code ran.  Rows that an `earlier` learner has are shared with it, where
+    the machine and the instruction are the same: whatever a step can see or name then is.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, earlier: Learner | None = None) -> None:
         self.model = model
         self.calls = 0
         self.pc = [model.layout.cell("pc", actor.key) for actor in model.actors]
         self.tables = [[Table(instr.idle) for instr in actor.program] for actor in model.actors]
         self.quiet_table = Table(idle=True)
+        if earlier is not None and model.is_machine_of(earlier.model):
+            self._share(earlier)
+
+    def _share(self, earlier: Learner) -> None:
+        self.quiet_table = earlier.quiet_table
+        lent = dict(
+            zip((actor.key for actor in earlier.model.actors), enumerate(earlier.tables), strict=True)
+        )
+        for actor, mine in zip(self.model.actors, self.tables, strict=True):
+            a, theirs = lent.get(actor.key, (0, []))
+            for pc, (instr, table) in enumerate(zip(actor.program, theirs, strict=False)):
+                if instr.acts_as(earlier.model.actors[a].program[pc]):
+                    mine[pc] = table
 
     def outcomes(self, a: int, x: int) -> Row:
         """Every edge of actor number `a` out of state `x`; empty when it is blocked."""

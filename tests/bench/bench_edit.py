@@ -89,7 +89,9 @@ def edits(design: Design, platform: str, case: str) -> Iterator[tuple[dict[str, 
         session.load(design)
         clock, calls = Clock(), 0
         gc.collect()
-        wrapped = [patch.object(home, name, clock.around(phase, getattr(home, name))) for phase, home, name in PHASES]
+        wrapped = [
+            patch.object(home, name, clock.around(phase, getattr(home, name))) for phase, home, name in PHASES
+        ]
         try:
             for each in wrapped:
                 each.start()
@@ -115,14 +117,18 @@ def measure(platform: str, case: str) -> None:
             continue
         found += mine
     whole = [sum(spent.values()) for spent, _ in found]
-    print(f"\n{platform}, {case}: {len(found)} edits, step calls {statistics.median(c for _, c in found):,.0f} (median)")
+    print(
+        f"\n{platform}, {case}: {len(found)} edits, step calls {statistics.median(c for _, c in found):,.0f} (median)"
+    )
     print(f"  {'':10}{'median ms':>10}{'worst ms':>10}{'/ search':>10}")
     search = [spent["search"] for spent, _ in found]
     fixed = [total - spent["search"] for total, (spent, _) in zip(whole, found, strict=True)]
     columns = {name: [spent.get(name, 0.0) for spent, _ in found] for name in (*NAMES, "rest")}
     for name, seconds in (columns | {"not search": fixed, "all": whole}).items():
         ratio = statistics.median(s / most for s, most in zip(seconds, search, strict=True))
-        print(f"  {name:10}{1000 * statistics.median(seconds):>10.1f}{1000 * max(seconds):>10.0f}{ratio:>10.2f}")
+        print(
+            f"  {name:10}{1000 * statistics.median(seconds):>10.1f}{1000 * max(seconds):>10.0f}{ratio:>10.2f}"
+        )
 
 
 def main(cases: list[str]) -> None:
