@@ -29,7 +29,7 @@ CELLS = [f"import kvmlab\nw = kvmlab.workbench({FAULTY!r})\nw", "assert w.report
 # A check that goes on until it is given up.
 ENDLESS = """import itertools, time
 import kvmlab.show.widget as bench
-def check_case(case, limit=None, watch=None):
+def check_case(case, watch=None, **more):
     for n in itertools.count(1000, 1000):
         time.sleep(0.01)
         watch(n)

@@ -212,6 +212,22 @@ def test_rows_already_learned_can_be_lent(make: Any) -> None:
 
 
 @some_model
+@pytest.mark.parametrize("enough", [1, 2, 5])
+def test_the_array_engine_goes_on_where_the_dict_engine_stopped(make: Any, enough: int) -> None:
+    begun = rows.search(make(), enough=enough)
+    whole = arrays.search(begun.model, begun=begun) if begun.begun else begun
+    assert facts(whole) == facts(rows.search(make()))
+
+
+@some_model
+@pytest.mark.parametrize("limit", [2, 5, 17])
+def test_it_stops_at_the_same_limit_then(make: Any, limit: int) -> None:
+    begun = rows.search(make(), limit, enough=2)
+    whole = arrays.search(begun.model, limit, begun=begun) if begun.begun else begun
+    assert facts(whole) == facts(rows.search(make(), limit))
+
+
+@some_model
 @pytest.mark.parametrize("limit", [None, 7])
 def test_a_sweep_without_edges_finds_what_the_search_finds(make: Any, limit: int | None) -> None:
     lean, full = arrays.sweep(make(), limit), arrays.search(make(), limit)
@@ -349,16 +365,14 @@ def test_a_set_of_states_numbers_them_as_a_dict_would(
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 60)), max_size=60, unique=True))
-def test_a_crowded_lookup_finds_each_key_in_its_own_region(known: list[tuple[int, int]]) -> None:
-    lookup = Lookup(3, 1, spare=1)
-    for number, (region, key) in enumerate(known, 1):
-        lookup.append([key], region)
-        if number % 7 == 0:
-            lookup.settle()
-    lookup.settle()
-    row, _ = lookup.find(np.array([[[key] for key in range(61)]] * 3, np.uint64))
+def test_a_crowded_lookup_finds_each_key_in_its_own_place(known: list[tuple[int, int]]) -> None:
+    lookup = Lookup(1, spare=1)
+    for some in (known[:7], known[7:8], known[8:]):
+        lookup.extend(np.array([key for _, key in some], np.uint64)[:, None], [place for place, _ in some])
+    keys = np.array([[[key] for key in range(61)]] * 3, np.uint64)
+    row = lookup.find(keys, np.repeat(np.arange(3), 61).reshape(3, 61))
     expected = {where: number for number, where in enumerate(known, 1)}
-    assert row.tolist() == [[expected.get((region, key), 0) for key in range(61)] for region in range(3)]
+    assert row.tolist() == [[expected.get((place, key), 0) for key in range(61)] for place in range(3)]
 
 
 def test_a_state_is_joined_from_its_words_low_to_high() -> None:

@@ -303,13 +303,13 @@ class Gate:
         monkeypatch.setattr(widget, "check_case", self.check)
         monkeypatch.setattr(search_thread, "PROGRESS_EVERY", 0)
 
-    def check(self, case: Case, limit: int | None = None, watch: Watch | None = None) -> Report:
+    def check(self, case: Case, watch: Watch | None = None, **more: Any) -> Report:
         assert watch is not None
         watch(17_000)
         self.held.set()
         self.open.wait(timeout=60)
         watch(18_000)
-        return self.real(case, limit, watch)
+        return self.real(case, watch=watch, **more)
 
 
 @pytest.fixture
@@ -389,7 +389,7 @@ def test_the_next_cell_waits_for_the_check_that_was_asked_for(bench: Workbench, 
 def test_a_check_that_fails_is_told_and_changes_nothing(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, failure: Exception, told: str
 ) -> None:
-    def fail(case: Case, limit: int | None = None, watch: Watch | None = None) -> Report:
+    def fail(case: Case, **more: Any) -> Report:
         raise failure
 
     monkeypatch.setattr(widget, "check_case", fail)

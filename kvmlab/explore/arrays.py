@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..model.step import Learner, Model
-from .dedup import MULTIPLIERS, Multipliers, Numbers, StateSet, Words
+from .dedup import MULTIPLIERS, Multipliers, Numbers, StateSet, Words, where
 from .graph import END, Graph, Hit, Label, Watch
 from .levels import LevelSpace, chunks
 from .tables import INSIDE, Edges, QuietRows, Rows, split
@@ -26,14 +26,18 @@ def search(
     learner: Learner | None = None,
     multipliers: Multipliers = MULTIPLIERS,
     watch: Watch | None = None,
+    begun: Graph | None = None,
 ) -> Graph:
     """Explore `model` completely, or until `limit` states are known (then the graph is not `complete`).
 
     With `graph=False` only states and shortest violations are kept, as a `LevelSpace` (see `sweep`).
     `learner` lends rows that it has learned already.  The hash's `multipliers` can change the time taken,
-    never the result.  `watch` is told before each chunk how many states are known.
+    never the result.  `watch` is told before each chunk how many states are known.  Goes on from a graph that the
+    dict engine has `begun`.
     """
-    return _Search(model, limit, graph, learner or Learner(model), multipliers, watch).run()
+    if begun is None:
+        begun = Graph(model, learner or Learner(model), states=[model.initial], depth=[0], start=[0])
+    return _Search(begun, limit, graph, multipliers, watch).run()
 
 
 def sweep(model: Model, limit: int | None = None, learner: Learner | None = None) -> LevelSpace:
@@ -47,30 +51,33 @@ class _Search:
     """One search: the states, what was found, and the edges' columns in pieces, a piece a chunk."""
 
     def __init__(
-        self,
-        model: Model,
-        limit: int | None,
-        graph: bool,
-        learner: Learner,
-        multipliers: Multipliers,
-        watch: Watch | None,
+        self, begun: Graph, limit: int | None, graph: bool, multipliers: Multipliers, watch: Watch | None
     ) -> None:
         self.limit, self.keep_edges, self.watch = limit, graph, watch
+        model, learner = begun.model, begun.learner
         self.rows, self.quiet_rows = Rows(learner), QuietRows(learner)
         self.seen = StateSet(model.layout.words, multipliers)
-        self.space = LevelSpace(model, learner, engine="levels", rows=self.rows)
-        self.degrees: list[NDArray[np.int32]] = []
-        self.actors: list[NDArray[np.int8]] = []
-        self.ends: list[NDArray[np.int32]] = []
-        self.labels: list[NDArray[np.int16]] = []
-        self.quiet: list[NDArray[np.bool_]] = []
+        self.seen.tail(len(begun.states))[:] = split(begun.states, self.seen.words)
+        self.seen.intern(len(begun.states))
+        self.space = LevelSpace(model, learner, engine="levels", rows=self.rows, edges=len(begun.dst))
+        self.space.hits, self.space.hit_depth, self.space.quiet_found = (
+            begun.hits,
+            begun.hit_depth,
+            begun.quiet_found,
+        )
+        starts = np.flatnonzero(np.diff(begun.depth, prepend=-1))
+        self.space.levels = [*starts.tolist(), len(begun.states)]
+        numbers = [self.rows.labels.setdefault(label, len(self.rows.labels)) for label in begun.labels]
+        self.degrees: list[NDArray[np.int32]] = [np.diff(begun.start).astype(np.int32)]
+        self.actors: list[NDArray[np.int8]] = [np.array(begun.actor, np.int8)]
+        self.ends: list[NDArray[np.int32]] = [np.array(begun.dst, np.int32)]
+        self.labels: list[NDArray[np.int16]] = [np.array([numbers[n] for n in begun.label], np.int16)]
+        self.quiet: list[NDArray[np.bool_]] = [np.array(begun.quiet, np.bool_)]
 
     def run(self) -> Graph:
         seen, space = self.seen, self.space
-        seen.tail(1)[0] = split(space.model.initial, seen.words)
-        seen.intern(1)
-        low, high, depth = 0, 1, 0
-        space.levels = [0, 1]
+        low, high = space.levels[-2:]
+        depth = len(space.levels) - 2
         while low < high:
             for start, stop in chunks(low, high):
                 told = self.watch is not None and bool(self.watch(seen.n))
@@ -117,7 +124,7 @@ class _Search:
         if not rows.any_fatal:
             rows.successors(states, source, outcome, seen.tail(len(source)))
             return seen.intern(len(source))
-        live = np.flatnonzero(~rows.fatal.a.take(outcome))
+        live = where(~rows.fatal.a.take(outcome))
         rows.successors(states, source.take(live), outcome.take(live), seen.tail(len(live)))
         ends = np.full(len(source), END, np.int64)
         ends[live] = seen.intern(len(live))
@@ -127,7 +134,7 @@ class _Search:
         """The source (in its chunk) that made the states known exceed the limit."""
         if self.limit is None or self.seen.n <= self.limit:
             return None
-        passed = np.flatnonzero(ends == self.limit)
+        passed = where(ends == self.limit)
         return int(edges.source[passed[0]]) if self.limit > 0 else 0
 
     def note_violations(self, start: int, depth: int, edges: Edges) -> None:
@@ -140,7 +147,7 @@ class _Search:
         if not alarm.any():
             return
         label = self.rows.label.a.take(edges.outcome)
-        for e in np.flatnonzero(alarm.take(label)).tolist():
+        for e in where(alarm.take(label)).tolist():
             found = labels[label[e]]
             hit = Hit(start + int(edges.source[e]), int(edges.actor[e]), found.choice)
             for prop in found.violations:
@@ -150,15 +157,15 @@ class _Search:
         """Record deadlocks, and what the watch finds in quiet states."""
         space = self.space
         if space.hit_depth.get("deadlock", depth) >= depth:
-            for i in np.flatnonzero(flags == INSIDE).tolist():
+            for i in where(flags == INSIDE).tolist():
                 space.hit("deadlock", depth, Hit(start + i, None, None))
         if space.model.quiet is None:
             return
-        calm = np.flatnonzero(flags & INSIDE == 0)
+        calm = where(flags & INSIDE == 0)
         if not len(calm):
             return
         number = self.quiet_rows.find(states.take(calm, axis=0))
-        for k in np.flatnonzero(number).tolist():
+        for k in where(number).tolist():
             found, i = self.quiet_rows.found[number[k]], start + int(calm[k])
             if self.keep_edges:
                 space.quiet_found[i] = found

@@ -37,6 +37,11 @@ def differ(a: Words, b: Words) -> NDArray[np.bool_]:
     return out
 
 
+def where(mask: NDArray[Any]) -> Numbers:
+    """Indices of what is not zero, flat: np.flatnonzero without its detours, which cost more than small levels do."""
+    return mask.reshape(-1).nonzero()[0]
+
+
 class StateSet:
     """States numbered in the order in which they were first met.
 
@@ -77,7 +82,7 @@ class StateSet:
         self._make_room(m)
         known = self.n
         found, home = self._resolve(known, m)
-        new = np.flatnonzero(found >= known)
+        new = where(found >= known)
         equal_to = found.take(new) - known
         first = new[equal_to == new]
         self.n = known + len(first)
@@ -114,13 +119,13 @@ class StateSet:
         todo: Numbers | None = None
         while True:
             there = slots.take(at).astype(np.int64)
-            empty = np.flatnonzero(there < 0)
+            empty = where(there < 0)
             if len(empty):
-                where = at.take(empty)
+                wanted = at.take(empty)
                 claim = base + (empty if todo is None else todo.take(empty))
-                slots[where[::-1]] = claim[::-1]
-                there[empty] = slots.take(where)
-            wrong = np.flatnonzero(differ(rows.take(there, axis=0), mine))
+                slots[wanted[::-1]] = claim[::-1]
+                there[empty] = slots.take(wanted)
+            wrong = where(differ(rows.take(there, axis=0), mine))
             if todo is None:
                 found = there
             else:
@@ -141,12 +146,15 @@ class Column:
         self._full = np.zeros((256, *shape), dtype)
         self.n = int(first)
 
-    def append(self, value: Any) -> None:
-        """Add one element."""
-        if self.n == len(self._full):
-            self._full = np.concatenate([self._full, np.zeros_like(self._full)])
-        self._full[self.n] = value
-        self.n += 1
+    def extend(self, values: Any) -> None:
+        """Add elements."""
+        end = self.n + len(values)
+        if end > len(self._full):
+            more = np.zeros((2 * end, *self._full.shape[1:]), self._full.dtype)
+            more[: self.n] = self.a
+            self._full = more
+        self._full[self.n : end] = values
+        self.n = end
 
     @property
     def a(self) -> Any:
@@ -155,63 +163,66 @@ class Column:
 
 
 class Lookup:
-    """Keys of several regions in one open-addressing table of row numbers; 0 is no row.
+    """Keys, each in a place (a number), in one open-addressing table of row numbers; 0 is no row.
 
     There are at least `2 ** spare` slots a key, so that nearly all are found where they are first looked for.
     """
 
-    def __init__(self, regions: int, words: int, spare: int = 4) -> None:
-        self.keys, self.region = Column(np.uint64, words, first=True), Column(np.int64, first=True)
-        self.regions, self.spare = regions, spare
-        self._set_size(spare + 2)
+    def __init__(self, words: int, spare: int = 4) -> None:
+        self.keys, self.places = Column(np.uint64, words, first=True), Column(np.int64, first=True)
+        self.spare = spare
+        self._set_size(spare + 8)
 
     def _set_size(self, log2: int) -> None:
         self._log2, self._shift = log2, np.uint64(WORD - log2)
-        self._slots, self._settled = np.zeros(self.regions << log2, np.int32), 1
-        self._start = (np.arange(self.regions, dtype=np.uint64) << np.uint64(log2))[:, None]
+        self._slots, self._settled = np.zeros(1 << log2, np.int32), 1
 
-    def find(self, keys: Words) -> tuple[NDArray[np.int32], Numbers]:
-        """Row numbers for `keys` of shape (regions, n, W), and the flat places that have no row.
-
-        Of places with equal keys one at least is returned; not all are.
-        """
+    def _hash(self, keys: Words, places: Numbers) -> Words:
         h = hash_words(keys)
-        at = h >> self._shift
-        at += self._start
-        spots = at.view(np.int64)
+        h += places.view(np.uint64) * np.uint64(MULTIPLIERS[-1])
+        return h
+
+    def _spots(self, keys: Words, places: Numbers) -> Numbers:
+        h = self._hash(keys, places)
+        h >>= self._shift
+        return h.view(np.int64)
+
+    def find(self, keys: Words, places: Numbers) -> NDArray[np.int32]:
+        """The row of each key in its place, 0 for none; `keys` has one axis more than `places`: the words."""
+        spots = self._spots(keys, places)
         row = self._slots.take(spots)
-        wrong = differ(self.keys.a.take(row, axis=0), keys)
-        wrong |= row == 0
-        bad = np.flatnonzero(wrong)
-        if len(bad):
-            flat = keys.reshape(-1, keys.shape[-1])
-            bad = self._probe_on(row.reshape(-1), flat.take(bad, axis=0), spots.ravel().take(bad), bad)
-        if len(bad):
-            bad = bad[np.unique(h.ravel().take(bad), return_index=True)[1]]
-        return row, bad
+        bad = where(self._other(row, keys, places))
+        if len(bad):  # follow collisions
+            flat, keys, places = row.reshape(-1), keys.reshape(-1, keys.shape[-1]), places.reshape(-1)
+            keys, places, spots = keys.take(bad, axis=0), places.take(bad), spots.reshape(-1).take(bad)
+            while len(bad):
+                spots = (spots + 1) & (len(self._slots) - 1)
+                here = flat[bad] = self._slots.take(spots)
+                go = where(self._other(here, keys, places))
+                bad, keys, places, spots = (
+                    bad.take(go),
+                    keys.take(go, axis=0),
+                    places.take(go),
+                    spots.take(go),
+                )
+        return row
 
-    def _probe_on(self, row: Any, keys: Words, spots: Numbers, bad: Numbers) -> Numbers:
-        """Follow collisions at the flat places `bad`, correcting `row`; returns the places without a row."""
-        missing = []
-        while len(bad):
-            here = row.take(bad)
-            missing.append(bad[here == 0])
-            go = np.flatnonzero(differ(self.keys.a.take(here, axis=0), keys) & (here != 0))
-            bad, keys, spots = bad.take(go), keys.take(go, axis=0), self._next(spots.take(go))
-            row[bad] = self._slots.take(spots)
-        return np.concatenate(missing)
+    def apart(self, keys: Words, places: Numbers) -> Numbers:
+        """Indices of some of the keys, no two of them the same in one place; nearly one of each kind."""
+        first: Numbers = np.unique(self._hash(keys, places), return_index=True)[1]
+        return first
 
-    def _next(self, spots: Numbers) -> Numbers:
-        inside = (1 << self._log2) - 1
-        return (spots & ~inside) | ((spots + 1) & inside)
+    def _other(self, row: Any, keys: Words, places: Numbers) -> NDArray[np.bool_]:
+        """Where there is a row, but of another key or place."""
+        other = differ(self.keys.a.take(row, axis=0), keys)
+        other |= self.places.a.take(row) != places
+        other &= row != 0
+        return other
 
-    def append(self, key: Any, region: int) -> None:
-        """Add the key of the next row; it is found once it is settled."""
-        self.keys.append(key)
-        self.region.append(region)
-
-    def settle(self) -> None:
-        """Put the rows appended since last time in their slots."""
+    def extend(self, keys: Any, places: Any) -> None:
+        """Give the next row numbers to new keys in their places."""
+        self.keys.extend(keys)
+        self.places.extend(places)
         log2 = self._log2
         while self.keys.n << self.spare > 1 << log2:
             log2 += 2
@@ -219,10 +230,9 @@ class Lookup:
             self._set_size(log2)
         rows = np.arange(self._settled, self.keys.n)
         self._settled = self.keys.n
-        first = (hash_words(self.keys.a.take(rows, axis=0)) >> self._shift).view(np.int64)
-        spots = first + (self.region.a.take(rows) << log2)
+        spots = self._spots(self.keys.a.take(rows, axis=0), self.places.a.take(rows))
         while len(rows):
-            free = np.flatnonzero(self._slots.take(spots) == 0)
+            free = where(self._slots.take(spots) == 0)
             self._slots[spots.take(free)] = rows.take(free)
-            left = np.flatnonzero(self._slots.take(spots) != rows)
-            rows, spots = rows.take(left), self._next(spots.take(left))
+            left = where(self._slots.take(spots) != rows)
+            rows, spots = rows.take(left), (spots.take(left) + 1) & (len(self._slots) - 1)

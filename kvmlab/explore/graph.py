@@ -18,7 +18,7 @@ def joined(state: Any) -> int:
     """A packed state as one Python int, from a number or from a row of 64-bit words, low to high."""
     if not getattr(state, "shape", ()):
         return int(state)
-    return sum(int(word) << (WORD * w) for w, word in enumerate(state))
+    return sum(word << (WORD * w) for w, word in enumerate(state.tolist()))
 
 
 class Label(NamedTuple):
@@ -45,7 +45,8 @@ class Graph:
     `states[i]` is the packed state, `depth[i]` its distance; edges of state i are `start[i]:start[i+1]` in
     `actor`, `dst` (END after a fatal step) and `label` (an index into `labels`).  `quiet[i]`: nobody is inside
     an operation.  `hits` holds, for each property, every violation at the smallest depth.  The columns are
-    lists (dict engine) or numpy arrays (array engine).
+    lists (dict engine) or numpy arrays (array engine).  Of a graph that is only `begun`, the states of the last
+    level have no edges yet.
     """
 
     model: Model
@@ -63,6 +64,7 @@ class Graph:
     hits: dict[str, list[Hit]] = field(default_factory=dict)
     hit_depth: dict[str, int] = field(default_factory=dict)
     engine: str = "dict"
+    begun: bool = False
 
     @property
     def transitions(self) -> int:

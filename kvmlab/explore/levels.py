@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .dedup import hash_words
+from .dedup import hash_words, where
 from .graph import Graph, joined
 from .tables import Rows, split
 
@@ -54,8 +54,7 @@ class LevelSpace(Graph):
         if not targets:
             return []
         rows = self.rows or Rows(self.learner)
-        wanted = np.array([split(x, rows.words) for x in targets], np.uint64).reshape(-1, rows.words)
-        hashes = np.sort(hash_words(wanted))
+        hashes = np.sort(hash_words(split(targets, rows.words)))
         labels = list(rows.labels)
         found = []
         for low, high in chunks(self.levels[d - 1], self.levels[d]):
@@ -66,7 +65,7 @@ class LevelSpace(Graph):
             h = hash_words(after)
             near = hashes.take(np.searchsorted(hashes, h), mode="clip") == h
             near &= ~rows.fatal.a.take(edges.outcome)
-            for e in np.flatnonzero(near).tolist():
+            for e in where(near).tolist():
                 y = joined(after[e])
                 if y in targets:
                     choice = labels[rows.label.a[edges.outcome[e]]].choice

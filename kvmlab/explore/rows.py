@@ -11,9 +11,18 @@ from .graph import END, Graph, Hit, Label, Watch
 WATCHED = 1024  # states between two calls of the watch
 
 
-def search(model: Model, limit: int | None = None, watch: Watch | None = None) -> Graph:
-    """Explore `model` completely, or until `limit` states are known or `watch` says so (then not `complete`)."""
-    learner = Learner(model)
+def search(
+    model: Model,
+    limit: int | None = None,
+    watch: Watch | None = None,
+    learner: Learner | None = None,
+    enough: int | None = None,
+) -> Graph:
+    """Explore `model` completely, or until `limit` states are known or `watch` says so (then not `complete`).
+
+    Where `enough` states are known at the end of a level, the graph is `begun`: for the array engine to go on.
+    """
+    learner = learner or Learner(model)
     graph = Graph(model, learner)
     states, depth, start = [model.initial], [0], [0]
     actor: list[int] = []
@@ -22,22 +31,42 @@ def search(model: Model, limit: int | None = None, watch: Watch | None = None) -
     quiet: list[bool] = []
     labels: dict[Label, int] = {}
     index = {model.initial: 0}
+    edges: dict[int, list[tuple[int, int, int, tuple[str, ...], int, bool]]] = {}  # of a row, by its identity
+    d = 0
     lanes = [(a, cell.mask, cell.shift, learner.tables[a]) for a, cell in enumerate(learner.pc)]
     for i, x in enumerate(states):  # grows while we go
         stop = watch is not None and not i % WATCHED and watch(len(states))
         inside = moved = False
+        if enough is not None and len(states) >= enough and depth[i] > d:
+            graph.complete, graph.begun = False, True
+            break
         d = depth[i]
         for a, mask, shift, tables in lanes:
             table = tables[(x & mask) >> shift]
-            row = table.rows.get(x & table.mask)
-            if row is None:
+            for footprint, rows in table.footprints:
+                row = rows.get(x & footprint)
+                if row is not None:
+                    break
+            else:
                 row = learner.outcomes(a, x)
             if not table.idle:
                 inside = True
                 moved = moved or bool(row)
-            for keep, put, violations, counts, choice, fatal in row:
-                key = Label(violations, counts, choice, fatal)
-                label.append(labels.setdefault(key, len(labels)))
+            known = edges.get(id(row))
+            if known is None:
+                known = edges[id(row)] = [
+                    (
+                        out.keep,
+                        out.put,
+                        labels.setdefault(Label(*out[2:]), len(labels)),
+                        out.violations,
+                        out.choice,
+                        out.fatal,
+                    )
+                    for out in row
+                ]
+            for keep, put, number, violations, choice, fatal in known:
+                label.append(number)
                 actor.append(a)
                 for prop in violations:
                     graph.hit(prop, d + 1, Hit(i, a, choice))

@@ -41,6 +41,11 @@ class Instr:
         """The line of the design's text that it comes from; 0: none."""
         return self.row.line if self.row else 0
 
+    def acts_as(self, other: Instr) -> bool:
+        """Whether it does the same and leads to the same places: only what a trace prints may differ."""
+        mine = (self.step, self.args, self.next, self.jumps, self.idle)
+        return mine == (other.step, other.args, other.next, other.jumps, other.idle)
+
 
 @dataclass(frozen=True)
 class Actor:
@@ -67,6 +72,11 @@ class Model:
     quiet: Callable[[View], None] | None = None
     title: str = ""
 
+    def is_machine_of(self, other: Model) -> bool:
+        """Whether the cells, what never changes, and what is watched for are the same; programs may differ."""
+        mine = (self.fatal, self.quiet, self.conf, self.layout.places)
+        return mine == (other.fatal, other.quiet, other.conf, other.layout.places)
+
     def view(self, x: int) -> View:
         """Return a fresh view of the packed state `x`."""
         return View(self.layout, x, self.conf)
@@ -85,6 +95,9 @@ class Outcome(NamedTuple):
     counts: tuple[str, ...]
     choice: int
     fatal: bool
+
+
+Row = tuple[Outcome, ...]
 
 
 def run_step(
@@ -108,50 +121,82 @@ def run_step(
 
 
 class Table:
-    """The rows learned for one (actor, pc): footprint `mask`, and outcomes by footprint value."""
+    """The rows learned for one (actor, pc): for each footprint that a run of the step had, outcomes by its value.
 
-    __slots__ = ("idle", "mask", "rows")
+    What a step reads depends on what it has read before, so its footprints differ.  A state that agrees with a row
+    in the row's footprint makes the step read just that and do just the same; so at most one row fits a state.
+    """
 
-    def __init__(self, idle: bool, mask: int = 0) -> None:
-        self.idle, self.mask = idle, mask
-        self.rows: dict[int, tuple[Outcome, ...]] = {}
+    __slots__ = ("footprints", "idle")
+
+    def __init__(self, idle: bool) -> None:
+        self.idle = idle
+        self.footprints: list[tuple[int, dict[int, Row]]] = []
+
+    def find(self, x: int) -> Row | None:
+        """The row that fits the packed state `x`, if it is known."""
+        for mask, rows in self.footprints:
+            row = rows.get(x & mask)
+            if row is not None:
+                return row
+        return None
+
+    def add(self, x: int, reads: int, row: Row) -> Row:
+        """Learn from a run on `x` that read `reads`; returns the row."""
+        for mask, rows in self.footprints:
+            if mask == reads:
+                rows[x & mask] = row
+                return row
+        self.footprints.append((reads, {x & reads: row}))
+        return row
 
 
 class Learner:
-    """Rows for a model: runs a step once per distinct valuation of its footprint, on demand.
+    """Rows for a model: runs a step once for each way in which it can read the state, on demand.
 
-    `calls` counts how often Python step code ran.
+    `calls` counts how often Python step code ran.  Rows that an `earlier` learner has are shared with it, where
+    the machine and the instruction are the same: whatever a step can see or name then is.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, earlier: Learner | None = None) -> None:
         self.model = model
         self.calls = 0
         self.pc = [model.layout.cell("pc", actor.key) for actor in model.actors]
         self.tables = [[Table(instr.idle) for instr in actor.program] for actor in model.actors]
         self.quiet_table = Table(idle=True)
+        if earlier is not None and model.is_machine_of(earlier.model):
+            self._share(earlier)
 
-    def outcomes(self, a: int, x: int) -> tuple[Outcome, ...]:
+    def _share(self, earlier: Learner) -> None:
+        self.quiet_table = earlier.quiet_table
+        lent = dict(
+            zip((actor.key for actor in earlier.model.actors), enumerate(earlier.tables), strict=True)
+        )
+        for actor, mine in zip(self.model.actors, self.tables, strict=True):
+            a, theirs = lent.get(actor.key, (0, []))
+            for pc, (instr, table) in enumerate(zip(actor.program, theirs, strict=False)):
+                if instr.acts_as(earlier.model.actors[a].program[pc]):
+                    mine[pc] = table
+
+    def outcomes(self, a: int, x: int) -> Row:
         """Every edge of actor number `a` out of state `x`; empty when it is blocked."""
         table = self.tables[a][self.pc[a].get(x)]
-        found = table.rows.get(x & table.mask)
+        found = table.find(x)
         return self._learn(a, table, x) if found is None else found
 
-    def _learn(self, a: int, table: Table, x: int) -> tuple[Outcome, ...]:
+    def _learn(self, a: int, table: Table, x: int) -> Row:
         model, actor = self.model, self.model.actors[a]
         outcomes: list[Outcome] = []
         prefix: tuple[int, ...] | None = ()
         reads = 0
-        while prefix is not None:
+        while prefix is not None:  # what any of the choices reads, decides about all of them
             view, enabled = run_step(model, actor, self.pc[a], x, prefix)
             self.calls += 1
             reads |= view.reads
             if enabled:
                 outcomes.append(self._outcome(view, len(outcomes)))
             prefix = view.next_prefix()
-        table.mask |= reads  # rows learned with a narrower footprint stay true of whatever they match
-        row = tuple(outcomes)
-        table.rows[x & table.mask] = row
-        return row
+        return table.add(x, reads, tuple(outcomes))
 
     def _outcome(self, view: View, choice: int) -> Outcome:
         keep, put = -1, 0
@@ -168,13 +213,11 @@ class Learner:
         """Violations and counts that the model's `quiet` watch finds in the quiet state `x`."""
         if self.model.quiet is None:
             return (), ()
-        table = self.quiet_table
-        row = table.rows.get(x & table.mask)
+        row = self.quiet_table.find(x)
         if row is None:
             view = self.model.view(x)
             self.model.quiet(view)
             self.calls += 1
-            table.mask |= view.reads
-            row = (Outcome(-1, 0, tuple(dict.fromkeys(view.violations)), tuple(view.counts), 0, False),)
-            table.rows[x & table.mask] = row
+            found = Outcome(-1, 0, tuple(dict.fromkeys(view.violations)), tuple(view.counts), 0, False)
+            row = self.quiet_table.add(x, view.reads, (found,))
         return row[0].violations, row[0].counts

@@ -77,7 +77,7 @@ class Workbench(anywidget.AnyWidget):
         self._drawn: tuple[Trace, dict[str, Any]] | None = None  # the run that was drawn last
         self.session = session
         self.versus = versus
-        self.against = _against(session.case, versus)
+        self.against = _against(session.report, versus)
         self.history: list[Case] = []
         self.focus: tuple[str, int] | None = None
         self.said = ""
@@ -262,10 +262,11 @@ class Workbench(anywidget.AnyWidget):
 
     def _checked(self, request: Request, watch: Watch) -> Checked:
         same = request.case is self.session.case
-        report = self.session.report if same else check_case(request.case, watch=watch)
+        earlier = self.session.report
+        report = earlier if same else check_case(request.case, watch=watch, earlier=earlier)
         run = request.run or report.trace()
         run.frames  # noqa: B018 - replays it now, in this thread
-        return Checked(report, run, _against(request.case, request.versus, watch))
+        return Checked(report, run, _against(report, request.versus, self.against, watch))
 
     def _tell(self, search: Search[Checked], states: int) -> None:
         with self._lock:
@@ -325,12 +326,17 @@ class Workbench(anywidget.AnyWidget):
         return {**session_json(self.session, self._drawn[1]), **mine}
 
 
-def _against(case: Case, versus: Design | None, watch: Watch | None = None) -> Report | str:
-    """The report of the design to compare with in the same case, or why there is none."""
+def _against(
+    report: Report, versus: Design | None, known: Report | str = "", watch: Watch | None = None
+) -> Report | str:
+    """The report of the design to compare with in the same case, `known` if that is it, or why there is none."""
     if versus is None:
         return ""
     try:
-        return check_case(changed_case(case, design=versus), watch=watch)
+        other = changed_case(report.case, design=versus)
+        if isinstance(known, Report) and known.case == other:
+            return known
+        return check_case(other, watch=watch, earlier=report)
     except (Refusal, MemoryError) as problem:
         return str(problem) or "out of memory"
 

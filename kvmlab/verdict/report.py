@@ -18,7 +18,7 @@ from ..explore import liveness, paths, rows
 from ..explore.graph import Graph, Hit, Watch
 from ..machine.conf import Switches
 from ..machine.properties import BY_NAME, MEASURES, PROPERTIES
-from ..model.step import Model
+from ..model.step import Learner, Model
 from .diagram import WIDTH
 from .display import Displayed
 from .run import Case
@@ -27,7 +27,7 @@ from .trace import Trace
 NEVER, SOMETIMES, ALWAYS, UNJUDGED = "Never", "Sometimes", "Always", "not judged"
 HITS_TRIED = 40  # how many shortest violations are looked at for runs that differ
 LIMIT = 16_000_000  # states after which a search stops unless told otherwise: some 4 GB; what ships needs 12 million
-SMALL = 6_000  # states up to which the dict engine is the faster one
+SMALL = 1_500  # known states from which on the array engine is the faster one
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Report(Displayed):
 
     @cached_property
     def _forgetful(self) -> Graph:
-        return explore(with_forgetful_tlbs(self.case.model), watch=self.watch)
+        return explore(with_forgetful_tlbs(self.case.model), watch=self.watch, earlier=self.graph.learner)
 
     @property
     def violated(self) -> list[str]:
@@ -242,17 +242,20 @@ def _shape(run: Trace) -> tuple[object, ...]:
     return (turns, last.call if last else "", last.actor if last else "")
 
 
-def explore(model: Model, limit: int = LIMIT, watch: Watch | None = None) -> Graph:
+def explore(
+    model: Model, limit: int = LIMIT, watch: Watch | None = None, earlier: Learner | None = None
+) -> Graph:
     """Explore a model with the engine that fits its size; complete unless `limit` states are exceeded.
 
-    `watch` is told now and then how many states are known; it may end the search.
+    `watch` is told now and then how many states are known; it may end the search.  Rows of an `earlier` learner
+    are used again where they apply.
     """
-    graph = rows.search(model, min(SMALL, limit), watch)
-    if graph.complete or limit <= SMALL or (watch is not None and watch(len(graph.states))):
+    graph = rows.search(model, limit, watch, Learner(model, earlier), SMALL)
+    if not graph.begun:
         return graph
     from ..explore import arrays
 
-    return arrays.search(model, limit, learner=graph.learner, watch=watch)
+    return arrays.search(model, limit, watch=watch, begun=graph)
 
 
 def check(
@@ -280,15 +283,21 @@ def check(
     return check_case(case, limit, lambda states: time.perf_counter() - began > seconds)
 
 
-def check_case(case: Case, limit: int | None = None, watch: Watch | None = None) -> Report:
-    """Check a case as `check` does; `watch` as for `explore`."""
+def check_case(
+    case: Case, limit: int | None = None, watch: Watch | None = None, earlier: Report | None = None
+) -> Report:
+    """Check a case as `check` does; `watch` as for `explore`.
+
+    An `earlier` report of a like case saves time, and changes nothing else: what its instructions do is known.
+    """
     most = LIMIT if limit is None else limit
     if not isinstance(most, int) or most < 1:
         raise InputError("the limit is a positive whole number of states")
     began = time.perf_counter()
     report = None
     try:
-        report = Report(case, explore(case.model, most, watch), 0.0, watch)
+        lent = None if earlier is None else earlier.graph.learner
+        report = Report(case, explore(case.model, most, watch, lent), 0.0, watch)
         report.verdicts  # noqa: B018 - part of the check, so part of its time
     except MemoryError:  # raised anew below, where the memory is free again
         report = None

@@ -126,7 +126,7 @@ class Session:
         """Walk the run of a code, or of a pasted diagram, in its own case."""
         try:
             run = replay(text)
-            report = check_case(run.case)
+            report = check_case(run.case, earlier=self.report)
         except (Refusal, MemoryError) as problem:
             self.problem = str(problem) or "out of memory"
         else:
@@ -135,7 +135,7 @@ class Session:
 
     def _try(self, change: Callable[[], Case]) -> Report:
         try:
-            report = check_case(change())
+            report = check_case(change(), earlier=self.report)
         except (Refusal, MemoryError) as problem:
             self.problem = str(problem) or "out of memory"
         else:
