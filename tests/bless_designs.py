@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from kvmlab.compile.scenario import SCENARIOS, NotApplicable
 from kvmlab.design import Design, shipped
 from kvmlab.design.calls import BACKINGS
+from kvmlab.errors import NotApplicable
+from kvmlab.machine.scenarios import SCENARIOS
 from kvmlab.verdict.report import check
 
 LONG_ON_TDX = ("two-vmms", "two-ranges", "hostile")  # millions of states a design: left to `kvmlab matrix`

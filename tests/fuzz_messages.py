@@ -18,11 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 import kvmlab
-from kvmlab.compile.scenario import SCENARIOS
 from kvmlab.design import shipped
 from kvmlab.design.calls import BACKINGS, CALLS, SECTIONS
 from kvmlab.machine.conf import PLATFORMS
 from kvmlab.machine.properties import BY_NAME
+from kvmlab.machine.scenarios import SCENARIOS
 from kvmlab.show.widget import _VERBS, Workbench
 
 FRESH = 100  # messages after which another workbench is asked

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from kvmlab.compile.scenario import SCENARIOS, build
+from kvmlab.compile.build import build
 from kvmlab.design import Design
 from kvmlab.machine.conf import Switches
+from kvmlab.machine.scenarios import SCENARIOS
 from kvmlab.model.state import Blocked, View
 
 BLOCKED = "blocked"  # the step cannot be taken

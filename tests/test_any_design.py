@@ -5,12 +5,12 @@ import contextlib
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvmlab.compile.scenario import NotApplicable
 from kvmlab.design import Design
 from kvmlab.design.calls import CALLS, SECTIONS, words
 from kvmlab.emulator import Vm, VmError
 from kvmlab.emulator.memory import PAGE
 from kvmlab.emulator.vmm import DISCARDS
+from kvmlab.errors import NotApplicable
 from kvmlab.verdict.report import check
 
 

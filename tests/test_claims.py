@@ -2,7 +2,8 @@
 
 import pytest
 
-from kvmlab.compile.scenario import SCENARIOS, InputError
+from kvmlab.errors import InputError
+from kvmlab.machine.scenarios import SCENARIOS
 from kvmlab.verdict.claims import ANSWERED, CLAIMS, CONFIRMED, QUALIFIED, REFUTED, SOURCE, Bench, answers
 from kvmlab.verdict.claims.mail import out_of_the_file_first
 

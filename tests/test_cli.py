@@ -15,9 +15,9 @@ from bless_docs import BLOCK, pages
 import kvmlab
 from kvmlab import cli
 from kvmlab.cli import commands
-from kvmlab.compile.scenario import SCENARIOS
 from kvmlab.design import shipped
 from kvmlab.machine.properties import BY_NAME
+from kvmlab.machine.scenarios import SCENARIOS
 
 
 @pytest.fixture

@@ -3,10 +3,12 @@
 import pytest
 from bless_designs import _split, verdicts
 
-from kvmlab.compile.scenario import SCENARIOS, NotApplicable, build
+from kvmlab.compile.build import build
 from kvmlab.design import Design, shipped
 from kvmlab.design.calls import BACKINGS
+from kvmlab.errors import NotApplicable
 from kvmlab.machine.properties import BY_NAME
+from kvmlab.machine.scenarios import SCENARIOS
 
 EXPECTED = [
     (name, platform, where)

@@ -385,8 +385,9 @@ def test_a_state_is_joined_from_its_words_low_to_high() -> None:
 @pytest.mark.parametrize("name", ["v8-post-hook", "v8-as-posted", "upstream"])
 @pytest.mark.parametrize("scenario", ["tiny", "careless", "round-trip"])
 def test_both_engines_agree_on_designs(name: str, scenario: str) -> None:
-    from kvmlab.compile.scenario import SCENARIOS, build
+    from kvmlab.compile.build import build
     from kvmlab.design import Design
+    from kvmlab.machine.scenarios import SCENARIOS
 
     made = build(Design.load(name), SCENARIOS[scenario])
     full, lean = rows.search(made), arrays.sweep(replace(made, title="again"))

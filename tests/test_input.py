@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import kvmlab
-from kvmlab.compile.scenario import InputError
+from kvmlab.errors import InputError
 from kvmlab.pool import processes, spread
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvmlab.compile.scenario import NotApplicable
+from kvmlab.errors import NotApplicable
 from kvmlab.kvm.memslots import SMM, MemSlot, Piece, clip, pieces, visits
 from kvmlab.verdict.report import check
 from kvmlab.verdict.run import Case

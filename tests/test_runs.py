@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvmlab
-from kvmlab.compile.scenario import SCENARIOS, build
+from kvmlab.compile.build import build
 from kvmlab.design.patch import patch_of, patched
 from kvmlab.explore import arrays, liveness, paths, rows
 from kvmlab.explore.graph import Hit
+from kvmlab.machine.scenarios import SCENARIOS
 from kvmlab.verdict.code import INITIALS, TEXT_DIGITS, claim_problem, digits
 from kvmlab.verdict.replay import decode, replay
 from kvmlab.verdict.report import check

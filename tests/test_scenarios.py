@@ -1,15 +1,22 @@
 """The scenarios: exact sizes, what must be reachable, and cases that do not exist."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 
-from kvmlab.compile.scenario import SCENARIOS, InputError, NotApplicable
+from kvmlab.compile.build import build
 from kvmlab.design import Design
+from kvmlab.design.calls import CALLS
+from kvmlab.errors import InputError, NotApplicable
+from kvmlab.explore import arrays
 from kvmlab.machine.conf import Switches
+from kvmlab.machine.parts import PARTS
+from kvmlab.machine.scenarios import SCENARIOS, Discards, HostWrites, find_scenario
 from kvmlab.verdict.matrix import dependence
 from kvmlab.verdict.report import check
 
+UPSTREAM = Design.load("upstream")
 SIZES = {
     ("v8-post-hook", "tiny"): (940, 2_770, 37),
     ("v8-post-hook", "round-trip"): (4_896, 14_956, 76),
@@ -26,6 +33,7 @@ SIZES = {
     ("upstream", "huge-accept"): (4_764, 10_612, 89),
     ("upstream", "huge-split"): (98_575, 284_805, 129),
     ("upstream", "vmm-punches"): (11_813, 29_580, 119),
+    ("upstream", "punch-4k"): (12_388, 28_898, 83),
     ("upstream", "zap-yields"): (10_549, 33_037, 66),
     ("upstream", "xarray-full"): (20_066, 63_056, 69),
     ("upstream", "reserve-fails"): (1_733, 5_147, 85),
@@ -139,7 +147,9 @@ def test_v8s_handler_would_psmash_4k_entries_if_an_ordinary_access_set_sizem():
 
 def test_no_verdict_depends_on_whether_4k_may_go_over_the_head_of_a_2m_entry():
     chosen = Switches(head_4k_over_2m=True)
-    assert dependence(chosen, ["v8-post-hook", "upstream"], ["huge-accept", "huge-split", "vmm-punches"]) == []
+    assert (
+        dependence(chosen, ["v8-post-hook", "upstream"], ["huge-accept", "huge-split", "vmm-punches"]) == []
+    )
 
 
 def test_a_repeated_rmpupdate_costs_the_guest_its_validation_where_it_does_not_keep_it():
@@ -254,7 +264,9 @@ def test_rmpupdate_at_the_fault_makes_that_write_wait():
     prepare = "    rmp_prepare():\n        kvm_unmap_directmap()\n        rmpupdate(private)\n"
     prepared = text.replace("    read_lock(mmu_lock)\n", prepare + "    read_lock(mmu_lock)\n")
     early = "    truncate_inode_pages_range()\n"
-    later = prepared.replace(early, "").replace("    sev_invalidate_private", early + "    sev_invalidate_private")
+    later = prepared.replace(early, "").replace(
+        "    sev_invalidate_private", early + "    sev_invalidate_private"
+    )
     assert check(later, scenario="discard-first").violated == []
     assert check("upstream", scenario="discard-first").violated == []
 
@@ -338,3 +350,62 @@ def test_a_hostile_guest_does_the_host_no_harm(design, backing):
 
 def test_a_hostile_guest_reaches_a_bug_where_the_zap_is_left_out():
     assert "kernel-bug" in check("no-zap", scenario="hostile").violated
+
+
+# Scenarios are joined; machines are assembled.
+
+
+def test_the_punch_of_4k_out_of_a_2m_page_needs_psmash():
+    text = "\n".join(line for line in UPSTREAM.spelled("punch").splitlines() if "psmash" not in line)
+    without = Design.parse(f"base: upstream\n{text}")
+    assert check(without, "snp", "punch-4k").verdicts["platform-error"].verdict == "Sometimes"
+    assert check(UPSTREAM, "snp", "punch-4k").verdicts["platform-error"].verdict == "Never"
+
+
+def test_two_scenarios_are_joined_by_name():
+    both = find_scenario("host-stray+discard")
+    assert both.eras == SCENARIOS["host-stray"].eras
+    assert both.threads == (HostWrites("stray"), Discards("after"), HostWrites("freed"))
+    assert (
+        check("v8-post-hook", "snp", "host-stray+discard").states
+        > check("v8-post-hook", "snp", "host-stray").states
+    )
+
+
+def test_a_join_has_the_failures_of_both():
+    assert find_scenario("hook-fails+xarray-full+host-io").may == ("rmpupdate", "xarray")
+
+
+def test_scenarios_that_say_different_things_of_memory_do_not_fit():
+    with pytest.raises(
+        InputError, match=r"range and huge-1g do not fit: gfns is \(0, 1\) and \(0, 1, 2, 3, 4, 5\)"
+    ):
+        find_scenario("range+huge-1g")
+
+
+def test_an_unknown_part_of_a_join_is_named():
+    with pytest.raises(InputError, match="unknown scenario 'tinny'"):
+        find_scenario("tiny+tinny")
+
+
+@pytest.mark.parametrize(("racers", "states"), [(0, 32), (1, 940), (2, 22_401), (3, 437_934)])
+def test_any_number_of_vcpus_may_race(racers, states):
+    model = build(Design.load("v8-post-hook"), replace(SCENARIOS["tiny"], racers=racers))
+    assert len(arrays.search(model).states) == states
+
+
+def test_two_vmm_threads_have_names_of_their_own():
+    model = build(UPSTREAM, find_scenario("two-vmms+slot-deleted"))
+    assert [actor.key for actor in model.actors] == ["CPU0", "CPU1", "VMM1", "VMM2", "host"]
+
+
+def test_every_part_that_a_call_needs_is_one_of_the_machine_s():
+    assert {call.part for call in CALLS} - {""} <= {part.name for part in PARTS}
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part.quiet], ids=lambda part: part.name)
+def test_out_of_sync_asks_for_a_part_only_where_it_is_there(part):
+    names = ("tiny", "huge", "discard", "slot-deleted")
+    asked = [part.quiet in build(UPSTREAM, SCENARIOS[name]).quiet.parts for name in names]
+    assert not asked[0]
+    assert any(asked) or part.name == "SMM"

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvmlab
-from kvmlab.compile.scenario import InputError
+from kvmlab.errors import InputError
 from kvmlab.hw import tdx
 from kvmlab.hw.tdx import sept as tdx_sept
 from kvmlab.hw.tdx.entry import State

@@ -5,7 +5,7 @@ from threading import Thread
 import pytest
 
 import kvmlab
-from kvmlab.compile.scenario import InputError
+from kvmlab.errors import InputError
 
 
 @pytest.fixture

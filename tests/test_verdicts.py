@@ -2,9 +2,11 @@
 
 import pytest
 
-from kvmlab.compile.scenario import SCENARIOS, InputError, NotApplicable, build, with_forgetful_tlbs
+from kvmlab.compile.build import build, with_forgetful_tlbs
 from kvmlab.design import Design, DesignError, shipped
+from kvmlab.errors import InputError, NotApplicable
 from kvmlab.explore import arrays, liveness, rows
+from kvmlab.machine.scenarios import SCENARIOS
 from kvmlab.verdict.report import UNJUDGED, check, explore
 
 

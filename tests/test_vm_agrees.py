@@ -7,13 +7,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_any_design import statement
 
-from kvmlab.compile.scenario import NotApplicable, Scenario, build
+from kvmlab.compile.build import build
 from kvmlab.design import Design, DesignError, shipped
 from kvmlab.emulator import Deadlock, GuestSpins, KernelBug, PlatformError, RmpFault, VcFault, Vm, VmError
+from kvmlab.errors import NotApplicable
 from kvmlab.explore import liveness, rows
 from kvmlab.kernel.directmap import ABSENT
 from kvmlab.kvm.mmu import large_leaf, leaf
 from kvmlab.machine.properties import FATAL
+from kvmlab.machine.scenarios import Discards, HostWrites, Scenario
 from kvmlab.verdict.report import as_design
 
 P = 4096
@@ -39,7 +41,8 @@ class Explored:
     """One vCPU alone: how the machine may look when all is quiet, and what may go wrong."""
 
     def __init__(self, design, platform, backing, eras, discard=None):
-        scenario = Scenario("alone", "", eras, racers=0, punch=discard or "")
+        discards = (Discards(discard),) if discard else ()
+        scenario = Scenario("alone", "", eras, racers=0, threads=discards)
         self.model = build(as_design(design), scenario, platform, backing)
         self.graph = rows.search(self.model)
         self.violated = {name for name, hits in self.graph.hits.items() if hits}
@@ -54,7 +57,7 @@ class Explored:
         mapped = "P" if s.conf.in_place and mapped else mapped
         entry = s.rmp[pfn] if s.conf.has_rmp else None
         direct = (s.directmap[pfn] == ABSENT, not s.directmap_2m) if s.conf.has_rmp else (False, False)
-        page = not s.conf.gmem or s.gmem[0] == "cached"
+        page = s.gmem[0] == "cached"
         return s.attr[0], mapped, bool(entry and entry.assigned), bool(entry and entry.validated), *direct, page
 
 
@@ -168,7 +171,7 @@ def test_a_text_near_one_that_ships_ends_alike_in_both(text, platform, kind):
 
 ACCEPT = Scenario("accept", "", THERE, racers=0, gfns=(0, 1), huge=True, folio_2m=True)
 SPLIT = Scenario("split", "", ("private", "shared"), racers=0, gfns=(0, 1), request=(0,), huge=True, folio_2m=True,
-                 punch="after", host="freed")  # fmt: skip
+                 threads=(Discards("after"), HostWrites("freed")))  # fmt: skip
 M2 = 1 << 21
 
 

@@ -14,8 +14,8 @@ pytest.importorskip("anywidget", reason="needs anywidget")
 from fuzz_messages import fuzz
 
 import kvmlab
-from kvmlab.compile.scenario import InputError
 from kvmlab.design import DesignError
+from kvmlab.errors import InputError
 from kvmlab.explore.graph import Watch
 from kvmlab.show import search_thread, widget
 from kvmlab.show.widget import Workbench

@@ -128,7 +128,7 @@ def run(arguments: Sequence[str]) -> int:
     if more and options.command != "lab":
         parser.error(f"unrecognized arguments: {ascii(' '.join(more))[1:-1]}")
     options.arguments = more
-    from ..compile.scenario import NotApplicable
+    from ..errors import NotApplicable
 
     try:
         return _COMMANDS[options.command](options)
@@ -139,8 +139,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def problems() -> tuple[type[Exception], ...]:
     """What is wrong with the input or the output, not with kvmlab."""
-    from ..compile.scenario import InputError
     from ..design import DesignError
+    from ..errors import InputError
     from ..verdict.run import ReplayError
 
     return DesignError, InputError, ReplayError, OutputError
@@ -166,7 +166,7 @@ def _designs(options: argparse.Namespace) -> int:
 
 
 def _scenarios(options: argparse.Namespace) -> int:
-    from ..compile.scenario import SCENARIOS
+    from ..machine.scenarios import SCENARIOS
 
     listed(((scenario.name, scenario.title) for scenario in SCENARIOS.values()), 20)
     return 0
@@ -231,8 +231,8 @@ def _diff(options: argparse.Namespace) -> int:
 
 def _reports(options: argparse.Namespace) -> Iterator[Report | str]:
     """The report of each case asked for, or the line that says why there is none."""
-    from ..compile.scenario import NotApplicable
     from ..design import Design
+    from ..errors import NotApplicable
     from ..verdict.report import check
     from ..verdict.run import parse_switches
 
@@ -272,8 +272,8 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from ..compile.scenario import InputError
     from ..design.errors import quoted
+    from ..errors import InputError
     from ..show.page import page_html
 
     found = list(_reports(options))
@@ -291,8 +291,8 @@ def _report(options: argparse.Namespace) -> int:
 
 def _write(path: Path, text: str) -> None:
     """Write a file whole, or leave what was there; InputError if neither can be done."""
-    from ..compile.scenario import InputError
     from ..design.errors import quoted
+    from ..errors import InputError
 
     part: Path | None = None
     try:
@@ -341,8 +341,8 @@ def _matrix(options: argparse.Namespace) -> int:
 
 
 def _trace(options: argparse.Namespace) -> int:
-    from ..compile.scenario import InputError
     from ..design import Design
+    from ..errors import InputError
     from ..machine.properties import BY_NAME
     from ..verdict.report import check
     from ..verdict.run import parse_switches
@@ -373,8 +373,8 @@ def _trace(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from ..compile.scenario import InputError
     from ..design.files import from_stdin
+    from ..errors import InputError
     from ..machine.table import machine_text
     from ..verdict.replay import replay
 
@@ -390,7 +390,7 @@ def _replay(options: argparse.Namespace) -> int:
 def _lab(options: argparse.Namespace) -> int:
     from importlib.util import find_spec
 
-    from ..compile.scenario import InputError
+    from ..errors import InputError
 
     root = Path(__file__).resolve().parents[2]
     if find_spec("jupyterlab") is None:

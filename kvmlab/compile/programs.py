@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..design import Design, Row
 from ..design.calls import does
@@ -12,8 +12,10 @@ from ..guest import access as accesses
 from ..guest import td as accesses_tdx
 from ..guest import threads as actors
 from ..kernel import locks
+from ..kernel.failures import RMPUPDATE, XARRAY
 from ..kvm import gmem, memslots, mmu
-from ..machine.conf import Conf
+from ..machine.conf import MEMSLOTS, RESERVED, Conf
+from ..machine.scenarios import Discards
 from ..model.state import View
 from ..model.step import Instr, Step
 from .assemble import Draft, assemble, nothing, without_markers
@@ -111,15 +113,29 @@ def _redirect(drafts: Iterable[Draft], label: str, target: str) -> None:
         d.jumps = {name: target if to == label else to for name, to in d.jumps.items()}
 
 
-class Ioctl:
-    """The drafts of one KVM_SET_MEMORY_ATTRIBUTES and, where the scenario has it, of the discard beside it."""
+class Program(NamedTuple):
+    """The program of a thread, and how locks nest in it: (held, taken)."""
 
-    def __init__(self, design: Design, conf: Conf, to: str, label: str, gfns: tuple[int, ...]) -> None:
-        self.design, self.conf, self.to, self.label = design, conf, to, label
+    instrs: tuple[Instr, ...]
+    nests: frozenset[tuple[str, str]] = frozenset()
+
+
+class Ioctl:
+    """The drafts of one KVM_SET_MEMORY_ATTRIBUTES and, where the VMM does so, of the discard before or after it.
+
+    `refused`: its last reservation fails for certain.
+    """
+
+    def __init__(
+        self, design: Design, conf: Conf, to: str, label: str, gfns: tuple[int, ...],
+        discards: tuple[Discards, ...] = (), refused: bool = False,
+    ) -> None:  # fmt: skip
+        self.design, self.conf, self.to, self.label, self.refused = design, conf, to, label, refused
+        when = {thread.when for thread in discards} if to == "shared" else set()
         self.nests: set[tuple[str, str]] = set()
         self.drafts: list[Draft] = []
         start = f"{label}-whole"
-        if conf.punch == "before" and to == "shared":
+        if "before" in when:
             self.drafts += self._punch(label, gfns)
             self.drafts += self._whole(start, gfns)
         else:
@@ -128,7 +144,7 @@ class Ioctl:
         self.drafts.append(Draft(nothing, (), "", None, "ioctl", label=f"{label}-done"))
         if holds:
             self.drafts.append(Draft(_puts_pages, (), "put_page()", None, "ioctl"))
-        if conf.punch == "after" and to == "shared":
+        if "after" in when:
             self.drafts += self._punch(f"{label}-punch", gfns)
 
     def returns(self, after: str | None) -> list[Draft]:
@@ -138,15 +154,17 @@ class Ioctl:
     def _whole(self, label: str, gfns: tuple[int, ...]) -> list[Draft]:
         """One ioctl on `gfns`; what it could not store it is called for again."""
         section = Section(self.conf, "ioctl", self.to, label, gfns, self.design)
+        section.refused = self.refused
         section.mark(label)
         section.compile(self.design.rows("ioctl", to=self.to, platform=self.conf.platform))
         done = f"{self.label}-done"
-        refused = done if self.conf.unlucky else label  # the VMM gives up, or asks again
+        refused = done if RESERVED in self.conf.parts else label  # the VMM gives up, or asks again
         ways = {"done": done, "ENOMEM": refused}
         drafts = _unwound(section, self._to(done, section.drafts), ways)
         self.nests |= section.nests
         for partly in section.partly:
-            stored, spent = partly.stored, replace(self.conf, xa_fails=False)  # the failure that may be has been
+            # The failure that may be has been.
+            stored, spent = partly.stored, replace(self.conf, parts=self.conf.parts - {XARRAY})
             part = Section(spent, "ioctl", self.to, partly.label, gfns[:stored], self.design)
             part.holding = list(partly.holding)
             part.mark(partly.label)
@@ -182,23 +200,22 @@ def punch_drafts(
 
 
 def vmm_program(
-    design: Design, conf: Conf, gfns: tuple[int, ...]
-) -> tuple[tuple[Instr, ...], set[tuple[str, str]]]:
+    design: Design, conf: Conf, gfns: tuple[int, ...], discards: tuple[Discards, ...], refused: bool
+) -> Program:
     """A VMM thread beside the asking one: its own ioctl on `gfns`, once the guest has asked."""
-    ioctl = Ioctl(design, conf, conf.eras[1], "ioctl", gfns)
+    ioctl = Ioctl(design, conf, conf.eras[1], "ioctl", gfns, discards, refused)
     waits = Draft(actors.vmm_waits, (), "", None, "ioctl", label="waits", idle=True)
-    return _vmm_thread([waits, *ioctl.returns(None)]), ioctl.nests
+    return _vmm_thread([waits, *ioctl.returns(None)], ioctl.nests)
 
 
-def vmm_punch_program(design: Design, conf: Conf) -> tuple[tuple[Instr, ...], set[tuple[str, str]]]:
-    """A VMM thread that discards the private pages whenever it likes, once."""
-    drafts, nests = punch_drafts(design, conf, "punch", conf.punched or conf.gfns)
-    return _vmm_thread(
-        [Draft(actors.vmm_punches, (), "", None, "punch", label="any", idle=True), *drafts]
-    ), nests
+def vmm_punch_program(design: Design, conf: Conf, gfns: tuple[int, ...]) -> Program:
+    """A VMM thread that discards the private pages of `gfns` whenever it likes, once."""
+    drafts, nests = punch_drafts(design, conf, "punch", gfns)
+    begins = Draft(actors.vmm_punches, (), "", None, "punch", label="any", idle=True)
+    return _vmm_thread([begins, *drafts], nests)
 
 
-def vmm_delete_program(design: Design, conf: Conf) -> tuple[tuple[Instr, ...], set[tuple[str, str]]]:
+def vmm_delete_program(design: Design, conf: Conf) -> Program:
     """A VMM thread that deletes the memslot whenever it likes (kvm_set_memslot()): all that is mapped goes."""
     section = Section(conf, "ioctl", "shared", "delete", conf.gfns, design)
     flush, unlock = Row("kvm_flush_remote_tlbs"), Row("write_unlock", lock="mmu_lock")
@@ -216,7 +233,7 @@ def vmm_delete_program(design: Design, conf: Conf) -> tuple[tuple[Instr, ...], s
     return _region_thread(section, "deletes the memslot", drops_it)
 
 
-def vmm_create_program(design: Design, conf: Conf) -> tuple[tuple[Instr, ...], set[tuple[str, str]]]:
+def vmm_create_program(design: Design, conf: Conf) -> Program:
     """A VMM thread that creates the memslot whenever it likes: binds the guest_memfd, then publishes the slot."""
     section = Section(conf, "ioctl", "shared", "create", conf.gfns, design)
 
@@ -229,24 +246,22 @@ def vmm_create_program(design: Design, conf: Conf) -> tuple[tuple[Instr, ...], s
     return _region_thread(section, "creates the memslot", makes_it)
 
 
-def _region_thread(
-    section: Section, what: str, work: Callable[[], None]
-) -> tuple[tuple[Instr, ...], set[tuple[str, str]]]:
+def _region_thread(section: Section, what: str, work: Callable[[], None]) -> Program:
     """KVM_SET_USER_MEMORY_REGION2: like the attribute ioctl it holds slots_lock throughout."""
     section.row(Row("mutex_lock", lock="slots_lock"))
     work()
     section.row(Row("mutex_unlock", lock="slots_lock"))
     begins = Draft(memslots.set_memory_region, (what,), "", None, "ioctl", label="any", idle=True)
-    return _vmm_thread([begins, *section.drafts]), section.nests
+    return _vmm_thread([begins, *section.drafts], section.nests)
 
 
-def _vmm_thread(drafts: list[Draft]) -> tuple[Instr, ...]:
+def _vmm_thread(drafts: list[Draft], nests: set[tuple[str, str]]) -> Program:
     done = Draft(actors.vmm_done, (), "", None, "ioctl", label="done", idle=True)
     stuck = Draft(locks.stuck, (), "hangs", None, "ioctl", label="stuck")
-    return assemble(without_markers([*drafts, done, stuck]))
+    return Program(assemble(without_markers([*drafts, done, stuck])), frozenset(nests))
 
 
-def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, ...], set[tuple[str, str]]]:
+def vcpu_program(design: Design, conf: Conf, asks: bool, discards: tuple[Discards, ...]) -> Program:
     """The program of one vCPU thread: the guest, the fault path and, if it `asks`, the ioctl for each era."""
     eras = list(enumerate(conf.eras))[1:]
     head: list[Draft] = []
@@ -259,7 +274,7 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
             actors.ask, (), "", None, "guest", label=f"ask{era}", after=label, jumps={"rescind": "guest"}
         )
         ways[f"rescinded{era}"] = label
-        ioctl = Ioctl(design, conf, to, label, conf.converted)
+        ioctl = Ioctl(design, conf, to, label, conf.converted, discards)
         head += [asking, *ioctl.returns("idle" if era == len(eras) else "between")]
         nests |= ioctl.nests
     if asks and len(eras) > 1:
@@ -284,14 +299,14 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
         Draft(locks.stuck, (), "hangs", None, "guest", label="stuck"),
     ]
     for kind in KINDS if conf.auto_convert else ():
-        ioctl = Ioctl(design, conf, kind, f"auto-ioctl-{kind}", conf.converted)
+        ioctl = Ioctl(design, conf, kind, f"auto-ioctl-{kind}", conf.converted, discards)
         body.append(Draft(actors.auto_convert, (kind,), "", None, "ioctl", label=f"auto-{kind}"))
         body += ioctl.returns("guest")
         nests |= ioctl.nests
-    if conf.looks_up:
+    if MEMSLOTS in conf.parts:
         emulated = accesses.completed_by_userspace
         body.append(Draft(emulated, (), "re-enters behind it", None, "guest", label="userspace", jumps=ways))
-    if conf.injects:
+    if RMPUPDATE in conf.parts:
         body.append(Draft(actors.kvm_run_fails, (), "", None, "fault", label="killed", after="idle"))
     if not conf.kind_from_c_bit:
         body.append(
@@ -306,20 +321,16 @@ def vcpu_program(design: Design, conf: Conf, asks: bool) -> tuple[tuple[Instr, .
             )
         )
     paths, more = fault_paths(design, conf)
-    return assemble(without_markers(head + body + paths)), nests | more
+    return Program(assemble(without_markers(head + body + paths)), frozenset(nests | more))
 
 
-def host_program(targets: tuple[tuple[str, str], ...]) -> tuple[Instr, ...]:
+def host_program(targets: tuple[tuple[str, str], ...]) -> Program:
     """The host thread: one write after another, owing nothing."""
-    return assemble(
-        [
-            Draft(actors.host_thread, (targets,), "", None, "host", label="host", after="host", idle=True),
-            Draft(locks.stuck, (), "hangs", None, "host", label="stuck"),
-        ]
-    )
+    writes = Draft(actors.host_thread, (targets,), "", None, "host", label="host", after="host", idle=True)
+    return Program(assemble([writes, Draft(locks.stuck, (), "hangs", None, "host", label="stuck")]))
 
 
-def inverted(nests: set[tuple[str, str]]) -> frozenset[tuple[str, str]]:
+def inverted(nests: frozenset[tuple[str, str]]) -> frozenset[tuple[str, str]]:
     """The (held, taken) pairs that lie on a cycle of the lock order (lockdep)."""
     reach = set(nests)
     while more := {(a, d) for a, b in reach for c, d in reach if b == c} - reach:

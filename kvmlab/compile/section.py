@@ -25,8 +25,9 @@ from ..design.calls import (
 )
 from ..design.rows import adds_ranges
 from ..kernel import locks
+from ..kernel.failures import RMPUPDATE, XARRAY
 from ..kvm import gmem, memslots, mmu, sev, tdx
-from ..machine.conf import Conf
+from ..machine.conf import ADDS, YIELDS, Conf
 from ..model.state import View
 from ..model.step import Step
 from .assemble import Draft, nothing
@@ -71,7 +72,7 @@ class Section:
         design: Design | None = None,
     ) -> None:
         self.conf, self.section, self.kind, self.prefix, self.gfns = conf, section, kind, prefix, gfns
-        self.design = design
+        self.design, self.request = design, gfns or ()
         self.drafts: list[Draft] = []
         self.failed: str | None = None
         self.unassigned: str | None = None
@@ -80,6 +81,7 @@ class Section:
         self.unwinds: dict[str, tuple[tuple[tuple[Step, str], ...], str]] = {}
         self.partly: list[Partly] = []
         self.covered: tuple[int, int] | None = None
+        self.refused = False  # whether its last reservation fails for certain
         self.as_id = 0  # the address space whose memslot the rows work on
         self.rows: Sequence[Row] = ()
         self.loop = 0  # which loop over the pages of the request is being compiled; 0: none
@@ -90,7 +92,7 @@ class Section:
         if self.gfns and not adds_ranges(rows):
             self.covered = (min(self.gfns), max(self.gfns) + 1)
         on_pages = any(self.first(row).on_page and not self.is_absent(row) for row in rows)
-        if self.section == "ioctl" and self.conf.gmem and on_pages:
+        if self.section == "ioctl" and self.has("discards") and on_pages:
             self.hold_pages(rows[0])
         self.rows = rows
         looks_up = self.section == "fault" and self.has("memslots")
@@ -111,11 +113,14 @@ class Section:
         """Whether this is the ioctl of a guest_memfd, in-place."""
         return any(row.lock == "invalidate_lock" for row in self.rows)
 
+    @property
+    def reserved(self) -> bool:
+        """Whether the text reserves entries of the xarray, so that a store cannot fail."""
+        return any(does(row.call, "reserves") for row in self.rows)
+
     def has(self, part: str) -> bool:
         """Whether the machine has a part; every machine has what belongs to none."""
-        conf = self.conf
-        there = {"": True, "discards": conf.gmem, "memslots": conf.looks_up, "folio_2m": conf.folio_2m}
-        return bool({**there, "large": conf.huge}[part])
+        return part in ("", *self.conf.parts)
 
     def first(self, row: Row) -> Call:
         """What a row means in this section, whatever the machine has."""
@@ -138,7 +143,7 @@ class Section:
         Since v6.8 that is all that stands under mmu_lock; in the v8 era the window covers the request all the same.
         The ioctl of a guest_memfd works on its pages, whoever maps them.
         """
-        if not (self.conf.adds and self.section == "ioctl"):
+        if not (self.has(ADDS) and self.section == "ioctl"):
             return False
         call = self.first(row)
         if call.over == PAGES:
@@ -209,7 +214,7 @@ class Section:
     def takes_folio(self, rows: Sequence[Row]) -> bool:
         """Whether the op works on a whole 2M folio at once: going private, if the request has all of it."""
         private = any(self.first(row).lays == "rmpupdate" and row.target == "private" for row in rows)
-        return private and self.conf.folio_2m and set(self.conf.converted) == set(self.conf.gfns)
+        return private and self.conf.folio_2m and set(self.request) == set(self.conf.gfns)
 
     def page_by_page(self, rows: Sequence[Row]) -> None:
         """The op of the series: all its work on one page, then the next; it gives up where RMPUPDATE fails."""
@@ -254,8 +259,10 @@ class Section:
         """What a step may ask for, by the names of its parameters."""
         lo_hi = (self.gfns[0], self.gfns[-1] + 1) if self.gfns else (None, None)
         return {
-            "gfn": gfn, "gfns": self.gfns, "lo": lo_hi[0], "hi": lo_hi[1], "as_id": self.as_id,
-            "last": gfn == (self.gfns or (None,))[-1], "covered": self.covered, "section": self.section,
+            "gfn": gfn, "gfns": self.gfns, "request": self.request, "lo": lo_hi[0], "hi": lo_hi[1],
+            "as_id": self.as_id,
+            "refused": self.refused and gfn == (self.gfns or (None,))[-1], "reserved": self.reserved,
+            "covered": self.covered, "section": self.section,
             "kind": self.kind, "to": row.target if row.target in KINDS else self.kind, "call": row.call,
             "word": row.target, "of": "private" if row.target == "private_pfn" else self.kind,
         }  # fmt: skip
@@ -303,7 +310,7 @@ class Section:
 
     def yields(self, row: Row) -> None:
         """Between two gfns of a zap: it may flush, drop mmu_lock and take it again."""
-        if not (self.conf.yields and self.section == "ioctl"):
+        if not (self.has(YIELDS) and self.section == "ioctl"):
             return
         over = self.new_label()
         for step, args, jumps in (
@@ -319,7 +326,7 @@ class Section:
         """xa_store() gfn by gfn; where one may fail, the rest of the section goes on with what was stored."""
         first = len(self.drafts)
         self.lay_step(call, row)
-        if not self.conf.xa_fails or any(does(r.call, "reserves") for r in self.rows):
+        if not self.has(XARRAY) or self.reserved:
             return
         rest = self.rows[self.rows.index(row) + 1 :]
         for n, draft in enumerate(self.drafts[first:]):
@@ -359,7 +366,7 @@ class Section:
             self.drafts[-1].jumps["unassigned"] = self.unassigned or self.new_label()
             if not self.unassigned:
                 self.mark(self.drafts[-1].jumps["unassigned"])
-        if not self.conf.injects or not self.conf.has_rmp:
+        if not self.has(RMPUPDATE) or not self.conf.has_rmp:
             return
         if self.section == "ioctl":
             after = self.failed or self.new_label()

@@ -42,8 +42,7 @@ def guest_runs(s: View, me: str) -> str:
     One call is one of the three.  An #NPF drops the faulting vCPU's own TLB entry.
     """
     acc: Access = s.acc[me]
-    if s.conf.deletes:
-        srcu_read_unlock(s, me)
+    srcu_read_unlock(s, me)
     if s.conf.correct_guest and acc.era != s.era and acc.gfn in s.conf.converted:
         s.acc[me] = None
         s.say("drops the access: the page is being converted")
@@ -117,10 +116,8 @@ def _npf(s: View, me: str, acc: Access, *, present: bool, rmp: bool, sizem: bool
     enc = acc.kind == "private" and s.conf.encrypts
     code = snp_pages.npf_code(present=present, write=acc.op == "write", enc=enc, rmp=rmp, sizem=sizem)
     drop_translation(s, me, acc.gfn)
-    if s.conf.deletes:
-        srcu_read_lock(s, me)
-    if s.conf.remembers_rmp_bit:
-        s.rmp_bit[me] = "SIZEM" if sizem else "RMP" if rmp else None
+    srcu_read_lock(s, me)
+    s.rmp_bit[me] = "SIZEM" if sizem else "RMP" if rmp else None
     s.count("npf")
     s.say(f"#NPF {code:#x}{' RMP' if rmp else ''}{' SIZEM' if sizem else ''} gfn {acc.gfn} {acc.kind}")
     return f"fault-{acc.kind}" if s.conf.kind_from_c_bit else "fault"
@@ -157,7 +154,7 @@ def _judge_mapping(s: View, acc: Access, pfn: str) -> None:
 
     A page that guest_memfd has freed is never anybody's backing.
     """
-    if s.conf.gmem and pfn == s.conf.backing["private", acc.gfn] and s.gmem[acc.gfn] == "free":
+    if pfn == s.conf.backing["private", acc.gfn] and s.gmem[acc.gfn] == "free":
         s.violate("stale-mapping", f"{acc.kind} access completes in {pfn}, which guest_memfd has freed")
         return
     if s.era == 0 or s.running:

@@ -52,8 +52,7 @@ def _vp_enter(s: View, me: str) -> str:
         answers_kick(s, me)
         return "again"
     s.wait(not s.wait_for_sept_zap)  # tdx_vcpu_run() turns back until the zap is done
-    if s.conf.deletes:
-        memslots.srcu_read_unlock(s, me)
+    memslots.srcu_read_unlock(s, me)
     epoch, flushes = tdx_tlb.enter_age(s.vcpu_epoch[me])
     s.mode[me], s.vcpu_epoch[me] = "entering", epoch
     for cpu, gfn in s.ptlb if flushes else ():
@@ -70,8 +69,7 @@ def td_exit(s: View, me: str) -> None:
 
 def _ept_violation(s: View, me: str, acc: Access, why: str) -> str:
     td_exit(s, me)
-    if s.conf.deletes:
-        memslots.srcu_read_lock(s, me)
+    memslots.srcu_read_lock(s, me)
     s.count("npf")
     s.say(f"EPT violation ({why}) gfn {acc.gfn} {acc.kind}")
     return f"fault-{acc.kind}"
@@ -134,7 +132,7 @@ def _complete(s: View, me: str, acc: Access, pfn: str, keyid: int) -> str:
 
 def _judge_mapping(s: View, acc: Access, pfn: str) -> None:
     """stale-mapping: a mapping of what the attribute does not name, or of a page that the TD no longer has."""
-    if s.conf.gmem and acc.kind == "private" and s.gmem[acc.gfn] == "free":
+    if acc.kind == "private" and s.gmem[acc.gfn] == "free":
         s.violate("stale-mapping", f"private access completes in {pfn}, which guest_memfd has freed")
     elif acc.kind == "private" and s.pamt[pfn] == "NDA":
         s.violate("stale-mapping", f"private access completes in {pfn}, which the TD has no longer")

@@ -29,7 +29,7 @@ def may_begin(s: View, gfn: int) -> list[Access]:
     kind = s.conf.eras[era]
     if s.running and not s.conf.accesses_from_asked:
         return []
-    if s.conf.adds and kind == "shared" and s.slot == "none":
+    if kind == "shared" and s.slot == "none":
         return [Access(kind, "read", gfn, era)]  # the guest probes for memory
     if s.conf.tdx and kind == "private":
         return _tdx_private(s, gfn)

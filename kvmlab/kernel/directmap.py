@@ -39,17 +39,17 @@ def kvm_map_directmap(s: View, me: str, gfn: int) -> None:
     s.directmap[s.conf.backing["private", gfn]] = PRESENT
 
 
-def adjust_direct_map(s: View, me: str, gfn: int) -> None:
+def adjust_direct_map(s: View, me: str, gfn: int, request: tuple[int, ...] = ()) -> None:
     """Split to 4K what is about to be a 4K RMP entry (adjust_direct_map(), v6.11); may sleep."""
     might_sleep(s, me, "set_memory_4k() takes a mutex")
-    if not (s.conf.folio_2m and _goes_whole(s)):
+    if not (s.conf.folio_2m and _goes_whole(s, request)):
         _split(s)
 
 
-def _goes_whole(s: View) -> bool:
+def _goes_whole(s: View, request: tuple[int, ...]) -> bool:
     """Whether the RMPUPDATE that follows is a 2M one, for which a 2M mapping is good enough."""
     entries = [s.rmp[pfn] for pfn in s.rmp]
-    whole = set(s.conf.converted) == set(s.conf.gfns)
+    whole = set(request) == set(s.conf.gfns)
     return all(not e.assigned or (e.size == snp.PG_2M and whole) for e in entries)
 
 

@@ -6,6 +6,7 @@ comparison would say: "same" until an invalidation ends, then "moved"; "none" wh
 
 from __future__ import annotations
 
+from ..kernel.failures import XARRAY, fails
 from ..kernel.locks import assert_held, might_sleep
 from ..model.state import View
 
@@ -62,18 +63,17 @@ def must_retry(window: tuple[int, int] | None, gfn: int, moved: bool) -> bool:
     return moved or (window is not None and window[0] <= gfn < window[1])
 
 
-def kvm_vm_set_region_attr(s: View, me: str, gfn: int, to: str) -> str | None:
+def kvm_vm_set_region_attr(s: View, me: str, gfn: int, to: str, reserved: bool) -> str | None:
     """xa_store() of one gfn's attribute; an entry that was only reserved is one no more.
 
-    Where a scenario lets one allocation fail, this may be it, unless the entry was reserved before (v8-era).
+    Where a scenario lets one allocation fail, this may be it, unless the entry was `reserved` before (v8-era).
     """
-    if s.conf.xa_fails and s.failures_left and not s.conf.reserves and s.choose((False, True)):
-        s.failures_left = 0
+    if not reserved and fails(s, XARRAY):
         s.count("enomem")
         s.say(f"xa_store({gfn}) = -ENOMEM (injected)")
         return "failed"
     s.attr[gfn] = to
-    if s.conf.residue and s.reserved[gfn]:
+    if s.reserved[gfn]:
         s.reserved[gfn] = False
     return None
 
@@ -93,20 +93,21 @@ def kvm_range_has_memory_attributes(
 
 def left_reserved(s: View) -> bool:
     """Whether a failed reservation has left entries behind."""
-    return bool(s.conf.residue and any(s.reserved[gfn] for gfn in s.conf.gfns))
+    return any(s.reserved[gfn] for gfn in s.conf.gfns)
 
 
-def xa_reserve(s: View, me: str, gfn: int, last: bool) -> str | None:
-    """Reserve the entry of one gfn (GFP_KERNEL_ACCOUNT, may sleep); on failure what was reserved stays."""
+def xa_reserve(s: View, me: str, gfn: int, refused: bool) -> str | None:
+    """Reserve the entry of one gfn (GFP_KERNEL_ACCOUNT, may sleep); on failure what was reserved stays.
+
+    `refused`: for this one there is no memory, for certain.
+    """
     might_sleep(s, me, "xa_reserve() may allocate")
-    if s.conf.xa_fails and s.failures_left and s.choose((False, True)):
-        s.failures_left = 0
+    if fails(s, XARRAY):
         s.count("enomem")
         s.say(f"xa_reserve({gfn}) = -ENOMEM (injected)")
         return "failed"
-    if s.conf.residue:
-        if me == s.conf.unlucky and last:
-            s.say(f"xa_reserve({gfn}) = -ENOMEM")
-            return "failed"
-        s.reserved[gfn] = s.attr[gfn] == "shared"  # a private gfn has an entry that is more than reserved
+    if refused:
+        s.say(f"xa_reserve({gfn}) = -ENOMEM")
+        return "failed"
+    s.reserved[gfn] = s.attr[gfn] == "shared"  # a private gfn has an entry that is more than reserved
     return None

@@ -1,6 +1,6 @@
 """guest_memfd: the private pages, their allocation, and how they are freed (virt/kvm/guest_memfd.c).
 
-Kept only where a scenario punches (`conf.gmem`); elsewhere every page stays allocated.  A page is "cached" (in
+Where nobody discards, every page stays allocated.  A page is "cached" (in
 the file), "dying" (out of the page cache, not yet given back) or "free" (the host may use it for anything).  The
 model has one PFN a gfn, so a fault that finds the old page dying waits for it instead of taking another.
 """
@@ -19,11 +19,10 @@ from . import memslots
 def kvm_gmem_get_pfn(s: View, me: str, kind: str) -> str | None:
     """Look up the backing page and hold it; may allocate, and so sleep.  A new page is zeroed first."""
     might_sleep(s, me, "kvm_gmem_get_pfn() may allocate")
-    if s.conf.looks_up and (ends := memslots.faultin(s, me, kind)):
+    if ends := memslots.faultin(s, me, kind):
         return ends
     if kind == "private":
-        if s.conf.gmem:
-            hold_page(s, me, s.acc[me].gfn)
+        _hold(s, me, s.acc[me].gfn)
         if s.conf.tdx:
             _make_uptodate(s, s.acc[me].gfn)
     return None
@@ -39,6 +38,10 @@ def look_up_in_ioctl(s: View, me: str, gfns: tuple[int, ...]) -> None:
 def hold_page(s: View, me: str, gfn: int) -> None:
     """The page of one gfn with a reference, allocated if need be (kvm_gmem_get_folio())."""
     might_sleep(s, me, "kvm_gmem_get_pfn() may allocate")
+    _hold(s, me, gfn)
+
+
+def _hold(s: View, me: str, gfn: int) -> None:
     s.wait(s.gmem[gfn] != "dying")
     s.folio_ref[me, gfn] = True
     if s.gmem[gfn] == "free":
@@ -74,23 +77,23 @@ def _clear_page(s: View, pfn: str) -> None:
 
 def put_page(s: View, me: str) -> None:
     """The fault, or the ioctl, is done with its pages."""
-    for gfn in s.conf.gfns if s.conf.gmem else ():
+    for gfn in s.conf.gfns:
         if s.folio_ref[me, gfn]:
             s.folio_ref[me, gfn] = False
 
 
-def truncate_inode_pages_range(s: View, me: str, gfn: int) -> None:
-    """Take the page out of the page cache; what follows in the text happens when the last reference is gone.
+def truncate_inode_pages_range(s: View, me: str, gfn: int, request: tuple[int, ...]) -> None:
+    """Take the page out of the page cache, a 2M one whole if the punch (`request`) has all of it.
 
-    The kernel frees it in the context of whoever drops that; here the punch waits for it, which differs only in
-    who does it.
+    What follows in the text happens when the last reference is gone.  The kernel frees it in the context of whoever
+    drops that; here the punch waits for it, which differs only in who does it.
     """
     might_sleep(s, me, "truncate_inode_pages_range()")
     if s.gmem[gfn] != "cached":
         return
     pages = _folio(s, gfn)
     s.wait(not any(s.folio_ref[who, g] for who, g in s.folio_ref if who != me and g in pages))
-    for g in pages if set(s.conf.converted) == set(s.conf.gfns) else (gfn,):
+    for g in pages if set(pages) <= set(request) else (gfn,):
         s.gmem[g] = "dying"
 
 

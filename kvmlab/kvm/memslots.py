@@ -60,7 +60,7 @@ def visits(walk: str | None, as_id: int, first: int, start: int) -> bool:
 
 def in_smm(s: View, me: str) -> bool:
     """Whether the vCPU runs in address space 1."""
-    return bool(s.conf.smm and s.smm[me])
+    return bool(s.smm[me])
 
 
 def kvm_vcpu_gfn_to_memslot(s: View, me: str) -> None:

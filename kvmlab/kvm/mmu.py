@@ -32,12 +32,12 @@ def leaf(s: View, gfn: int, smm: bool = False) -> str | None:
 
 
 def kvm_unmap_gfn_range(s: View, me: str, gfn: int, as_id: int = 0) -> None:
-    """Zap the leaf of one gfn; `s.flush` remembers whether there was one, when the design asks (if (flush)).
+    """Zap the leaf of one gfn; `s.flush` remembers whether there was one, for `if (flush)`.
 
     Only in the page tables of the memslot's address space (for_each_valid_tdp_mmu_root()).
     """
     assert_held(s, me, "kvm_unmap_gfn_range()")
-    if s.conf.asks_flush and leaf(s, gfn, as_id == SMM) is not None:
+    if leaf(s, gfn, as_id == SMM) is not None:
         s.flush = True
     if as_id == SMM:
         s.npt_smm[gfn] = None
@@ -53,18 +53,17 @@ def fill_translation(s: View, me: str, gfn: int, pfn: str) -> None:
     if page := large_leaf(s, gfn):
         for other in page.gfns:
             s.tlb[me, other] = leaf(s, other)
-        if s.conf.folio_2m:
-            s.tlb_2m[me] = True
+        s.tlb_2m[me] = True
 
 
 def mapped_size(s: View, me: str) -> str:
     """The size of the vCPU's translations: 2M or 4K (kept only where guest_memfd has 2M pages)."""
-    return "2M" if s.conf.folio_2m and s.tlb_2m[me] else "4K"
+    return "2M" if s.tlb_2m[me] else "4K"
 
 
 def drop_translation(s: View, cpu: str, gfn: int) -> None:
     """Drop one vCPU's translation of `gfn`; a 2M one goes whole."""
-    if s.conf.folio_2m and s.tlb_2m[cpu]:
+    if s.tlb_2m[cpu]:
         s.tlb_2m[cpu] = False
         for other in s.conf.gfns:
             s.tlb[cpu, other] = None
@@ -91,7 +90,7 @@ def kvm_flush_remote_tlbs(s: View, me: str) -> str | None:
         return tdx.kvm_flush_remote_tlbs(s, me)
     for where in s.tlb:
         s.tlb[where] = None
-    for cpu in s.conf.vcpus if s.conf.folio_2m else ():
+    for cpu in s.conf.vcpus:
         s.tlb_2m[cpu] = False
     return None
 
@@ -151,8 +150,7 @@ def kvm_mem_is_private(s: View, me: str, kind: str) -> str | None:
         s.violate("guest-killed", f"{kind} access exits though the conversion to {kind} has returned")
     if s.snapshot[me] != "none":
         s.snapshot[me] = "none"
-    if s.conf.looks_up:
-        s.fault_slot[me] = None
+    s.fault_slot[me] = None
     put_page(s, me)
     return "exit"
 

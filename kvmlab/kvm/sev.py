@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from ..hw import snp
 from ..hw.snp import pages as snp_pages
+from ..kernel.failures import RMPUPDATE, fails
 from ..model.state import View
 from .mmu import drop_translation
 
 ASID = 1
 
 
-def rmpupdate(s: View, me: str, gfn: int, to: str, section: str) -> str | None:
+def rmpupdate(s: View, me: str, gfn: int, to: str, section: str, request: tuple[int, ...] = ()) -> str | None:
     """RMPUPDATE of the private PFN of one gfn towards `to`; any status but OK is one that KVM treats as a bug.
 
     Whether it flushes the page's TLB entries on all CPUs is the switch `rmpupdate_flushes`: the thread says
     yes, the APM does not.  An injected failure (scenario hook-fails) returns "failed" and changes nothing.
     Towards shared an entry that is not assigned is let be (snp_make_page_shared(), RFC v8 48/56;
-    sev_gmem_invalidate()).
+    sev_gmem_invalidate()).  `request`: all gfns of the ioctl or the punch; at a fault there is none.
     """
     pfn = s.conf.backing["private", gfn]
     if to == "shared" and not s.rmp[pfn].assigned:
@@ -24,13 +25,12 @@ def rmpupdate(s: View, me: str, gfn: int, to: str, section: str) -> str | None:
             return None  # it may have gone with the first page of the folio, and then goes on with it
         s.say(f"[{pfn} is not assigned]")
         return "unassigned"
-    if s.conf.injects and s.failures_left and s.choose((False, True)):
-        s.failures_left = 0
+    if fails(s, RMPUPDATE):
         s.say(f"RMPUPDATE({pfn}) fails (injected)")
         return "failed"
     new = snp.assigned_to(ASID, gfn) if to == "private" else snp.HYPERVISOR
     if s.conf.folio_2m:
-        _rmpupdate_sized(s, pfn, gfn, to, section)
+        _rmpupdate_sized(s, pfn, gfn, to, section, request)
         return None
     code, entry = snp.rmpupdate(s.rmp[pfn], new, identical_keeps_validated=s.conf.identical_keeps_validated)
     _updated(s, pfn, gfn, code, entry)
@@ -56,7 +56,7 @@ def store_entry(s: View, pfn: str, entry: snp.RmpEntry) -> None:
         s.rmp[s.conf.backing["private", g]] = entry._replace(gpa=g)
 
 
-def _rmpupdate_sized(s: View, pfn: str, gfn: int, to: str, section: str) -> None:
+def _rmpupdate_sized(s: View, pfn: str, gfn: int, to: str, section: str, request: tuple[int, ...]) -> None:
     """RMPUPDATE where guest_memfd has a 2M page.
 
     To private in the ioctl: 2M if the request has all of it (sev_update_mem_attr(), RFC v8 48/56); at the fault: if
@@ -65,7 +65,7 @@ def _rmpupdate_sized(s: View, pfn: str, gfn: int, to: str, section: str) -> None
     """
     conf, old, head = s.conf, s.rmp[pfn], s.conf.gfns[0]
     pages = [conf.backing["private", g] for g in conf.gfns]
-    all_of_it = set(conf.converted) == set(conf.gfns)
+    all_of_it = set(request) == set(conf.gfns)
     if to == "private":
         if old.assigned and old.size == snp.PG_2M and section != "ioctl":
             return  # this page went with the head
@@ -151,8 +151,8 @@ def psmash_if_2m(s: View, me: str, gfn: int) -> None:
         smash(s, snp.psmash(entry)[1])
 
 
-def psmash_if_partial(s: View, me: str) -> None:
-    """Freeing part of a 2M entry splits it first (sev_gmem_invalidate())."""
+def psmash_if_partial(s: View, me: str, request: tuple[int, ...]) -> None:
+    """Freeing part of a 2M entry, `request`, splits it first (sev_gmem_invalidate())."""
     entry = s.rmp[s.conf.private_pfns[0]]
-    if entry.assigned and entry.size == snp.PG_2M and set(s.conf.converted) != set(s.conf.gfns):
+    if entry.assigned and entry.size == snp.PG_2M and set(request) != set(s.conf.gfns):
         smash(s, snp.psmash(entry)[1])

@@ -15,6 +15,7 @@ from ..hw.tdx.pamt import PageType, PamtEntry
 from ..hw.tdx.sept import State
 from ..hw.tdx.tlb import Age
 from ..kernel import keyids
+from ..kernel.failures import SEAMCALL, fails
 from ..kernel.locks import assert_held
 from ..model.state import View
 from . import versions
@@ -81,12 +82,8 @@ def ages_inside(s: View) -> list[Age]:
 
 
 def _injected(s: View) -> bool:
-    if not (s.conf.busy and s.failures_left and not s.wait_for_sept_zap):
-        return False
-    if not s.choose((False, True)):
-        return False
-    s.failures_left = 0
-    return True
+    """A busy answer out of nowhere, as when zero-step mitigation holds the tree; never with all vCPUs kept out."""
+    return bool(s.failures_left[SEAMCALL]) and not s.wait_for_sept_zap and fails(s, SEAMCALL)
 
 
 class OnCells(Situation):
@@ -211,8 +208,7 @@ def kvm_unmap_gfn_range(s: View, me: str, gfn: int) -> str | None:
     assert_held(s, me, "kvm_unmap_gfn_range()")
     if s.mirror[gfn] in (None, FROZEN):
         return "skip"
-    if s.conf.asks_flush:
-        s.flush = True
+    s.flush = True
     s.mirror[gfn] = None
     return None
 

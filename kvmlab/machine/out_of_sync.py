@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from ..hw.tdx.sept import State
 from ..hw.tdx.tlb import Age
 from ..kernel.directmap import ABSENT
@@ -10,21 +13,25 @@ from ..kvm.tdx import FROZEN
 from ..model.state import View
 
 
-def out_of_sync(s: View) -> None:
-    """out-of-sync, asked when nobody is inside an operation: do the four places agree?"""
+@dataclass(frozen=True)
+class OutOfSync:
+    """out-of-sync, asked when nobody is inside an operation: what must hold of every machine, and of its parts."""
+
+    parts: tuple[Callable[[View], None], ...] = ()
+
+    def __call__(self, s: View) -> None:
+        """Ask everything."""
+        for clause in (four_places_agree, *self.parts):
+            clause(s)
+
+
+def four_places_agree(s: View) -> None:
+    """Attributes, mappings and TLBs, the hardware's table and the directmap say the same."""
     conf = s.conf
-    for page in conf.large:
-        mixed = s.mixed[page.key]
-        if mixed != (len({s.attr[gfn] for gfn in page.gfns}) > 1):
-            s.violate("out-of-sync", f"the {page.level} page is marked {'mixed' if mixed else 'uniform'}, and is not")
     for gfn in conf.gfns:
         attr = s.attr[gfn]
         named = conf.backing[attr, gfn]
         mapped = [leaf(s, gfn), *(s.tlb[where] for where in s.tlb if where[1] == gfn)]
-        if conf.smm:
-            mapped.append(leaf(s, gfn, smm=True))
-        if conf.looks_up and s.slot == "none" and any(mapped):
-            s.violate("out-of-sync", f"gfn {gfn} is in no memslot, but a leaf or TLB entry maps a page")
         if conf.tdx:
             _tdx_in_sync(s, gfn, attr, mapped)
             continue
@@ -50,8 +57,6 @@ def out_of_sync(s: View) -> None:
             s.violate("out-of-sync", f"{private} is the host's but missing from the directmap")
         if not conf.in_place and attr == "shared" and entry.assigned:
             s.count("residue")
-        if conf.gmem and attr == "shared" and s.gmem[gfn] == "cached":
-            s.count("double")
 
 
 def _shares_region(s: View) -> bool:
@@ -80,8 +85,6 @@ def _tdx_in_sync(s: View, gfn: int, attr: str, shared: list[str | None]) -> None
         s.violate("out-of-sync", f"gfn {gfn}: {usable} could still use {private}, which the TD has no longer")
     if attr == "shared" and s.directmap[private] == ABSENT:
         s.violate("out-of-sync", f"{private} is the host's but missing from the directmap")
-    if s.conf.gmem and attr == "shared" and s.gmem[gfn] == "cached":
-        s.count("double")
 
 
 def _usable_private(s: View, gfn: int) -> str | None:

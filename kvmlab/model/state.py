@@ -21,23 +21,24 @@ class Field(NamedTuple):
     """One family of cells: a name, the finite domain of its values, and the keys of its members.
 
     `keys` is None for a single cell.  A domain of one value costs no bits.  Fields of one name join into one
-    family, so members may have domains of their own.
+    family, so members may have domains of their own.  A `fixed` field keeps its one value: what is written is lost.
     """
 
     name: str
     domain: tuple[Hashable, ...]
     keys: tuple[Hashable, ...] | None = None
+    fixed: bool = False
 
 
 class Cell:
     """One cell: where its bits lie in the packed state, and which value each code stands for."""
 
-    __slots__ = ("bits", "codes", "domain", "key", "mask", "name", "shift")
+    __slots__ = ("bits", "codes", "domain", "fixed", "key", "mask", "name", "shift")
 
-    def __init__(self, name: str, key: Hashable, domain: tuple[Hashable, ...], shift: int, bits: int) -> None:
-        self.name, self.key, self.domain = name, key, domain
+    def __init__(self, field: Field, key: Hashable, shift: int, bits: int) -> None:
+        self.name, self.key, self.domain, self.fixed = field.name, key, field.domain, field.fixed
         self.shift, self.bits, self.mask = shift, bits, ((1 << bits) - 1) << shift
-        self.codes = {value: code for code, value in enumerate(domain)}
+        self.codes = {value: code for code, value in enumerate(field.domain)}
 
     def __repr__(self) -> str:
         return self.name if self.key is None else f"{self.name}[{_show_key(self.key)}]"
@@ -89,7 +90,7 @@ class Layout:
         word = next((w for w, n in enumerate(used) if n + bits <= WORD), len(used))
         if word == len(used):
             used.append(0)
-        cell = Cell(field.name, key, field.domain, word * WORD + used[word], bits)
+        cell = Cell(field, key, word * WORD + used[word], bits)
         used[word] += bits
         self.cells.append(cell)
         return cell
@@ -194,8 +195,9 @@ class View:
         return cell.domain[code >> cell.shift]
 
     def write(self, cell: Cell, value: Hashable) -> None:
-        """Set `cell`; ModelError when `value` is outside its domain."""
-        self.writes[cell] = cell.code(value)
+        """Set `cell`, unless it is fixed; ModelError when `value` is outside its domain."""
+        if not cell.fixed:
+            self.writes[cell] = cell.code(value)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..compile.scenario import InputError
-from ..errors import Refusal
+from ..errors import InputError, Refusal
 
 LARGEST = 1_000_000  # a larger number in a message is a mistake
 CODE = re.compile(r"kvmlab:\d+:")  # how the code of a run begins, whatever its version

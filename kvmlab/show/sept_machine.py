@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import NamedTuple
 
-from ..compile.scenario import InputError
+from ..errors import InputError
 from ..hw import tdx
 from ..hw.tdx import EXIT_REASON_EPT_VIOLATION, Guest, Leaf, Level, Status, Told, checks
 from ..hw.tdx import pamt as tdx_pamt

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import anywidget
 import traitlets
 
-from ..compile.scenario import InputError
 from ..design import Design, shipped
 from ..design.calls import SECTIONS
-from ..errors import Refusal
+from ..errors import InputError, Refusal
 from ..explore.graph import Watch
 from ..machine.properties import BY_NAME
 from ..verdict.replay import replay

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ..compile.scenario import SCENARIOS
 from ..design import Design, Row, shipped
 from ..design.calls import BACKINGS, DEFAULTS_FROM, SECTIONS
 from ..machine.conf import PLATFORMS
 from ..machine.properties import BY_NAME
+from ..machine.scenarios import SCENARIOS
 from ..verdict.diagram import describe
 from ..verdict.report import NEVER, UNJUDGED, Report
 from ..verdict.run import Case, Event, options, waits

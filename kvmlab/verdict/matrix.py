@@ -10,11 +10,13 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from ..compile.scenario import SCENARIOS, InputError, NotApplicable, check_names, find_scenario
+from ..compile.build import check_names
 from ..design import Design, shipped
 from ..design.calls import BACKINGS
+from ..errors import InputError, NotApplicable
 from ..machine.conf import PLATFORMS, Switches
 from ..machine.properties import BY_NAME
+from ..machine.scenarios import SCENARIOS, find_scenario
 from ..pool import spread
 from .diagram import WIDTH
 from .display import Displayed

@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..compile.scenario import InputError, NotApplicable
 from ..design import Design, DesignError, shipped
 from ..design.patch import patched
+from ..errors import InputError, NotApplicable
 from ..explore.paths import Schedule
 from ..machine.properties import BY_NAME, MEASURES
 from .code import INITIALS, PREFIX, TEXT_DIGITS, claim_problem, digits, run_check

@@ -11,9 +11,10 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
-from ..compile.scenario import InputError, with_forgetful_tlbs
+from ..compile.build import with_forgetful_tlbs
 from ..design import Design
 from ..design.files import is_text
+from ..errors import InputError
 from ..explore import liveness, paths, rows
 from ..explore.graph import Graph, Hit, Watch
 from ..machine.conf import Switches

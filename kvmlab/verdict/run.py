@@ -7,12 +7,13 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
-from ..compile.scenario import InputError, build, find_scenario
+from ..compile.build import build
 from ..design import Design
-from ..errors import Refusal
+from ..errors import InputError, Refusal
 from ..explore.paths import Schedule, switches
 from ..machine.conf import WORDS, Switches
 from ..machine.properties import BY_NAME
+from ..machine.scenarios import find_scenario
 from ..model.step import Model, run_step
 
 DEFAULTS = Switches()

@@ -8,12 +8,13 @@ from functools import wraps
 from threading import RLock
 from typing import Any, NamedTuple, TypeVar, cast
 
-from ..compile.scenario import InputError, check_names, find_scenario
+from ..compile.build import check_names
 from ..design import Design
-from ..errors import Refusal
+from ..errors import InputError, Refusal
 from ..explore.paths import Schedule
 from ..machine.conf import Switches
 from ..machine.properties import PROPERTIES
+from ..machine.scenarios import find_scenario
 from .replay import replay
 from .report import Report, as_design, check, check_case
 from .run import Case, Event, Frame, options

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ...compile.scenario import InputError
+from ...errors import InputError
 from . import mail, replies  # noqa: F401 - they fill CLAIMS
 from .bench import ANSWERED, CLAIMS, CONFIRMED, QUALIFIED, REFUTED, SOURCE, Answer, Bench, Claim
 
