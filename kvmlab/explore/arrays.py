@@ -27,17 +27,18 @@ def search(
     multipliers: Multipliers = MULTIPLIERS,
     watch: Watch | None = None,
     begun: Graph | None = None,
+    shun: str | None = None,
 ) -> Graph:
     """Explore `model` completely, or until `limit` states are known (then the graph is not `complete`).
 
     With `graph=False` only states and shortest violations are kept, as a `LevelSpace` (see `sweep`).
     `learner` lends rows that it has learned already.  The hash's `multipliers` can change the time taken,
     never the result.  `watch` is told before each chunk how many states are known.  Goes on from a graph that the
-    dict engine has `begun`.
+    dict engine has `begun`; `shun` as there.
     """
     if begun is None:
         begun = Graph(model, learner or Learner(model), states=[model.initial], depth=[0], start=[0])
-    return _Search(begun, limit, graph, multipliers, watch).run()
+    return _Search(begun, limit, graph, multipliers, watch, shun).run()
 
 
 def sweep(model: Model, limit: int | None = None, learner: Learner | None = None) -> LevelSpace:
@@ -51,11 +52,17 @@ class _Search:
     """One search: the states, what was found, and the edges' columns in pieces, a piece a chunk."""
 
     def __init__(
-        self, begun: Graph, limit: int | None, graph: bool, multipliers: Multipliers, watch: Watch | None
+        self,
+        begun: Graph,
+        limit: int | None,
+        graph: bool,
+        multipliers: Multipliers,
+        watch: Watch | None,
+        shun: str | None,
     ) -> None:
         self.limit, self.keep_edges, self.watch = limit, graph, watch
         model, learner = begun.model, begun.learner
-        self.rows, self.quiet_rows = Rows(learner), QuietRows(learner)
+        self.rows, self.quiet_rows = Rows(learner, shun), QuietRows(learner)
         self.seen = StateSet(model.layout.words, multipliers)
         self.seen.tail(len(begun.states))[:] = split(begun.states, self.seen.words)
         self.seen.intern(len(begun.states))
@@ -121,10 +128,10 @@ class _Search:
         """Make the successors, and number them: END after a fatal step."""
         rows, seen = self.rows, self.seen
         source, outcome = edges.source, edges.outcome
-        if not rows.any_fatal:
+        if not rows.any_over:
             rows.successors(states, source, outcome, seen.tail(len(source)))
             return seen.intern(len(source))
-        live = where(~rows.fatal.a.take(outcome))
+        live = where(~rows.over.a.take(outcome))
         rows.successors(states, source.take(live), outcome.take(live), seen.tail(len(live)))
         ends = np.full(len(source), END, np.int64)
         ends[live] = seen.intern(len(live))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from ..model.state import WORD
 from ..model.step import Learner, Model
@@ -79,6 +79,13 @@ class Graph:
     def packed(self, i: int) -> int:
         """The packed state number `i` as one Python int."""
         return joined(self.states[i])
+
+    def calm(self) -> Sequence[int]:
+        """The numbers of the quiet states."""
+        if isinstance(self.quiet, list):
+            return [i for i, quiet in enumerate(self.quiet) if quiet]
+        found: list[int] = cast(Any, self.quiet).nonzero()[0].tolist()
+        return found
 
     def hit(self, prop: str, depth: int, hit: Hit) -> None:
         """Note a violation found at `depth` steps; only the shortest are kept."""

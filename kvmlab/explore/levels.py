@@ -64,7 +64,7 @@ class LevelSpace(Graph):
             rows.successors(states, edges.source, edges.outcome, after)
             h = hash_words(after)
             near = hashes.take(np.searchsorted(hashes, h), mode="clip") == h
-            near &= ~rows.fatal.a.take(edges.outcome)
+            near &= ~rows.over.a.take(edges.outcome)
             for e in where(near).tolist():
                 y = joined(after[e])
                 if y in targets:

@@ -5,14 +5,16 @@ Small graphs (lists, from the dict engine) are walked in plain Python, large one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from ..model.state import Cell
+from ..model.state import WORD, Cell
 from .graph import END, Graph, Hit
 
 FAULT, EXIT = "npf", "exits"
+FEW = 1_000  # states that are walked one by one before all are taken at once
 AT_THE_END = ("residue", "double")  # measures of a state in which a run is over, not of steps
 
 
@@ -32,29 +34,25 @@ def livelock(graph: Graph) -> Cycle | None:
     actor owes nothing.  Repeating an access after KVM_EXIT_MEMORY_FAULT is the VMM's policy and no cycle of
     the design, so those edges do not count.
     """
-    arrays = _Arrays(graph) if graph.engine == "arrays" else None
-    found = [cycle for v in range(len(graph.model.actors)) for cycle in _of_actor(graph, v, arrays)]
-    return min(found, key=lambda c: min(c.states), default=None)
-
-
-def _of_actor(graph: Graph, v: int, arrays: _Arrays | None) -> list[Cycle]:
     family = graph.model.layout.fields.get("acc")
-    key = graph.model.actors[v].key
-    if not isinstance(family, dict) or key not in family:
-        return []
-    parts = (
-        _parts_lists(graph, v, family[key])
-        if arrays is None
-        else _parts_arrays(graph, arrays, v, family[key])
-    )
-    return [cycle for part in parts if (cycle := _fair(graph, v, part)) is not None]
+    pending = family if isinstance(family, dict) else {}
+    arrays = _Arrays(graph) if graph.engine == "arrays" else None
+    found = []
+    for v, actor in enumerate(graph.model.actors):
+        if (cell := pending.get(actor.key)) is None:
+            continue
+        if arrays is not None:
+            found += arrays.fair(v, cell)
+        else:
+            found += [c for part in _parts(graph, v, cell) if (c := _fair(graph, v, part)) is not None]
+    return min(found, key=lambda c: min(c.states), default=None)
 
 
 def _labels_counting(graph: Graph, event: str) -> set[int]:
     return {n for n, label in enumerate(graph.labels) if event in label.counts}
 
 
-def _parts_lists(graph: Graph, v: int, cell: Cell) -> list[frozenset[int]]:
+def _parts(graph: Graph, v: int, cell: Cell) -> list[frozenset[int]]:
     """Strongly connected parts, within one pending access of `v`, that contain a fault of `v`."""
     faults, exits = _labels_counting(graph, FAULT), _labels_counting(graph, EXIT)
     start, dst, label, actor, mask = graph.start, graph.dst, graph.label, graph.actor, cell.mask
@@ -128,57 +126,135 @@ def _tarjan(roots: Iterable[int], successors: Any) -> list[list[int]]:
     return components
 
 
-def _parts_arrays(graph: Graph, arrays: _Arrays, v: int, cell: Cell) -> list[frozenset[int]]:
-    import numpy as np
-    from scipy.sparse import csr_matrix
-    from scipy.sparse.csgraph import connected_components
-
-    access = arrays.bits(cell)
-    events = np.array([[FAULT in la.counts, EXIT in la.counts] for la in graph.labels], dtype=bool)
-    fault = events[arrays.label, 0] & (arrays.actor == v)
-    exits = events[arrays.label, 1] & (arrays.actor == v)
-    keep = (arrays.dst != END) & ~exits
-    keep &= access[arrays.src] != 0
-    keep[keep] = access[arrays.src[keep]] == access[arrays.dst[keep]]
-    if not (keep & fault).any():
-        return []
-    n = len(access)
-    matrix = csr_matrix(
-        (np.ones(int(keep.sum()), dtype=bool), (arrays.src[keep], arrays.dst[keep])), shape=(n, n)
-    )
-    _, part = connected_components(matrix, directed=True, connection="strong")
-    inside = keep & fault
-    inside[inside] = part[arrays.src[inside]] == part[arrays.dst[inside]]
-    wanted = np.zeros(int(part.max()) + 1, dtype=bool)
-    wanted[part[arrays.src[inside]]] = True
-    members = np.flatnonzero(wanted[part])
-    members = members[np.argsort(part[members], kind="stable")]
-    cuts = np.flatnonzero(np.diff(part[members])) + 1
-    return [frozenset(states.tolist()) for states in np.split(members, cuts)]
-
-
 class _Arrays:
-    """A graph's columns as numpy arrays, with the source of each edge."""
+    """A graph's columns as numpy arrays; edges lie in the order of their sources."""
 
     def __init__(self, graph: Graph) -> None:
         import numpy as np
 
-        self.graph = graph
-        start = np.asarray(graph.start)
-        self.src = np.repeat(np.arange(len(start) - 1), np.diff(start))
-        self.dst, self.label, self.actor = (
-            np.asarray(graph.dst),
-            np.asarray(graph.label),
-            np.asarray(graph.actor),
-        )
+        self.graph, self.start = graph, np.asarray(graph.start)
+        self.degree = np.diff(self.start)
+        self.dst, self.label, self.actor = map(np.asarray, (graph.dst, graph.label, graph.actor))
 
-    def bits(self, cell: Cell) -> Any:
-        """The bits of one cell in every state, in place within their word."""
+    @cached_property
+    def src(self) -> Any:
+        """The source of each edge."""
         import numpy as np
 
-        states = np.asarray(self.graph.states, dtype=np.uint64)
-        column = states if states.ndim == 1 else states[:, cell.shift // 64]
-        return column & np.uint64(cell.mask >> (cell.shift // 64 * 64))
+        return self.of_source(np.arange(len(self.degree)))
+
+    def of_source(self, values: Any) -> Any:
+        """For each edge, the value that its source has among `values`."""
+        import numpy as np
+
+        return np.repeat(values, self.degree)
+
+    def counting(self, event: str) -> Any:
+        """For each label, whether it counts `event`."""
+        import numpy as np
+
+        return np.array([event in label.counts for label in self.graph.labels] or [False])
+
+    def bits(self, cell: Cell, states: Any = slice(None)) -> Any:
+        """The code of one cell in some states, or in all."""
+        import numpy as np
+
+        words = np.asarray(self.graph.states, dtype=np.uint64)[states].reshape(
+            -1, self.graph.model.layout.words
+        )
+        code = words[:, cell.shift // WORD] >> np.uint64(cell.shift % WORD) & np.uint64((1 << cell.bits) - 1)
+        return code.astype(np.uint8 if cell.bits <= 8 else np.uint32)
+
+    def matrix(self, keep: Any, roots: Any = ()) -> Any:
+        """The kept edges as a sparse matrix; with `roots`, one more node leads to each of them."""
+        import numpy as np
+        from scipy.sparse import csr_matrix
+
+        before = np.zeros(len(keep) + 1, np.int32)
+        np.cumsum(keep, out=before[1:])
+        ends, first = self.dst[keep], before.take(self.start)
+        if len(roots):
+            ends, first = np.concatenate([ends, roots]), np.append(first, len(ends) + len(roots))
+        n = len(first) - 1
+        return csr_matrix((np.ones(len(ends), bool), ends.astype(np.int32, copy=False), first), shape=(n, n))
+
+    def reach(self, keep: Any, roots: Any = (0,)) -> Any:
+        """For each state, whether it can be reached from `roots` over the kept edges."""
+        import numpy as np
+        from scipy.sparse.csgraph import breadth_first_order
+
+        n = len(self.degree)
+        reached = np.zeros(n + 1, bool)
+        reached[breadth_first_order(self.matrix(keep, roots), n, return_predecessors=False)] = True
+        return reached[:n]
+
+    def parts(self, keep: Any) -> Any:
+        """For each state, the number of its strongly connected part over the kept edges."""
+        from scipy.sparse.csgraph import connected_components
+
+        return connected_components(self.matrix(keep), directed=True, connection="strong")[1]
+
+    def around(self, v: int, cell: Cell) -> Any:
+        """For each state, which part with a fault of `v` in it, within one pending access, it is in; -1 for none."""
+        import numpy as np
+
+        access = self.bits(cell)
+        pending = self.of_source(access)
+        keep = access.take(self.dst) == pending
+        keep &= pending != 0
+        keep &= self.dst != END
+        mine = (self.actor == v).nonzero()[0]
+        label = self.label.take(mine)
+        keep[mine[self.counting(EXIT).take(label)]] = False
+        fault = mine[self.counting(FAULT).take(label) & keep.take(mine)]
+        if not len(fault):
+            return np.full(len(access), -1)
+        part = self.parts(keep)
+        found = part.take(np.searchsorted(self.start, fault, side="right") - 1)
+        found = np.unique(found[found == part.take(self.dst.take(fault))])
+        number = np.full(int(part.max()) + 1, -1)
+        number[found] = np.arange(len(found))
+        return number.take(part)
+
+    def fair(self, v: int, cell: Cell) -> list[Cycle]:
+        """The fair one among the parts with a fault of `v` that is nearest to the start, if there is one."""
+        inside = self.around(v, cell)
+        members = (inside >= 0).nonzero()[0]
+        if not len(members):
+            return []
+        part = inside.take(members)
+        fair, needed = self._moved(v, members, inside)
+        best = part[fair.take(part)]
+        if not len(best):
+            return []
+        others = [a for a in needed[:, best[0]].nonzero()[0].tolist() if a != v]
+        return [Cycle(v, frozenset(members[part == best[0]].tolist()), (v, *others))]
+
+    def _moved(self, v: int, members: Any, inside: Any) -> tuple[Any, Any]:
+        """For each part: is it fair to all but `v`?  For each (actor, part): does it owe a step all along?"""
+        import numpy as np
+
+        model, degree = self.graph.model, self.degree.take(members)
+        edge = np.repeat(self.start.take(members) - np.cumsum(degree) + degree, degree)
+        edge += np.arange(len(edge))
+        source, actor, end = (
+            np.repeat(np.arange(len(members)), degree),
+            self.actor.take(edge),
+            self.dst.take(edge),
+        )
+        owes = np.zeros((len(model.actors), len(members)), bool)
+        owes[actor, source] = True
+        for a, cell in enumerate(self.graph.learner.pc):
+            idle = np.array([instr.idle for instr in model.actors[a].program])
+            owes[a] &= ~idle.take(self.bits(cell, members))
+        part = inside.take(members)
+        parts = int(part.max()) + 1
+        needed = np.array([np.bincount(part, ~owed, parts) == 0 for owed in owes])
+        moves = np.zeros((len(model.actors), parts), bool)
+        stays = (end != END) & (inside.take(end) == part.take(source))
+        moves[actor[stays], part.take(source[stays])] = True
+        moves[v] = True
+        return (moves | ~needed).all(axis=0), needed
 
 
 def _fair(graph: Graph, v: int, part: frozenset[int]) -> Cycle | None:
@@ -206,7 +282,7 @@ def owes(graph: Graph, a: int, i: int) -> bool:
 
 def finishes(graph: Graph) -> bool:
     """Whether any run ends: everybody idle, or a fatal step."""
-    return any(graph.quiet) or any(label.fatal for label in graph.labels)
+    return len(graph.calm()) > 0 or any(label.fatal for label in graph.labels)
 
 
 def avoidable(graph: Graph, prop: str) -> bool:
@@ -214,8 +290,6 @@ def avoidable(graph: Graph, prop: str) -> bool:
     bad = {n for n, label in enumerate(graph.labels) if prop in label.violations}
     other_end = {n for n, label in enumerate(graph.labels) if label.fatal and n not in bad}
     bad_states = {i for i, found in graph.quiet_found.items() if prop in found[0]}
-    if graph.engine == "arrays":
-        return _avoidable_arrays(graph, bad, other_end, bad_states)
     seen = {0}
     todo = [0]
     while todo:
@@ -225,12 +299,14 @@ def avoidable(graph: Graph, prop: str) -> bool:
         if i in bad_states:
             continue
         for e in _edges(graph, i):
-            n, j = graph.label[e], graph.dst[e]
+            n, j = int(graph.label[e]), int(graph.dst[e])
             if n in other_end:
                 return True
             if n not in bad and j not in seen:
                 seen.add(j)
                 todo.append(j)
+        if graph.engine == "arrays" and len(seen) > FEW:
+            return _avoidable_arrays(graph, bad, other_end, bad_states)
     return False
 
 
@@ -238,29 +314,13 @@ def _avoidable_arrays(graph: Graph, bad: set[int], other_end: set[int], bad_stat
     import numpy as np
 
     arrays = _Arrays(graph)
-    quiet = np.asarray(graph.quiet, dtype=bool).copy()
-    banned = np.zeros(len(quiet), dtype=bool)
+    banned = np.zeros(len(arrays.degree), dtype=bool)
     banned[list(bad_states)] = True
-    kinds = len(graph.labels)
-    is_bad = np.isin(np.arange(kinds), list(bad))[arrays.label]
-    ends = np.isin(np.arange(kinds), list(other_end))[arrays.label]
-    reached = reach(len(quiet), arrays.src, arrays.dst, ~is_bad & (arrays.dst != END) & ~banned[arrays.src])
-    return bool((quiet & ~banned & reached).any() or (ends & reached[arrays.src] & ~banned[arrays.src]).any())
-
-
-def reach(n: int, src: Any, dst: Any, keep: Any, roots: Sequence[int] = (0,)) -> Any:
-    """Boolean array: the states reachable from `roots` over the edges in the mask `keep`."""
-    import numpy as np
-    from scipy.sparse import csr_matrix
-    from scipy.sparse.csgraph import breadth_first_order
-
-    extra = len(roots)  # one more node leads to every root
-    rows = np.concatenate([src[keep], np.full(extra, n)])
-    cols = np.concatenate([dst[keep], np.asarray(roots)])
-    matrix = csr_matrix((np.ones(len(rows), dtype=bool), (rows, cols)), shape=(n + 1, n + 1))
-    reached = np.zeros(n + 1, dtype=bool)
-    reached[breadth_first_order(matrix, n, return_predecessors=False)] = True
-    return reached[:n]
+    is_bad, ends = (np.isin(np.arange(len(graph.labels)), list(some)) for some in (bad, other_end))
+    reached = (
+        arrays.reach(~is_bad.take(arrays.label) & (arrays.dst != END) & ~arrays.of_source(banned)) & ~banned
+    )
+    return bool((graph.quiet & reached).any() or (ends.take(arrays.label) & arrays.of_source(reached)).any())
 
 
 def first_edges(graph: Graph, event: str) -> list[Hit]:
@@ -279,24 +339,15 @@ def first_edges(graph: Graph, event: str) -> list[Hit]:
 def measures(graph: Graph, names: Iterable[str]) -> dict[str, dict[str, int | None]]:
     """Least and most of each measure over all finishing runs; `most` is None where a cycle contains one."""
     import numpy as np
-    from scipy.sparse import csr_matrix
-    from scipy.sparse.csgraph import connected_components
 
     arrays = _Arrays(graph)
-    n = len(graph.depth)
     alive = arrays.dst != END
-    matrix = csr_matrix(
-        (np.ones(int(alive.sum()), dtype=bool), (arrays.src[alive], arrays.dst[alive])), shape=(n, n)
-    )
-    _, part = connected_components(matrix, directed=True, connection="strong")
+    part = arrays.parts(alive)
     answer: dict[str, dict[str, int | None]] = {}
     for name in names:
         weight = np.array([label.counts.count(name) for label in graph.labels] or [0])[arrays.label]
         if name in AT_THE_END:
-            per_state = [
-                graph.quiet_found.get(i, ((), ()))[1].count(name)
-                for i in np.flatnonzero(np.asarray(graph.quiet)).tolist()
-            ]
+            per_state = [graph.quiet_found.get(i, ((), ()))[1].count(name) for i in graph.calm()]
             answer[name] = {"least": min(per_state, default=0), "most": max(per_state, default=0)}
             continue
         src, dst = arrays.src, arrays.dst
@@ -334,7 +385,7 @@ def _least(graph: Graph, arrays: _Arrays, alive: Any, weight: Any) -> int | None
     roots: Any = np.array([0])
     events, counts_and_ends = 0, False
     while True:
-        reached = reach(len(quiet), arrays.src, arrays.dst, alive & (weight == 0), roots)
+        reached = arrays.reach(alive & (weight == 0), roots)
         ends = reached[arrays.src] & ~alive
         if counts_and_ends or (quiet & reached).any() or (ends & (weight == 0)).any():
             return events

@@ -7,11 +7,13 @@ pass over it.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import pairwise
+from typing import Any
 
-from .graph import END, Graph, Hit
+from .graph import Graph, Hit
 from .liveness import EXIT, FAULT, Cycle, owes
 
 Schedule = tuple[tuple[int, int], ...]  # (actor, choice) step by step
@@ -66,46 +68,34 @@ def _cheapest(graph: Graph, targets: set[int]) -> _Best:
 def _predecessors(graph: Graph, targets: set[int]) -> dict[int, list[tuple[int, int, int]]]:
     """Edges of all shortest paths to `targets`: state -> [(source, actor, choice)]."""
     found: dict[int, list[tuple[int, int, int]]] = {}
-    todo = [t for t in targets if t]
-    into = _into(graph)
-    while todo:
-        state = todo.pop()
-        if state in found:
-            continue
-        found[state] = into(state)
-        todo += [src for src, _, _ in found[state] if src]
+    depth, start = graph.depth, graph.start
+    at = max(int(depth[t]) for t in targets)
+    wanted: set[int] = set()
+    while at:
+        first, last = bisect_left(depth, at - 1), bisect_left(depth, at)
+        wanted |= {t for t in targets if depth[t] == at}
+        found |= {state: [] for state in wanted}
+        for e in _leading(graph.dst, range(int(start[first]), int(start[last])), wanted):
+            src = bisect_right(start, e) - 1
+            found[int(graph.dst[e])].append((src, int(graph.actor[e]), graph.labels[graph.label[e]].choice))
+        wanted = {src for state in wanted for src, _, _ in found[state]}
+        at -= 1
     return found
 
 
-def _into(graph: Graph) -> Callable[[int], list[tuple[int, int, int]]]:
-    """Return a function giving the edges into a state from states one step nearer to the start."""
-    if graph.engine == "arrays":
-        return _into_arrays(graph)
-    table: dict[int, list[tuple[int, int, int]]] = {}
-    depth, dst, label = graph.depth, graph.dst, graph.label
-    for i in range(len(graph.depth)):
-        for e in range(graph.start[i], graph.start[i + 1]):
-            j = dst[e]
-            if j != END and depth[j] == depth[i] + 1:
-                table.setdefault(j, []).append((i, graph.actor[e], graph.labels[label[e]].choice))
-    return table.__getitem__
-
-
-def _into_arrays(graph: Graph) -> Callable[[int], list[tuple[int, int, int]]]:
+def _leading(dst: Any, edges: range, wanted: set[int]) -> list[int]:
+    """Those among some edges that lead to a wanted state."""
+    ends = dst[edges.start : edges.stop]
+    if isinstance(ends, list):
+        return [edges[k] for k, end in enumerate(ends) if end in wanted]
     import numpy as np
 
-    start, depth, dst = np.asarray(graph.start), np.asarray(graph.depth), np.asarray(graph.dst)
-    src = np.repeat(np.arange(len(depth)), np.diff(start))
-    nearer = np.flatnonzero(dst != END)
-    nearer = nearer[depth[dst[nearer]] == depth[src[nearer]] + 1]
-    order = nearer[np.argsort(dst[nearer], kind="stable")]
-    heads = dst[order]
-
-    def into(state: int) -> list[tuple[int, int, int]]:
-        lo, hi = np.searchsorted(heads, [state, state + 1])
-        return [(int(src[e]), int(graph.actor[e]), graph.labels[graph.label[e]].choice) for e in order[lo:hi]]
-
-    return into
+    mark = np.zeros(max(wanted) + 1, bool)
+    mark[list(wanted)] = True
+    there = mark.take(ends, mode="clip") & (ends >= 0)
+    there &= ends < len(mark)
+    found: list[int] = (there.nonzero()[0] + edges.start).tolist()
+    return found
 
 
 def _back(best: _Best, state: int, last: int | None) -> Schedule:

@@ -17,10 +17,12 @@ def search(
     watch: Watch | None = None,
     learner: Learner | None = None,
     enough: int | None = None,
+    shun: str | None = None,
 ) -> Graph:
     """Explore `model` completely, or until `limit` states are known or `watch` says so (then not `complete`).
 
     Where `enough` states are known at the end of a level, the graph is `begun`: for the array engine to go on.
+    Steps that violate the property to `shun` are not followed: they lead to END as fatal ones do.
     """
     learner = learner or Learner(model)
     graph = Graph(model, learner)
@@ -61,16 +63,16 @@ def search(
                         labels.setdefault(Label(*out[2:]), len(labels)),
                         out.violations,
                         out.choice,
-                        out.fatal,
+                        out.fatal or shun in out.violations,
                     )
                     for out in row
                 ]
-            for keep, put, number, violations, choice, fatal in known:
+            for keep, put, number, violations, choice, over in known:
                 label.append(number)
                 actor.append(a)
                 for prop in violations:
                     graph.hit(prop, d + 1, Hit(i, a, choice))
-                if fatal:
+                if over:
                     dst.append(END)
                     continue
                 y = x & keep | put

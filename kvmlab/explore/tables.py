@@ -49,7 +49,7 @@ class Places:
         self.short, self.row = Lookup(words), Column(np.int32, first=True)  # rows by what the union selects
         self._taken: dict[
             int, list[tuple[int, int]]
-        ] = {}  # by table: its places, and the rows taken over of each
+        ] = {}  # by table: places, and how many rows of each we have
 
     def take_over(self, tables: Iterable[tuple[int, Table]]) -> list[tuple[int, Row]]:
         """Number the rows that these tables have learned since last time; returns them, with their tables."""
@@ -121,12 +121,12 @@ class Places:
 class Rows:
     """All rows learned so far, of all actors.
 
-    `count`, `first` and `flags` are by row number; `keep`, `put`, `label` and `fatal` are by outcome:
-    those of row r are `first[r] : first[r] + count[r]`.
+    `count`, `first` and `flags` are by row number; `keep`, `put`, `label` and `over` (nothing follows) are by
+    outcome: those of row r are `first[r] : first[r] + count[r]`.  Nothing follows a violation of `shun`.
     """
 
-    def __init__(self, learner: Learner) -> None:
-        self.learner, self.words = learner, learner.model.layout.words
+    def __init__(self, learner: Learner, shun: str | None = None) -> None:
+        self.learner, self.shun, self.words = learner, shun, learner.model.layout.words
         self.actors = len(learner.pc)
         self.tables = [table for tables in learner.tables for table in tables]
         self.base = [sum(map(len, learner.tables[:a])) for a in range(self.actors)]
@@ -134,9 +134,9 @@ class Rows:
         self.count, self.first = Column(np.int32, first=True), Column(np.int64, first=True)
         self.flags = Column(np.uint8, first=True)
         self.keep, self.put = Column(np.uint64, self.words), Column(np.uint64, self.words)
-        self.label, self.fatal = Column(np.int16), Column(np.bool_)
+        self.label, self.over = Column(np.int16), Column(np.bool_)
         self.labels: dict[Label, int] = {}
-        self.most, self.any_fatal = 1, False
+        self.most, self.any_over = 1, False
         self._take_over(range(len(self.tables)))
 
     def find(self, states: Words) -> NDArray[np.int32]:
@@ -172,9 +172,10 @@ class Rows:
         self.keep.extend(split((out.keep for out in outcomes), self.words))
         self.put.extend(split((out.put for out in outcomes), self.words))
         self.label.extend([self.labels.setdefault(Label(*out[2:]), len(self.labels)) for out in outcomes])
-        self.fatal.extend([out.fatal for out in outcomes])
+        over = [out.fatal or self.shun in out.violations for out in outcomes]
+        self.over.extend(over)
         self.most = max(self.most, *counts, 0)
-        self.any_fatal = self.any_fatal or any(out.fatal for out in outcomes)
+        self.any_over = self.any_over or any(over)
 
     def edges(self, row: NDArray[np.int32]) -> Edges:
         """The edges that the rows (actors, n) stand for."""

@@ -72,37 +72,47 @@ class Report(Displayed):
     @cached_property
     def verdicts(self) -> dict[str, Verdict]:
         """One verdict a property, in the order of `properties`."""
-        return {p.name: self._judge(p.name) for p in PROPERTIES}
+        judged = [p for p in PROPERTIES if self.case.model.conf.correct_guest or not p.guest]
+        depths = {p.name: depth for p in judged if (depth := self._depth(p.name)) is not None}
+        always = self._unavoidable(list(depths))
+        clean = {p.name for p in judged} if self.complete else set()
+
+        def word(name: str) -> str:
+            if name in depths:
+                return ALWAYS if name in always else SOMETIMES
+            return NEVER if name in clean else UNJUDGED
+
+        return {p.name: Verdict(p.name, word(p.name), depths.get(p.name)) for p in PROPERTIES}
 
     @cached_property
     def _livelock(self) -> liveness.Cycle | None:
         return liveness.livelock(self.graph)
 
-    def _judge(self, name: str) -> Verdict:
-        if BY_NAME[name].guest and not self.case.model.conf.correct_guest:
-            return Verdict(name, UNJUDGED)
+    def _depth(self, name: str) -> int | None:
+        """Steps to a nearest violation, if there is any."""
         if name == "livelock" and (cycle := self._livelock):
-            depth = min(int(self.graph.depth[i]) for i in cycle.states)
-        elif name in self.graph.hits:
-            depth = self.graph.hit_depth[name]
-        else:
-            return Verdict(name, NEVER if self.complete else UNJUDGED)
-        return Verdict(name, ALWAYS if self._unavoidable(name) else SOMETIMES, depth)
+            return min(int(self.graph.depth[i]) for i in cycle.states)
+        return self.graph.hit_depth.get(name)
 
-    def _unavoidable(self, name: str) -> bool:
-        """Whether every run that finishes violates the property, also where TLBs lose entries."""
+    def _unavoidable(self, names: Sequence[str]) -> list[str]:
+        """Those that every run that finishes violates, also where TLBs lose entries.
 
-        def avoids(graph: Graph) -> bool:
+        Where only one is asked about, what follows its violation needs no search.
+        """
+
+        def never_avoided(graph: Graph, name: str) -> bool:
             ends = name in ("deadlock", "livelock")  # what never finishes cannot be avoided by finishing
-            return not graph.complete or (
+            return graph.complete and not (
                 liveness.finishes(graph) if ends else liveness.avoidable(graph, name)
             )
 
-        return not avoids(self.graph) and not avoids(self._forgetful)
-
-    @cached_property
-    def _forgetful(self) -> Graph:
-        return explore(with_forgetful_tlbs(self.case.model), watch=self.watch, earlier=self.graph.learner)
+        names = [name for name in names if never_avoided(self.graph, name)]
+        if not names:
+            return []
+        shun = names[0] if len(names) == 1 else None
+        model = with_forgetful_tlbs(self.case.model)
+        forgetful = explore(model, watch=self.watch, earlier=self.graph.learner, shun=shun)
+        return [name for name in names if never_avoided(forgetful, name)]
 
     @property
     def violated(self) -> list[str]:
@@ -112,16 +122,17 @@ class Report(Displayed):
     @cached_property
     def witnesses(self) -> dict[str, bool]:
         """Good things that must be reachable: the conversion returns; the guest gets to use its page."""
-        return {"conversion returns": any(self.graph.quiet), "guest uses the page": self._used() is not None}
+        return {
+            "conversion returns": len(self.graph.calm()) > 0,
+            "guest uses the page": self._used() is not None,
+        }
 
     def _used(self) -> int | None:
         """The nearest quiet state in which the guest has used its pages as it asked for them last."""
         model = self.case.model
         guest = [model.layout.cell("guest", gfn) for gfn in model.conf.used]
-        for i, quiet in enumerate(self.graph.quiet):
-            if quiet and all(cell.get(self.graph.packed(i)) == "ready" for cell in guest):
-                return i
-        return None
+        ready, mask = sum(cell.code("ready") for cell in guest), sum(cell.mask for cell in guest)
+        return next((i for i in self.graph.calm() if self.graph.packed(i) & mask == ready), None)
 
     @cached_property
     def measures(self) -> dict[str, dict[str, int | None]]:
@@ -170,7 +181,7 @@ class Report(Displayed):
         """A shortest run to a quiet end in which the guest has used its page, or as far as any run gets."""
         end = self._used()
         if end is None:
-            end = next((i for i, quiet in enumerate(self.graph.quiet) if quiet), len(self.graph.depth) - 1)
+            end = next(iter(self.graph.calm()), len(self.graph.depth) - 1)
         return Trace(self.case, paths.shortest(self.graph, [Hit(end, None, None)]), "sample")
 
     def as_json(self) -> dict[str, Any]:
@@ -244,19 +255,23 @@ def _shape(run: Trace) -> tuple[object, ...]:
 
 
 def explore(
-    model: Model, limit: int = LIMIT, watch: Watch | None = None, earlier: Learner | None = None
+    model: Model,
+    limit: int = LIMIT,
+    watch: Watch | None = None,
+    earlier: Learner | None = None,
+    shun: str | None = None,
 ) -> Graph:
     """Explore a model with the engine that fits its size; complete unless `limit` states are exceeded.
 
     `watch` is told now and then how many states are known; it may end the search.  Rows of an `earlier` learner
-    are used again where they apply.
+    are used again where they apply.  Steps that violate the property to `shun` are not followed.
     """
-    graph = rows.search(model, limit, watch, Learner(model, earlier), SMALL)
+    graph = rows.search(model, limit, watch, Learner(model, earlier), SMALL, shun)
     if not graph.begun:
         return graph
     from ..explore import arrays
 
-    return arrays.search(model, limit, watch=watch, begun=graph)
+    return arrays.search(model, limit, watch=watch, begun=graph, shun=shun)
 
 
 def check(

@@ -22,7 +22,7 @@ from kvmlab.design.files import shipped
 from kvmlab.errors import Refusal
 from kvmlab.explore import arrays, liveness, paths, rows
 from kvmlab.model.step import Learner
-from kvmlab.verdict import report, trace
+from kvmlab.verdict import report, run
 from kvmlab.verdict.session import Session
 
 EDITS = 3
@@ -30,7 +30,7 @@ CASES = ("snp:to-private", "snp:to-shared", "tdx:to-private", "tdx:to-shared")
 # Where a phase's code is; what runs inside "Always" belongs to it, otherwise the innermost phase counts.
 PHASES: tuple[tuple[str, Any, str], ...] = (
     ("parse", Design, "move"),
-    ("build", trace, "build"),
+    ("build", run, "build"),
     ("learn", Learner, "_learn"),
     ("search", rows, "search"),
     ("search", arrays, "search"),
@@ -38,7 +38,7 @@ PHASES: tuple[tuple[str, Any, str], ...] = (
     ("Always", report.Report, "_unavoidable"),
     ("trace", paths, "shortest"),
     ("trace", paths, "lasso"),
-    ("play", trace, "play"),
+    ("play", run, "play"),
 )
 NAMES = tuple(dict.fromkeys(name for name, _, _ in PHASES))
 
