@@ -11,6 +11,7 @@ from ..design.calls import does
 from ..guest import access as accesses
 from ..guest import td as accesses_tdx
 from ..guest import threads as actors
+from ..hw.memory import Gfn
 from ..kernel import locks
 from ..kvm import gmem, memslots, mmu
 from ..machine.conf import Conf
@@ -114,7 +115,7 @@ def _redirect(drafts: Iterable[Draft], label: str, target: str) -> None:
 class Ioctl:
     """The drafts of one KVM_SET_MEMORY_ATTRIBUTES and, where the scenario has it, of the discard beside it."""
 
-    def __init__(self, design: Design, conf: Conf, to: str, label: str, gfns: tuple[int, ...]) -> None:
+    def __init__(self, design: Design, conf: Conf, to: str, label: str, gfns: tuple[Gfn, ...]) -> None:
         self.design, self.conf, self.to, self.label = design, conf, to, label
         self.nests: set[tuple[str, str]] = set()
         self.drafts: list[Draft] = []
@@ -135,7 +136,7 @@ class Ioctl:
         """All of it, and the return to user space."""
         return [*self.drafts, Draft(actors.ioctl_return, (), "return 0", None, "ioctl", after=after)]
 
-    def _whole(self, label: str, gfns: tuple[int, ...]) -> list[Draft]:
+    def _whole(self, label: str, gfns: tuple[Gfn, ...]) -> list[Draft]:
         """One ioctl on `gfns`; what it could not store it is called for again."""
         section = Section(self.conf, "ioctl", self.to, label, gfns, self.design)
         section.mark(label)
@@ -160,7 +161,7 @@ class Ioctl:
     def _to(self, target: str, drafts: list[Draft]) -> list[Draft]:
         return [*drafts, Draft(nothing, (), "", None, "ioctl", label=f"before {target}", after=target)]
 
-    def _punch(self, label: str, gfns: tuple[int, ...]) -> list[Draft]:
+    def _punch(self, label: str, gfns: tuple[Gfn, ...]) -> list[Draft]:
         drafts, nests = punch_drafts(self.design, self.conf, label, gfns)
         self.nests |= nests
         return drafts
@@ -172,7 +173,7 @@ def _puts_pages(s: View, me: str) -> None:
 
 
 def punch_drafts(
-    design: Design, conf: Conf, label: str, gfns: tuple[int, ...]
+    design: Design, conf: Conf, label: str, gfns: tuple[Gfn, ...]
 ) -> tuple[list[Draft], set[tuple[str, str]]]:
     """fallocate(PUNCH_HOLE) on the private pages of `gfns`: the section punch of the design."""
     section = Section(conf, "punch", "shared", label, gfns, design)
@@ -182,7 +183,7 @@ def punch_drafts(
 
 
 def vmm_program(
-    design: Design, conf: Conf, gfns: tuple[int, ...]
+    design: Design, conf: Conf, gfns: tuple[Gfn, ...]
 ) -> tuple[tuple[Instr, ...], set[tuple[str, str]]]:
     """A VMM thread beside the asking one: its own ioctl on `gfns`, once the guest has asked."""
     ioctl = Ioctl(design, conf, conf.eras[1], "ioctl", gfns)

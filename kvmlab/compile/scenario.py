@@ -11,7 +11,7 @@ from ..design.rows import adds_ranges
 from ..errors import InputError as InputError
 from ..errors import NotApplicable as NotApplicable
 from ..guest.threads import may_begin
-from ..hw.memory import GUEST_KEY, PLAIN, Content
+from ..hw.memory import GUEST_KEY, PLAIN, Content, Gfn
 from ..hw.tdx.lines import HOST, Line
 from ..kernel.keyids import HKID
 from ..kvm.memslots import SMM, MemSlot
@@ -268,7 +268,7 @@ SCENARIOS = {scenario.name: scenario for scenario in _ALL}
 
 
 def _host_targets(conf: Conf, host: str) -> tuple[tuple[str, str], ...]:
-    private, shared = conf.backing["private", 0], conf.backing["shared", 0]
+    private, shared = conf.backing["private", Gfn(0)], conf.backing["shared", Gfn(0)]
     more = {
         "neighbour": (),
         "io": ((shared, "io"),),
@@ -353,12 +353,17 @@ def _absent(scenario: Scenario, platform: str, backing: str) -> str | None:
     return None
 
 
+def _gfns(numbers: tuple[int, ...]) -> tuple[Gfn, ...]:
+    """A scenario is written in plain numbers; from here on they are gfns."""
+    return tuple(map(Gfn, numbers))
+
+
 def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switches: Switches) -> Model:
     vcpus = tuple(f"CPU{n}" for n in range(scenario.racers + 1))
     conf = Conf(
         platform,
         backing == "in-place",
-        scenario.gfns,
+        _gfns(scenario.gfns),
         scenario.eras,
         vcpus[0],
         vcpus,
@@ -366,13 +371,13 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
         ioctls=2 if scenario.second_vmm else 1,
         injects=scenario.fails,
         huge=scenario.huge,
-        request=scenario.request,
+        request=_gfns(scenario.request),
         stray=scenario.stray,
         auto_convert=scenario.auto_convert,
         hostile=scenario.hostile,
         folio_2m=scenario.folio_2m,
         punch=scenario.punch,
-        punched=scenario.punched,
+        punched=_gfns(scenario.punched),
         xa_fails=scenario.xa_fails,
         unlucky="VMM1" if scenario.unlucky else "",
         yields=scenario.yields,
@@ -380,7 +385,7 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
         deletes=scenario.deletes,
         adds=scenario.adds,
         memslots=scenario.memslots,
-        unused=scenario.unused,
+        unused=_gfns(scenario.unused),
         linux=design.version,
         switches=switches,
     )
@@ -390,7 +395,7 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
         programs[cpu], more = vcpu_program(design, conf, asks=cpu == conf.asker)
         nests |= more
     if scenario.second_vmm:
-        programs["VMM1"], more = vmm_program(design, conf, scenario.second_vmm)
+        programs["VMM1"], more = vmm_program(design, conf, _gfns(scenario.second_vmm))
         nests |= more
     if scenario.punch == "free":
         programs["VMM1"], more = vmm_punch_program(design, conf)

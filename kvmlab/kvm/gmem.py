@@ -8,7 +8,7 @@ model has one PFN a gfn, so a fault that finds the old page dying waits for it i
 from __future__ import annotations
 
 from ..hw import snp
-from ..hw.memory import EMPTY
+from ..hw.memory import EMPTY, Gfn, Pfn
 from ..kernel import keyids
 from ..kernel.directmap import ABSENT, host_write
 from ..kernel.locks import might_sleep
@@ -29,14 +29,14 @@ def kvm_gmem_get_pfn(s: View, me: str, kind: str) -> str | None:
     return None
 
 
-def look_up_in_ioctl(s: View, me: str, gfns: tuple[int, ...]) -> None:
+def look_up_in_ioctl(s: View, me: str, gfns: tuple[Gfn, ...]) -> None:
     """kvm_gmem_get_pfn() of each gfn of a request, where pages are not freed."""
     might_sleep(s, me, "kvm_gmem_get_pfn() may allocate")
     for gfn in gfns if s.conf.tdx else ():
         _make_uptodate(s, gfn)
 
 
-def hold_page(s: View, me: str, gfn: int) -> None:
+def hold_page(s: View, me: str, gfn: Gfn) -> None:
     """The page of one gfn with a reference, allocated if need be (kvm_gmem_get_folio())."""
     might_sleep(s, me, "kvm_gmem_get_pfn() may allocate")
     s.wait(s.gmem[gfn] != "dying")
@@ -48,20 +48,20 @@ def hold_page(s: View, me: str, gfn: int) -> None:
                 _clear_page(s, s.conf.backing["private", g])
 
 
-def _make_uptodate(s: View, gfn: int) -> None:
+def _make_uptodate(s: View, gfn: Gfn) -> None:
     """A page is zeroed once, before its first use (tdx: there what is in the cache matters)."""
     if not s.uptodate[gfn]:
         s.uptodate[gfn] = True
         keyids.clear_highpage(s, s.conf.backing["private", gfn])
 
 
-def _folio(s: View, gfn: int) -> tuple[int, ...]:
+def _folio(s: View, gfn: Gfn) -> tuple[Gfn, ...]:
     """The gfns that share one folio with `gfn`: all of a 2M page as long as they have one fate, else it alone."""
-    gfns: tuple[int, ...] = s.conf.gfns
+    gfns: tuple[Gfn, ...] = s.conf.gfns
     return gfns if s.conf.folio_2m and len({s.gmem[g] for g in gfns}) == 1 else (gfn,)
 
 
-def _clear_page(s: View, pfn: str) -> None:
+def _clear_page(s: View, pfn: Pfn) -> None:
     """clear_highpage() goes through the directmap, as any write of the kernel does."""
     answer = host_write(s, pfn) if s.conf.has_rmp else snp.OK
     if answer == ABSENT:
@@ -79,7 +79,7 @@ def put_page(s: View, me: str) -> None:
             s.folio_ref[me, gfn] = False
 
 
-def truncate_inode_pages_range(s: View, me: str, gfn: int) -> None:
+def truncate_inode_pages_range(s: View, me: str, gfn: Gfn) -> None:
     """Take the page out of the page cache; what follows in the text happens when the last reference is gone.
 
     The kernel frees it in the context of whoever drops that; here the punch waits for it, which differs only in
@@ -94,7 +94,7 @@ def truncate_inode_pages_range(s: View, me: str, gfn: int) -> None:
         s.gmem[g] = "dying"
 
 
-def folio_put(s: View, me: str, gfn: int) -> None:
+def folio_put(s: View, me: str, gfn: Gfn) -> None:
     """The last reference goes: from here on the page is anybody's."""
     if s.gmem[gfn] == "dying":
         for g in _folio(s, gfn):

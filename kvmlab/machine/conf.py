@@ -25,7 +25,7 @@ from itertools import permutations, product
 from ..errors import InputError, shown
 from ..guest.access import Access
 from ..guest.threads import anything
-from ..hw.memory import EMPTY, GUEST_KEY, PLAIN, Content
+from ..hw.memory import EMPTY, GUEST_KEY, PLAIN, Content, Gfn, Pfn
 from ..hw.snp import HYPERVISOR, PG_2M, RmpEntry, assigned_to
 from ..kernel import locks
 from ..kernel.directmap import ABSENT, PRESENT
@@ -88,7 +88,7 @@ class Conf:
 
     platform: str
     in_place: bool
-    gfns: tuple[int, ...]
+    gfns: tuple[Gfn, ...]
     eras: tuple[str, ...]
     asker: str
     vcpus: tuple[str, ...]
@@ -98,20 +98,20 @@ class Conf:
     huge: bool = (
         False  # the gfns are one 2M page (two children stand for 512) or one 1G page (of three 2M pages)
     )
-    request: tuple[int, ...] = ()  # the gfns that are converted, if not all
+    request: tuple[Gfn, ...] = ()  # the gfns that are converted, if not all
     stray: bool = False  # vCPUs may also write with the C-bit of the kind that the page no longer has
     auto_convert: bool = False  # the VMM answers KVM_EXIT_MEMORY_FAULT by converting to what was touched
     hostile: bool = False  # a careless guest that also rescinds at any time
     folio_2m: bool = False  # guest_memfd gives one 2M page for all gfns
     punch: str = ""  # the VMM discards the private page "after" or "before" the ioctl; "free": at any time
-    punched: tuple[int, ...] = ()  # the gfns whose private pages are discarded "free", if not all
+    punched: tuple[Gfn, ...] = ()  # the gfns whose private pages are discarded "free", if not all
     xa_fails: bool = False  # one allocation of the xarray may fail
     unlucky: str = ""  # whose reservation fails for certain, at its last gfn
     yields: bool = False  # a zap may yield mmu_lock between two gfns
     deletes: bool = False  # the VMM deletes the memslot, at any time
     adds: bool = False  # the memslot is not there at first; the VMM creates it, at any time
     memslots: tuple[MemSlot, ...] = ()  # if not one over all gfns
-    unused: tuple[int, ...] = ()  # gfns that the guest leaves alone
+    unused: tuple[Gfn, ...] = ()  # gfns that the guest leaves alone
     busy: bool = False  # tdx: one SEAMCALL may answer OPERAND_BUSY without a reason that the model knows
     linux: tuple[int, int] = (6, 2)  # the kernel version of which the design speaks: kvm/versions.py
     switches: Switches = Switches()
@@ -123,7 +123,7 @@ class Conf:
     remembers_rmp_bit: bool = False
     many: int = 1  # more invalidations in progress than can be if each is ended
     reserves: bool = False  # the design reserves xarray entries, so that a store cannot fail
-    backing: Mapping[tuple[str, int], str] = field(init=False)
+    backing: Mapping[tuple[str, Gfn], Pfn] = field(init=False)
 
     def __post_init__(self) -> None:
         """Name the backing pages: S and P are two PFNs of a gfn, or one and the same when in-place."""
@@ -134,12 +134,12 @@ class Conf:
         object.__setattr__(self, "backing", pages)
 
     @property
-    def converted(self) -> tuple[int, ...]:
+    def converted(self) -> tuple[Gfn, ...]:
         """The gfns that the request covers; the others keep the kind of the first era."""
         return self.request or self.gfns
 
     @property
-    def used(self) -> tuple[int, ...]:
+    def used(self) -> tuple[Gfn, ...]:
         """The gfns that the guest uses: all that lie in a memslot, but those left alone."""
         inside = (g for piece in self.pieces(self.gfns) if piece.as_id == 0 for g in piece.gfns)
         return tuple(g for g in inside if g not in self.unused)
@@ -159,7 +159,7 @@ class Conf:
         """Whether it matters which memslot a fault finds."""
         return self.deletes or self.adds or self.smm
 
-    def pieces(self, gfns: Sequence[int]) -> list[Piece]:
+    def pieces(self, gfns: Sequence[Gfn]) -> list[Piece]:
         """The memslots that a request for `gfns` overlaps, each with its part."""
         return pieces(self.memslots or (MemSlot(self.gfns[0], len(self.gfns)),), gfns)
 
@@ -213,12 +213,12 @@ class Conf:
     preempt_count = property(lambda self: self.switches.preempt_count)
 
     @property
-    def private_pfns(self) -> tuple[str, ...]:
+    def private_pfns(self) -> tuple[Pfn, ...]:
         """The PFNs that can be assigned to the guest."""
         return tuple(self.backing["private", g] for g in self.gfns)
 
     @property
-    def pfns(self) -> tuple[str, ...]:
+    def pfns(self) -> tuple[Pfn, ...]:
         """Every backing PFN, each once."""
         return tuple(dict.fromkeys(self.backing.values()))
 
@@ -265,7 +265,7 @@ def with_usage(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Conf:
     )
 
 
-def rmp_states(conf: Conf, pfn: str) -> tuple[RmpEntry, ...]:
+def rmp_states(conf: Conf, pfn: Pfn) -> tuple[RmpEntry, ...]:
     """Every RMP entry that `pfn` can have in this machine."""
     gfn = next(g for g in conf.gfns if conf.backing["private", g] == pfn)
     ours = assigned_to(ASID, gfn)
