@@ -11,7 +11,7 @@ from ..design.calls import BACKINGS, does
 from ..design.rows import adds_ranges
 from ..errors import InputError, NotApplicable
 from ..guest.threads import may_begin
-from ..hw.memory import GUEST_KEY, PLAIN, Content
+from ..hw.memory import GUEST_KEY, PLAIN, Content, Gfn
 from ..hw.tdx.lines import HOST, Line
 from ..kernel.failures import RMPUPDATE, SEAMCALL
 from ..kernel.keyids import HKID
@@ -108,7 +108,7 @@ def _not_with(design: Design, scenario: Scenario, platform: str) -> Iterator[str
 
 def _host_targets(conf: Conf, scenario: Scenario) -> tuple[tuple[str, str], ...]:
     """What the host's thread writes: PFNs, each with when it may.  A 2M guest_memfd page leaves no neighbour."""
-    private, shared = conf.backing["private", 0], conf.backing["shared", 0]
+    private, shared = conf.backing["private", Gfn(0)], conf.backing["shared", Gfn(0)]
     of = {
         "io": ((shared, "io"),),
         "stray": ((private, "stray"),),
@@ -125,23 +125,29 @@ def _vmm_threads(design: Design, scenario: Scenario, conf: Conf) -> Iterator[Pro
     discards = tuple(thread for thread in scenario.threads if isinstance(thread, Discards))
     for thread in scenario.threads:
         if isinstance(thread, Converts):
-            yield vmm_program(design, conf, thread.gfns, discards, thread.refused)
+            yield vmm_program(design, conf, _gfns(thread.gfns), discards, thread.refused)
         elif isinstance(thread, Discards) and thread.when == ANY_TIME:
-            yield vmm_punch_program(design, conf, thread.gfns or conf.gfns)
+            yield vmm_punch_program(design, conf, _gfns(thread.gfns) or conf.gfns)
         elif isinstance(thread, DeletesMemslot):
             yield vmm_delete_program(design, conf)
         elif isinstance(thread, CreatesMemslot):
             yield vmm_create_program(design, conf)
 
 
+def _gfns(numbers: tuple[int, ...]) -> tuple[Gfn, ...]:
+    """Numbers of pages, as a scenario gives them."""
+    return tuple(map(Gfn, numbers))
+
+
 def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switches: Switches) -> Model:
     """The model, with every page as the host gives it."""
     vcpus = tuple(f"CPU{n}" for n in range(scenario.racers + 1))
     conf = Conf(
-        platform, backing == "in-place", scenario.gfns, scenario.eras, vcpus[0], vcpus, scenario.correct_guest,
+        platform, backing == "in-place", _gfns(scenario.gfns), scenario.eras, vcpus[0], vcpus, scenario.correct_guest,
         ioctls=1 + sum(isinstance(thread, Converts) for thread in scenario.threads), parts=scenario.parts,
-        request=scenario.request, stray=scenario.stray, auto_convert=scenario.auto_convert, hostile=scenario.hostile,
-        memslots=scenario.memslots, unused=scenario.unused, linux=design.version, switches=switches,
+        request=_gfns(scenario.request), stray=scenario.stray, auto_convert=scenario.auto_convert,
+        hostile=scenario.hostile, memslots=scenario.memslots, unused=_gfns(scenario.unused), linux=design.version,
+        switches=switches,
     )  # fmt: skip
     discards = tuple(thread for thread in scenario.threads if isinstance(thread, Discards))
     threads = {cpu: vcpu_program(design, conf, cpu == conf.asker, discards) for cpu in vcpus}

@@ -11,6 +11,7 @@ from ..design.calls import does
 from ..guest import access as accesses
 from ..guest import td as accesses_tdx
 from ..guest import threads as actors
+from ..hw.memory import Gfn
 from ..kernel import locks
 from ..kernel.failures import RMPUPDATE, XARRAY
 from ..kvm import gmem, memslots, mmu
@@ -127,7 +128,7 @@ class Ioctl:
     """
 
     def __init__(
-        self, design: Design, conf: Conf, to: str, label: str, gfns: tuple[int, ...],
+        self, design: Design, conf: Conf, to: str, label: str, gfns: tuple[Gfn, ...],
         discards: tuple[Discards, ...] = (), refused: bool = False,
     ) -> None:  # fmt: skip
         self.design, self.conf, self.to, self.label, self.refused = design, conf, to, label, refused
@@ -151,7 +152,7 @@ class Ioctl:
         """All of it, and the return to user space."""
         return [*self.drafts, Draft(actors.ioctl_return, (), "return 0", None, "ioctl", after=after)]
 
-    def _whole(self, label: str, gfns: tuple[int, ...]) -> list[Draft]:
+    def _whole(self, label: str, gfns: tuple[Gfn, ...]) -> list[Draft]:
         """One ioctl on `gfns`; what it could not store it is called for again."""
         section = Section(self.conf, "ioctl", self.to, label, gfns, self.design)
         section.refused = self.refused
@@ -178,7 +179,7 @@ class Ioctl:
     def _to(self, target: str, drafts: list[Draft]) -> list[Draft]:
         return [*drafts, Draft(nothing, (), "", None, "ioctl", label=f"before {target}", after=target)]
 
-    def _punch(self, label: str, gfns: tuple[int, ...]) -> list[Draft]:
+    def _punch(self, label: str, gfns: tuple[Gfn, ...]) -> list[Draft]:
         drafts, nests = punch_drafts(self.design, self.conf, label, gfns)
         self.nests |= nests
         return drafts
@@ -190,7 +191,7 @@ def _puts_pages(s: View, me: str) -> None:
 
 
 def punch_drafts(
-    design: Design, conf: Conf, label: str, gfns: tuple[int, ...]
+    design: Design, conf: Conf, label: str, gfns: tuple[Gfn, ...]
 ) -> tuple[list[Draft], set[tuple[str, str]]]:
     """fallocate(PUNCH_HOLE) on the private pages of `gfns`: the section punch of the design."""
     section = Section(conf, "punch", "shared", label, gfns, design)
@@ -200,7 +201,7 @@ def punch_drafts(
 
 
 def vmm_program(
-    design: Design, conf: Conf, gfns: tuple[int, ...], discards: tuple[Discards, ...], refused: bool
+    design: Design, conf: Conf, gfns: tuple[Gfn, ...], discards: tuple[Discards, ...], refused: bool
 ) -> Program:
     """A VMM thread beside the asking one: its own ioctl on `gfns`, once the guest has asked."""
     ioctl = Ioctl(design, conf, conf.eras[1], "ioctl", gfns, discards, refused)
@@ -208,7 +209,7 @@ def vmm_program(
     return _vmm_thread([waits, *ioctl.returns(None)], ioctl.nests)
 
 
-def vmm_punch_program(design: Design, conf: Conf, gfns: tuple[int, ...]) -> Program:
+def vmm_punch_program(design: Design, conf: Conf, gfns: tuple[Gfn, ...]) -> Program:
     """A VMM thread that discards the private pages of `gfns` whenever it likes, once."""
     drafts, nests = punch_drafts(design, conf, "punch", gfns)
     begins = Draft(actors.vmm_punches, (), "", None, "punch", label="any", idle=True)

@@ -24,6 +24,7 @@ from ..design.calls import (
     with_role,
 )
 from ..design.rows import adds_ranges
+from ..hw.memory import Gfn
 from ..kernel import locks
 from ..kernel.failures import RMPUPDATE, XARRAY
 from ..kvm import gmem, memslots, mmu, sev, tdx
@@ -68,7 +69,7 @@ class Section:
         section: str,
         kind: str,
         prefix: str,
-        gfns: tuple[int, ...] | None,
+        gfns: tuple[Gfn, ...] | None,
         design: Design | None = None,
     ) -> None:
         self.conf, self.section, self.kind, self.prefix, self.gfns = conf, section, kind, prefix, gfns
@@ -172,7 +173,7 @@ class Section:
             elif self.gfns and len(together) > 1 and rows[i].call in OP_PARTS:
                 gfns = self.gfns
                 if rows[i].walk == INCLUSIVE and gfns[-1] + 1 in self.conf.gfns:
-                    self.gfns = (*gfns, gfns[-1] + 1)
+                    self.gfns = (*gfns, Gfn(gfns[-1] + 1))
                 self.page_by_page(together)
                 self.gfns = gfns
             else:
@@ -246,7 +247,7 @@ class Section:
                 for gfn in self.gfns:
                     self.step(call, row, gfn)
 
-    def step(self, call: Call, row: Row, gfn: int | None) -> None:
+    def step(self, call: Call, row: Row, gfn: Gfn | None) -> None:
         """One draft of a call's step, on the page of the fault if no gfn is given."""
         assert call.step is not None
         known = self.known_to_a_step(row, gfn)
@@ -255,7 +256,7 @@ class Section:
         ways = {end: self.unwind(why) for end, why in call.ends.items() if why != "userspace" or self.has("memslots")}
         self.emit(at_fault(call.step) if faulting else call.step, args, row, self.shown(call, row, gfn), ways)
 
-    def known_to_a_step(self, row: Row, gfn: int | None) -> dict[str, Any]:
+    def known_to_a_step(self, row: Row, gfn: Gfn | None) -> dict[str, Any]:
         """What a step may ask for, by the names of its parameters."""
         lo_hi = (self.gfns[0], self.gfns[-1] + 1) if self.gfns else (None, None)
         return {
@@ -267,7 +268,7 @@ class Section:
             "word": row.target, "of": "private" if row.target == "private_pfn" else self.kind,
         }  # fmt: skip
 
-    def shown(self, call: Call, row: Row, gfn: int | None) -> str:
+    def shown(self, call: Call, row: Row, gfn: Gfn | None) -> str:
         """The call as a run shows it."""
         if call.shows == "word":
             return f"{row.call}({row.target})"
@@ -451,7 +452,7 @@ class Section:
 
     def lay_no_vcpus(self, call: Call, row: Row) -> None:
         """tdh_do_no_vcpus(): a SEAMCALL; if busy, every vCPU is kicked out and kept out, and once more."""
-        (gfn,), seamcall = self.gfns or (0,), row.target or ""
+        (gfn,), seamcall = self.gfns or (Gfn(0),), row.target or ""
         leaf = meanings(seamcall, self.section)[0]
         text, done, busy = self.shown(leaf, replace(row, call=seamcall), gfn), self.new_label(), self.new_label()
         self.emit(tdx.zap_seamcall, (gfn, seamcall, "kick"), row, text, {"busy": busy})

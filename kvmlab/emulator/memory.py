@@ -12,7 +12,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-PAGE = 4096
+from ..hw.memory import PAGE as PAGE
+
 LIMIT = 1 << 30  # gfns (4 TiB): as much of a guest's addresses as the emulator holds
 HOST_PAGES = 1 << 27  # PFNs (512 GiB) that the emulated host has
 U8 = NDArray[np.uint8]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ..hw.memory import Gfn
 from ..kvm import versions
 from ..kvm.attributes import hull, must_retry
 from .events import KernelBug, VmErrno
@@ -160,7 +161,7 @@ class Mmu:
 
     def retry(self, gfn: int, snapshot: int | None) -> bool:
         """mmu_invalidate_retry_gfn()."""
-        return must_retry(self.window if self.in_progress else None, gfn, snapshot not in (None, self.seq))
+        return must_retry(self.window if self.in_progress else None, Gfn(gfn), snapshot not in (None, self.seq))
 
     def zap(self, lo: int, hi: int) -> bool:
         """Remove the leaves that overlap [lo, hi), large ones whole; whether there was any."""

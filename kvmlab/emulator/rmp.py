@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..hw import snp
+from ..hw.memory import Gfn
 from ..hw.snp import PG_2M, PG_4K, RmpEntry, Rmpupdate
 from ..hw.snp import pages as snp_pages
 from ..hw.snp.pages import PAGES_2M
@@ -22,6 +23,7 @@ from .memory import U8, U16, U32, grown, prefix
 ASSIGNED, BIG, IMMUTABLE, VMSA, VALIDATED, ASID = 1, 2, 4, 8, 16, 1 << 5
 SAME, PART, MAP_BIG, REGION = 1 << 7, 1 << 8, 1 << 9, 1 << 10  # parts of a key that are not stored
 OTHERS = PART  # in keys of 2M operations every page is the first of its region
+EXPECTED = Gfn(0)  # stands in a key for whatever gfn a page is expected to have
 OURS = 1
 
 
@@ -38,7 +40,7 @@ def decode(key: int) -> RmpEntry:
     return RmpEntry(
         assigned=assigned,
         asid=key >> 5 & 3,
-        gpa=(0 if key & SAME else 1) if assigned else None,
+        gpa=(EXPECTED if key & SAME else Gfn(1)) if assigned else None,
         size=PG_2M if key & BIG else PG_4K,
         immutable=bool(key & IMMUTABLE),
         vmsa=bool(key & VMSA),
@@ -78,7 +80,7 @@ class Rmp:
         state = int(self.state[pfn])
         head = pfn - pfn % PAGES_2M if state & BIG else pfn
         found = decode(state)
-        return found._replace(gpa=int(self.gfn[head])) if found.assigned else found
+        return found._replace(gpa=Gfn(int(self.gfn[head]))) if found.assigned else found
 
     def _covers(self, pfn: int) -> bool:
         return 0 <= pfn < len(self.state)
@@ -129,7 +131,7 @@ class Rmp:
             blocks = state.reshape(-1, step)
             others = ((blocks[:, 1:] & (ASSIGNED | BIG)) == ASSIGNED).any(axis=1)
             keys = keys[::step] | others.astype(np.uint16) * np.uint16(OTHERS)
-        new = RmpEntry(gfn is not None, OURS if gfn is not None else 0, 0 if gfn is not None else None, size)
+        new = RmpEntry(gfn is not None, OURS if gfn is not None else 0, EXPECTED if gfn is not None else None, size)
         good, code, lut = np.zeros(2048, bool), Rmpupdate.OK, np.zeros(2048, np.uint8)
         codes: dict[int, Rmpupdate] = {}
         for key in distinct(keys):
@@ -180,7 +182,7 @@ class Rmp:
         answers: dict[int, snp.Pvalidate | str] = {}
         for key in distinct(keys):
             answers[key], after = snp_pages.pvalidate_at(
-                decode(key), validate, asid=OURS, gpa=0, asked=asked, mapping=PG_2M if map_big else PG_4K
+                decode(key), validate, asid=OURS, gpa=EXPECTED, asked=asked, mapping=PG_2M if map_big else PG_4K
             )
             good[key], lut[key] = answers[key] == snp.Pvalidate.OK, encode(after)
         done = prefix(good[keys])
@@ -201,12 +203,12 @@ class Rmp:
         for key in distinct(keys):
             entry = decode(key)
             if enc and prepares and not entry.assigned:
-                entry = snp.assigned_to(OURS, 0)
+                entry = snp.assigned_to(OURS, EXPECTED)
             if op == "pvalidate":
-                answer, _ = snp_pages.pvalidate_at(entry, validate, asid=OURS, gpa=0)
+                answer, _ = snp_pages.pvalidate_at(entry, validate, asid=OURS, gpa=EXPECTED)
                 lut[key] = answer == snp.Pvalidate.OK
             else:
-                lut[key] = snp.guest_access(entry, enc=enc, op=op, asid=OURS, gpa=0) == snp.OK
+                lut[key] = snp.guest_access(entry, enc=enc, op=op, asid=OURS, gpa=EXPECTED) == snp.OK
         found: NDArray[np.bool_] = lut[keys]
         return found
 
@@ -243,6 +245,6 @@ def _answer(key: int, enc: bool, op: str) -> str:
     if op == "pvalidate":
         return snp.OK  # Rmp.pvalidate() asks for itself
     return snp.guest_access(
-        decode(key & ~(MAP_BIG | REGION)), enc=enc, op=op, asid=OURS, gpa=0,
+        decode(key & ~(MAP_BIG | REGION)), enc=enc, op=op, asid=OURS, gpa=EXPECTED,
         size=PG_2M if key & MAP_BIG else PG_4K, region_assigned=bool(key & REGION),
     )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..hw import snp
-from ..hw.memory import GUEST_KEY, PLAIN, Content, readable_by_host, seen_by_guest
+from ..hw.memory import GUEST_KEY, PLAIN, Content, Gfn, Pfn, readable_by_host, seen_by_guest
 from ..hw.snp import pages as snp_pages
 from ..kvm.memslots import in_smm, srcu_read_lock, srcu_read_unlock
 from ..kvm.mmu import drop_translation, fill_translation, leaf, mapped_size
@@ -21,7 +21,7 @@ class Access(NamedTuple):
 
     kind: str
     op: str
-    gfn: int
+    gfn: Gfn
     era: int
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ def guest_runs(s: View, me: str) -> str:
     return _complete(s, me, acc, pfn)
 
 
-def _fill_check(s: View, me: str, acc: Access, pfn: str) -> str:
+def _fill_check(s: View, me: str, acc: Access, pfn: Pfn) -> str:
     """With the RMP checked at TLB fill: an entry allows what was checked when it was filled, and no more."""
     kind, op = s.checked[me, acc.gfn] or (None, None)
     if s.tlb[me, acc.gfn] is not None and kind == acc.kind and op in ("write", acc.op):
@@ -77,7 +77,7 @@ def _fill_check(s: View, me: str, acc: Access, pfn: str) -> str:
     return answer
 
 
-def _rmp_check(s: View, me: str, acc: Access, pfn: str) -> str:
+def _rmp_check(s: View, me: str, acc: Access, pfn: Pfn) -> str:
     if not s.conf.has_rmp:
         return snp.OK
     op = "pvalidate" if acc.op.startswith("pvalidate") else acc.op
@@ -93,7 +93,7 @@ def _region_assigned(s: View, me: str, acc: Access) -> bool:
     return asked and any(s.rmp[p].assigned for p in s.rmp)
 
 
-def _refused(s: View, me: str, acc: Access, answer: str, pfn: str) -> str:
+def _refused(s: View, me: str, acc: Access, answer: str, pfn: Pfn) -> str:
     if answer == snp.NPF_RMP:
         sizem = s.conf.access_sets_sizem and _too_large(s, me, acc, pfn)
         return _npf(s, me, acc, present=True, rmp=True, sizem=sizem)
@@ -104,7 +104,7 @@ def _refused(s: View, me: str, acc: Access, answer: str, pfn: str) -> str:
     return _rest(s, me)
 
 
-def _too_large(s: View, me: str, acc: Access, pfn: str) -> bool:
+def _too_large(s: View, me: str, acc: Access, pfn: Pfn) -> bool:
     """Whether nothing but the size of the mapping is wrong."""
     return snp.fails_for_size(
         s.rmp.get(pfn, snp.HYPERVISOR), enc=acc.kind == "private", op=acc.op, asid=ASID, gpa=acc.gfn,
@@ -123,7 +123,7 @@ def _npf(s: View, me: str, acc: Access, *, present: bool, rmp: bool, sizem: bool
     return f"fault-{acc.kind}" if s.conf.kind_from_c_bit else "fault"
 
 
-def _complete(s: View, me: str, acc: Access, pfn: str) -> str:
+def _complete(s: View, me: str, acc: Access, pfn: Pfn) -> str:
     """The access completes through `pfn`: judge the mapping, then do what it does."""
     _judge_mapping(s, acc, pfn)
     s.acc[me] = None
@@ -144,12 +144,12 @@ def _complete(s: View, me: str, acc: Access, pfn: str) -> str:
     return _rest(s, me)
 
 
-def _host_maps(s: View, gfn: int, pfn: str) -> bool:
+def _host_maps(s: View, gfn: Gfn, pfn: Pfn) -> bool:
     """Whether user space has the page mapped: the shared backing, or (in-place) any page that is shared."""
     return bool(pfn == s.conf.backing["shared", gfn] and (not s.conf.in_place or s.attr[gfn] == "shared"))
 
 
-def _judge_mapping(s: View, acc: Access, pfn: str) -> None:
+def _judge_mapping(s: View, acc: Access, pfn: Pfn) -> None:
     """stale-mapping: once a conversion has returned, the mapping must be of the backing that the attribute names.
 
     A page that guest_memfd has freed is never anybody's backing.
@@ -170,7 +170,7 @@ def _judge_mapping(s: View, acc: Access, pfn: str) -> None:
         )
 
 
-def _judge_read(s: View, acc: Access, pfn: str) -> None:
+def _judge_read(s: View, acc: Access, pfn: Pfn) -> None:
     """integrity: a page that was written in this era shows what the guest or, if shared, the host wrote there."""
     if s.conf.has_rmp and acc.kind == s.attr[acc.gfn] == "shared" and pfn in s.rmp and s.rmp[pfn].assigned:
         s.count("silent-read")
@@ -185,7 +185,7 @@ def _judge_read(s: View, acc: Access, pfn: str) -> None:
         s.violate("integrity", f"{acc.kind} read of {pfn} returns {'noise' if seen != 'data' else content}")
 
 
-def _pvalidate(s: View, me: str, acc: Access, pfn: str) -> str:
+def _pvalidate(s: View, me: str, acc: Access, pfn: Pfn) -> str:
     """PVALIDATE through the translation `pfn`: ownership and sizes, then Validated and the carry flag."""
     validate, head = acc.op != "pvalidate0", s.conf.gfns[0]
     code, entry = snp_pages.pvalidate_at(

@@ -8,7 +8,7 @@ tdg_mem_page_accept.c, td_ept_violation.c; arch/x86/kvm/vmx/tdx.c.
 from __future__ import annotations
 
 from ..hw import tdx
-from ..hw.memory import GUEST_KEY, PLAIN, Content
+from ..hw.memory import GUEST_KEY, PLAIN, Content, Pfn
 from ..hw.tdx import Guest, Leaf, checks
 from ..hw.tdx import lines as tdx_lines
 from ..hw.tdx import sept as tdx_sept
@@ -114,7 +114,7 @@ def _pending(s: View, me: str, acc: Access) -> str:
     return _rest(s, me)
 
 
-def _complete(s: View, me: str, acc: Access, pfn: str, keyid: int) -> str:
+def _complete(s: View, me: str, acc: Access, pfn: Pfn, keyid: int) -> str:
     """The access completes: judge the mapping, then read or write with the KeyID of its GPA."""
     _judge_mapping(s, acc, pfn)
     s.acc[me] = None
@@ -130,7 +130,7 @@ def _complete(s: View, me: str, acc: Access, pfn: str, keyid: int) -> str:
     return _rest(s, me)
 
 
-def _judge_mapping(s: View, acc: Access, pfn: str) -> None:
+def _judge_mapping(s: View, acc: Access, pfn: Pfn) -> None:
     """stale-mapping: a mapping of what the attribute does not name, or of a page that the TD no longer has."""
     if acc.kind == "private" and s.gmem[acc.gfn] == "free":
         s.violate("stale-mapping", f"private access completes in {pfn}, which guest_memfd has freed")
@@ -142,7 +142,7 @@ def _judge_mapping(s: View, acc: Access, pfn: str) -> None:
         )
 
 
-def _judge_read(s: View, acc: Access, pfn: str, seen: tuple[str, object]) -> None:
+def _judge_read(s: View, acc: Access, pfn: Pfn, seen: tuple[str, object]) -> None:
     """integrity: a page written in this era shows what the guest or, if shared, the host wrote there."""
     got, content = seen
     if acc.kind == s.attr[acc.gfn] == "shared" and got == tdx_lines.ZEROS:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..hw import snp
-from ..hw.memory import Content
+from ..hw.memory import Content, Gfn, Pfn
 from ..hw.tdx.lines import HOST
 from ..kernel import keyids
 from ..kernel.directmap import ABSENT, host_write
@@ -19,7 +19,7 @@ from ..model.state import View
 from .access import Access
 
 
-def may_begin(s: View, gfn: int) -> list[Access]:
+def may_begin(s: View, gfn: Gfn) -> list[Access]:
     """The accesses that a guest may begin now on `gfn`."""
     era = s.era
     if not s.conf.correct_guest:
@@ -40,7 +40,7 @@ def may_begin(s: View, gfn: int) -> list[Access]:
     return [*(Access(kind, op, gfn, era) for op in ops), *stray]
 
 
-def _tdx_private(s: View, gfn: int) -> list[Access]:
+def _tdx_private(s: View, gfn: Gfn) -> list[Access]:
     """A TD that has asked for private: ACCEPT first; until then a stray read still goes through the old PTE."""
     ops = {"new": ("accept",), "claimed": (), "accepted": ("write",), "ready": ("read", "write")}[
         s.guest[gfn]
@@ -51,7 +51,7 @@ def _tdx_private(s: View, gfn: int) -> list[Access]:
     return [*found, *([Access("shared", "write", gfn, s.era)] if s.conf.stray else [])]
 
 
-def anything(conf: Any, gfn: int) -> list[Access]:
+def anything(conf: Any, gfn: Gfn) -> list[Access]:
     """What a careless guest does: any C-bit at any time; a hostile one rescinds as it likes, too."""
     found = [Access(kind, op, gfn, 0) for kind in ("shared", "private") for op in ("read", "write")]
     if conf.tdx:
@@ -60,7 +60,7 @@ def anything(conf: Any, gfn: int) -> list[Access]:
     return [*found, *(Access("private", op, gfn, 0) for op in ops if conf.has_rmp)]
 
 
-def _validate(s: View, gfn: int) -> tuple[str, ...]:
+def _validate(s: View, gfn: Gfn) -> tuple[str, ...]:
     """How Linux validates: where guest_memfd has a 2M page it tries 2M at its head, the others wait for that."""
     if not s.conf.folio_2m:
         return ("pvalidate1",)
@@ -188,7 +188,7 @@ def host_thread(s: View, me: str, targets: tuple[str, ...]) -> None:
         s.memory[pfn] = Content("host")
 
 
-def _host_writes_tdx(s: View, pfn: str) -> None:
+def _host_writes_tdx(s: View, pfn: Pfn) -> None:
     """An ordinary store with KeyID 0, which nothing checks; with the erratum switched on, a partial one as well."""
     s.say(f"writes {pfn} through the directmap")
     if pfn in s.directmap and not keyids.mapped(s, pfn, "write"):
@@ -200,7 +200,7 @@ def _host_writes_tdx(s: View, pfn: str) -> None:
         keyids.store(s, pfn, HOST, Content("host"), "host")
 
 
-def _host_may(s: View, pfn: str, mode: str) -> bool:
+def _host_may(s: View, pfn: Pfn, mode: str) -> bool:
     if mode == "freed":
         return bool(s.gmem[s.conf.gfn_of[pfn]] == "free")
     if mode == "stray":

@@ -1,4 +1,6 @@
-"""Page contents as one needs them to judge reads: who wrote the page, in which era, under which key.
+"""Addresses by what they count, so that mypy keeps them apart; and page contents as one needs them to judge reads.
+
+Contents are who wrote the page, in which era, under which key.
 
 No bytes: two writes by the same writer with the same key in the same era are one value.  That is exact for
 every property here, since they ask only whose data a reader gets and whether it is in clear.
@@ -6,7 +8,19 @@ every property here, since they ask only whose data a reader gets and whether it
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NewType
+
+PAGE = 4096
+Gpa = NewType("Gpa", int)  # guest physical address, in bytes
+Gfn = NewType("Gfn", int)  # number of a 4K page of guest physical memory
+Hpa = NewType("Hpa", int)  # host physical address, in bytes
+Pfn = NewType("Pfn", str)  # a 4K page of host memory, which the explorer's machines call by a name, as "P0"
+
+
+def gpa_to_gfn(gpa: Gpa) -> Gfn:
+    """Return the number of the page that an address is in."""
+    return Gfn(gpa // PAGE)
+
 
 PLAIN, GUEST_KEY = "plain", "guest key"
 

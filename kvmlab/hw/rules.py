@@ -46,7 +46,7 @@ class Rules:
     def __call__(self, **inputs: Any) -> Any:
         """Return the outcome for one value of each input; ValueError for a value outside the table."""
         try:
-            return self._answers[tuple(inputs[name] for name in self.inputs)]
+            return self._answers[tuple(map(inputs.__getitem__, self.inputs))]
         except KeyError:
             raise ValueError(self._outside(inputs)) from None
 

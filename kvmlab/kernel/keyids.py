@@ -9,6 +9,7 @@ from __future__ import annotations
 from itertools import permutations
 from typing import Any
 
+from ..hw.memory import Pfn
 from ..hw.tdx import lines as tdx_lines
 from ..hw.tdx.lines import HOST, POISON, Line, write_back
 from ..model.state import View
@@ -17,7 +18,7 @@ from .directmap import ABSENT
 HKID = 1  # the TD's private KeyID
 
 
-def settled(s: View, pfn: str) -> Line:
+def settled(s: View, pfn: Pfn) -> Line:
     """The page's line after whatever write-backs have come before now."""
     line: Line = s.memory[pfn]
     keys = [key for key, _ in line.dirty]
@@ -34,7 +35,7 @@ def settled(s: View, pfn: str) -> Line:
     return chosen
 
 
-def load(s: View, pfn: str, keyid: int, who: str) -> tuple[str, Any]:
+def load(s: View, pfn: Pfn, keyid: int, who: str) -> tuple[str, Any]:
     """A load through the cache: what the reader gets (tdx_lines.READS) and the content."""
     read = tdx_lines.read(settled(s, pfn), keyid, integrity=s.conf.integrity)
     s.memory[pfn] = read.line
@@ -42,7 +43,7 @@ def load(s: View, pfn: str, keyid: int, who: str) -> tuple[str, Any]:
     return read.got, read.content
 
 
-def store(s: View, pfn: str, keyid: int, content: Any, who: str) -> str:
+def store(s: View, pfn: Pfn, keyid: int, content: Any, who: str) -> str:
     """An ordinary store: it fills its line first, so it consumes poison as a load does."""
     done = tdx_lines.store(settled(s, pfn), keyid, content, integrity=s.conf.integrity)
     s.memory[pfn] = done.line
@@ -50,7 +51,7 @@ def store(s: View, pfn: str, keyid: int, content: Any, who: str) -> str:
     return done.got
 
 
-def partial_store(s: View, pfn: str, content: Any) -> None:
+def partial_store(s: View, pfn: Pfn, content: Any) -> None:
     """Less than a line at the memory controller (MOVNTI, UC or WC mapping, device): the erratum's case."""
     line = tdx_lines.partial_write(settled(s, pfn), HOST, content, erratum=s.conf.partial_write_erratum)
     s.memory[pfn] = line
@@ -58,35 +59,35 @@ def partial_store(s: View, pfn: str, content: Any) -> None:
         s.say(f"[{pfn} is poisoned at once]")
 
 
-def module_zero(s: View, pfn: str) -> None:
+def module_zero(s: View, pfn: Pfn) -> None:
     """The module zeroes the page with the TD's HKID, full lines, for ACCEPT."""
     s.memory[pfn] = tdx_lines.zero(settled(s, pfn), HKID)
 
 
-def wbinvd(s: View, pfn: str) -> None:
+def wbinvd(s: View, pfn: Pfn) -> None:
     """TDH.PHYMEM.PAGE.WBINVD: write back and invalidate the TD's lines."""
     s.memory[pfn] = tdx_lines.wbinvd(settled(s, pfn), HKID)
 
 
-def clflush(s: View, pfn: str) -> None:
+def clflush(s: View, pfn: Pfn) -> None:
     """CLFLUSH through the directmap: KeyID 0 only."""
     if mapped(s, pfn, "clflush"):
         s.memory[pfn] = tdx_lines.clflush(settled(s, pfn))
 
 
-def clear_by_movdir64b(s: View, pfn: str) -> None:
+def clear_by_movdir64b(s: View, pfn: Pfn) -> None:
     """tdx_clear_page(): MOVDIR64B of zeros through the directmap; heals poison and takes the owner bit away."""
     if mapped(s, pfn, "tdx_clear_page()"):
         s.memory[pfn] = tdx_lines.zero(settled(s, pfn), HOST)
 
 
-def clear_highpage(s: View, pfn: str) -> None:
+def clear_highpage(s: View, pfn: Pfn) -> None:
     """The kernel zeroes a page that it has just allocated: ordinary stores with KeyID 0."""
     if mapped(s, pfn, "clear_highpage()"):
         store(s, pfn, HOST, tdx_lines.ZERO, "host")
 
 
-def mapped(s: View, pfn: str, what: str) -> bool:
+def mapped(s: View, pfn: Pfn, what: str) -> bool:
     """Whether the directmap has the page; the kernel oopses if not."""
     if s.directmap[pfn] == ABSENT:
         s.violate("kernel-bug", f"oops: {what} of {pfn}, which is not in the directmap")
@@ -94,7 +95,7 @@ def mapped(s: View, pfn: str, what: str) -> bool:
     return True
 
 
-def _consumed(s: View, pfn: str, got: str, who: str) -> None:
+def _consumed(s: View, pfn: Pfn, got: str, who: str) -> None:
     if got == POISON:
         end = tdx_lines.consumed(who)
         s.violate("host-machine-check", f"{who} consumes poison in {pfn}: {end}")

@@ -6,6 +6,7 @@ comparison would say: "same" until an invalidation ends, then "moved"; "none" wh
 
 from __future__ import annotations
 
+from ..hw.memory import Gfn
 from ..kernel.failures import XARRAY, fails
 from ..kernel.locks import assert_held, might_sleep
 from ..model.state import View
@@ -53,17 +54,17 @@ def kvm_mmu_invalidate_end(s: View, me: str) -> None:
         s.invalidate_range = NO_RANGE
 
 
-def mmu_invalidate_retry_gfn(s: View, me: str, gfn: int) -> bool:
+def mmu_invalidate_retry_gfn(s: View, me: str, gfn: Gfn) -> bool:
     """Whether the fault must be retried: the gfn is being invalidated, or the sequence count moved."""
     return must_retry(s.invalidate_range if s.in_progress else NO_RANGE, gfn, s.snapshot[me] == "moved")
 
 
-def must_retry(window: tuple[int, int] | None, gfn: int, moved: bool) -> bool:
+def must_retry(window: tuple[int, int] | None, gfn: Gfn, moved: bool) -> bool:
     """Inside the open window, or after the end of any, whatever its gfns were."""
     return moved or (window is not None and window[0] <= gfn < window[1])
 
 
-def kvm_vm_set_region_attr(s: View, me: str, gfn: int, to: str, reserved: bool) -> str | None:
+def kvm_vm_set_region_attr(s: View, me: str, gfn: Gfn, to: str, reserved: bool) -> str | None:
     """xa_store() of one gfn's attribute; an entry that was only reserved is one no more.
 
     Where a scenario lets one allocation fail, this may be it, unless the entry was `reserved` before (v8-era).
@@ -79,7 +80,7 @@ def kvm_vm_set_region_attr(s: View, me: str, gfn: int, to: str, reserved: bool) 
 
 
 def kvm_range_has_memory_attributes(
-    s: View, me: str, gfns: tuple[int, ...], to: str, word: str | None
+    s: View, me: str, gfns: tuple[Gfn, ...], to: str, word: str | None
 ) -> str | None:
     """The ioctl returns at once if every gfn has the attribute already.
 
@@ -96,7 +97,7 @@ def left_reserved(s: View) -> bool:
     return any(s.reserved[gfn] for gfn in s.conf.gfns)
 
 
-def xa_reserve(s: View, me: str, gfn: int, refused: bool) -> str | None:
+def xa_reserve(s: View, me: str, gfn: Gfn, refused: bool) -> str | None:
     """Reserve the entry of one gfn (GFP_KERNEL_ACCOUNT, may sleep); on failure what was reserved stays.
 
     `refused`: for this one there is no memory, for certain.

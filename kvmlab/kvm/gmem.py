@@ -8,7 +8,7 @@ model has one PFN a gfn, so a fault that finds the old page dying waits for it i
 from __future__ import annotations
 
 from ..hw import snp
-from ..hw.memory import EMPTY
+from ..hw.memory import EMPTY, Gfn, Pfn
 from ..kernel import keyids
 from ..kernel.directmap import ABSENT, host_write
 from ..kernel.locks import might_sleep
@@ -28,20 +28,20 @@ def kvm_gmem_get_pfn(s: View, me: str, kind: str) -> str | None:
     return None
 
 
-def look_up_in_ioctl(s: View, me: str, gfns: tuple[int, ...]) -> None:
+def look_up_in_ioctl(s: View, me: str, gfns: tuple[Gfn, ...]) -> None:
     """kvm_gmem_get_pfn() of each gfn of a request, where pages are not freed."""
     might_sleep(s, me, "kvm_gmem_get_pfn() may allocate")
     for gfn in gfns if s.conf.tdx else ():
         _make_uptodate(s, gfn)
 
 
-def hold_page(s: View, me: str, gfn: int) -> None:
+def hold_page(s: View, me: str, gfn: Gfn) -> None:
     """The page of one gfn with a reference, allocated if need be (kvm_gmem_get_folio())."""
     might_sleep(s, me, "kvm_gmem_get_pfn() may allocate")
     _hold(s, me, gfn)
 
 
-def _hold(s: View, me: str, gfn: int) -> None:
+def _hold(s: View, me: str, gfn: Gfn) -> None:
     s.wait(s.gmem[gfn] != "dying")
     s.folio_ref[me, gfn] = True
     if s.gmem[gfn] == "free":
@@ -51,20 +51,20 @@ def _hold(s: View, me: str, gfn: int) -> None:
                 _clear_page(s, s.conf.backing["private", g])
 
 
-def _make_uptodate(s: View, gfn: int) -> None:
+def _make_uptodate(s: View, gfn: Gfn) -> None:
     """A page is zeroed once, before its first use (tdx: there what is in the cache matters)."""
     if not s.uptodate[gfn]:
         s.uptodate[gfn] = True
         keyids.clear_highpage(s, s.conf.backing["private", gfn])
 
 
-def _folio(s: View, gfn: int) -> tuple[int, ...]:
+def _folio(s: View, gfn: Gfn) -> tuple[Gfn, ...]:
     """The gfns that share one folio with `gfn`: all of a 2M page as long as they have one fate, else it alone."""
-    gfns: tuple[int, ...] = s.conf.gfns
+    gfns: tuple[Gfn, ...] = s.conf.gfns
     return gfns if s.conf.folio_2m and len({s.gmem[g] for g in gfns}) == 1 else (gfn,)
 
 
-def _clear_page(s: View, pfn: str) -> None:
+def _clear_page(s: View, pfn: Pfn) -> None:
     """clear_highpage() goes through the directmap, as any write of the kernel does."""
     answer = host_write(s, pfn) if s.conf.has_rmp else snp.OK
     if answer == ABSENT:
@@ -82,7 +82,7 @@ def put_page(s: View, me: str) -> None:
             s.folio_ref[me, gfn] = False
 
 
-def truncate_inode_pages_range(s: View, me: str, gfn: int, request: tuple[int, ...]) -> None:
+def truncate_inode_pages_range(s: View, me: str, gfn: Gfn, request: tuple[Gfn, ...]) -> None:
     """Take the page out of the page cache, a 2M one whole if the punch (`request`) has all of it.
 
     What follows in the text happens when the last reference is gone.  The kernel frees it in the context of whoever
@@ -97,7 +97,7 @@ def truncate_inode_pages_range(s: View, me: str, gfn: int, request: tuple[int, .
         s.gmem[g] = "dying"
 
 
-def folio_put(s: View, me: str, gfn: int) -> None:
+def folio_put(s: View, me: str, gfn: Gfn) -> None:
     """The last reference goes: from here on the page is anybody's."""
     if s.gmem[gfn] == "dying":
         for g in _folio(s, gfn):

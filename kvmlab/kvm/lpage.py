@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..hw.memory import Gfn
 from ..kernel.locks import assert_held
 from ..model.state import View
 from .attributes import kvm_mmu_invalidate_range_add, left_reserved
@@ -18,7 +19,7 @@ class LargePage(NamedTuple):
     """A 2M or 1G page of guest addresses; `key` names its cells."""
 
     level: str
-    gfns: tuple[int, ...]
+    gfns: tuple[Gfn, ...]
 
     @property
     def key(self) -> tuple[str, int]:
@@ -26,18 +27,18 @@ class LargePage(NamedTuple):
         return self.level, self.gfns[0]
 
 
-def large_pages(gfns: tuple[int, ...]) -> tuple[LargePage, ...]:
+def large_pages(gfns: tuple[Gfn, ...]) -> tuple[LargePage, ...]:
     """The large pages that consecutive gfns make up, 2M before 1G."""
     small = tuple(LargePage("2M", gfns[n : n + 2]) for n in range(0, len(gfns), 2))
     return small if len(small) == 1 else (*small, LargePage("1G", gfns))
 
 
-def _touched(s: View, gfns: tuple[int, ...]) -> list[tuple[LargePage, bool]]:
+def _touched(s: View, gfns: tuple[Gfn, ...]) -> list[tuple[LargePage, bool]]:
     """The large pages that a request touches, each with whether it covers the page whole."""
     return [(page, set(page.gfns) <= set(gfns)) for page in s.conf.large if set(page.gfns) & set(gfns)]
 
 
-def widen_hull(s: View, me: str, gfns: tuple[int, ...], word: str) -> None:
+def widen_hull(s: View, me: str, gfns: tuple[Gfn, ...], word: str) -> None:
     """kvm_arch_pre_set_memory_attributes(): add head and tail, the large pages covered in part and not yet mixed.
 
     So nobody maps one of them large while its attributes change (9129633d568e, May 2025).
@@ -60,7 +61,7 @@ def hugepage_has_attrs(s: View, page: LargePage, to: str, counts_reserved: bool)
 
 
 def kvm_update_lpage_mixed_flag(
-    s: View, me: str, gfns: tuple[int, ...], to: str, word: str | None
+    s: View, me: str, gfns: tuple[Gfn, ...], to: str, word: str | None
 ) -> None:
     """kvm_arch_post_set_memory_attributes(): a page with mixed attributes must not be mapped large.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from ..hw.memory import Gfn
 from ..model.state import View
 
 SMM = 1  # the second address space (x86: system management mode)
@@ -29,7 +30,7 @@ class Piece(NamedTuple):
     """What a walk does at once: the gfns of a request that lie in one memslot."""
 
     as_id: int
-    gfns: tuple[int, ...]
+    gfns: tuple[Gfn, ...]
 
 
 def clip(base: int, end: int, lo: int, hi: int) -> tuple[int, int] | None:
@@ -38,12 +39,12 @@ def clip(base: int, end: int, lo: int, hi: int) -> tuple[int, int] | None:
     return (lo, hi) if lo < hi else None
 
 
-def pieces(slots: Iterable[MemSlot], gfns: Sequence[int]) -> list[Piece]:
+def pieces(slots: Iterable[MemSlot], gfns: Sequence[Gfn]) -> list[Piece]:
     """The pieces of a request for consecutive gfns, address space by address space, in the order of gfns."""
     found = []
     for slot in sorted(slots, key=lambda slot: (slot.as_id, slot.base)):
         if gfns and (part := clip(slot.base, slot.base + slot.npages, gfns[0], gfns[-1] + 1)):
-            found.append(Piece(slot.as_id, tuple(range(*part))))
+            found.append(Piece(slot.as_id, tuple(map(Gfn, range(*part)))))
     return found
 
 

@@ -6,6 +6,7 @@ when the fault is entered.  A stale fault returns "retry" (RET_PF_RETRY), a mism
 
 from __future__ import annotations
 
+from ..hw.memory import Gfn, Pfn
 from ..kernel.locks import assert_held
 from ..model.state import View
 from . import tdx, versions
@@ -15,23 +16,24 @@ from .lpage import LargePage
 from .memslots import SMM, in_smm
 
 
-def large_leaf(s: View, gfn: int) -> LargePage | None:
+def large_leaf(s: View, gfn: Gfn) -> LargePage | None:
     """The large page that is mapped as such over `gfn`."""
     return next((p for p in reversed(s.conf.large) if gfn in p.gfns and s.npt_large[p.key]), None)
 
 
-def leaf(s: View, gfn: int, smm: bool = False) -> str | None:
+def leaf(s: View, gfn: Gfn, smm: bool = False) -> Pfn | None:
     """The PFN that the nested page table gives for `gfn`: its own leaf, or its part of a large one.
 
     A vCPU in SMM runs on a page table of its own (kvm_mmu_page_role.smm).
     """
     if page := large_leaf(s, gfn):
-        return str(s.conf.backing[s.npt_large[page.key], gfn])
-    found: str | None = s.npt_smm[gfn] if smm else s.npt[gfn]
+        part: Pfn = s.conf.backing[s.npt_large[page.key], gfn]
+        return part
+    found: Pfn | None = s.npt_smm[gfn] if smm else s.npt[gfn]
     return found
 
 
-def kvm_unmap_gfn_range(s: View, me: str, gfn: int, as_id: int = 0) -> None:
+def kvm_unmap_gfn_range(s: View, me: str, gfn: Gfn, as_id: int = 0) -> None:
     """Zap the leaf of one gfn; `s.flush` remembers whether there was one, for `if (flush)`.
 
     Only in the page tables of the memslot's address space (for_each_valid_tdp_mmu_root()).
@@ -47,7 +49,7 @@ def kvm_unmap_gfn_range(s: View, me: str, gfn: int, as_id: int = 0) -> None:
         s.npt_large[page.key] = None  # a large leaf that overlaps is removed whole
 
 
-def fill_translation(s: View, me: str, gfn: int, pfn: str) -> None:
+def fill_translation(s: View, me: str, gfn: Gfn, pfn: Pfn) -> None:
     """Fill a vCPU's TLB from the leaf; a large entry serves every gfn of the page."""
     s.tlb[me, gfn] = pfn
     if page := large_leaf(s, gfn):
@@ -61,7 +63,7 @@ def mapped_size(s: View, me: str) -> str:
     return "2M" if s.tlb_2m[me] else "4K"
 
 
-def drop_translation(s: View, cpu: str, gfn: int) -> None:
+def drop_translation(s: View, cpu: str, gfn: Gfn) -> None:
     """Drop one vCPU's translation of `gfn`; a 2M one goes whole."""
     if s.tlb_2m[cpu]:
         s.tlb_2m[cpu] = False
@@ -209,13 +211,13 @@ def _finds_another(s: View, present: str, wanted: str) -> None:
         s.violate("warning", f"WARN_ON_ONCE(): a spurious fault wants {wanted}, but {present} is present")
 
 
-def _large_target(s: View, kind: str, gfn: int) -> LargePage | None:
+def _large_target(s: View, kind: str, gfn: Gfn) -> LargePage | None:
     """The largest page around `gfn` that may be mapped as one: not mixed, and its backing is as large."""
     pages = (p for p in reversed(s.conf.large) if gfn in p.gfns)
     return next((p for p in pages if not s.mixed[p.key] and _is_backed(s, kind, gfn)), None)
 
 
-def _is_backed(s: View, kind: str, gfn: int) -> bool:
+def _is_backed(s: View, kind: str, gfn: Gfn) -> bool:
     """Whether memory is large: shared always is here, private if its RMP entry is (sev_private_max_mapping_level)."""
     if kind == "shared":
         return not s.conf.folio_2m

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..hw import snp
+from ..hw.memory import Gfn, Pfn
 from ..hw.snp import pages as snp_pages
 from ..kernel.failures import RMPUPDATE, fails
 from ..model.state import View
@@ -11,7 +12,7 @@ from .mmu import drop_translation
 ASID = 1
 
 
-def rmpupdate(s: View, me: str, gfn: int, to: str, section: str, request: tuple[int, ...] = ()) -> str | None:
+def rmpupdate(s: View, me: str, gfn: Gfn, to: str, section: str, request: tuple[Gfn, ...] = ()) -> str | None:
     """RMPUPDATE of the private PFN of one gfn towards `to`; any status but OK is one that KVM treats as a bug.
 
     Whether it flushes the page's TLB entries on all CPUs is the switch `rmpupdate_flushes`: the thread says
@@ -37,7 +38,7 @@ def rmpupdate(s: View, me: str, gfn: int, to: str, section: str, request: tuple[
     return None
 
 
-def _updated(s: View, pfn: str, gfn: int, code: snp.Rmpupdate, entry: snp.RmpEntry) -> None:
+def _updated(s: View, pfn: Pfn, gfn: Gfn, code: snp.Rmpupdate, entry: snp.RmpEntry) -> None:
     if code != snp.Rmpupdate.OK:
         s.violate("platform-error", f"RMPUPDATE({pfn}) = {code.name}")
         return
@@ -47,7 +48,7 @@ def _updated(s: View, pfn: str, gfn: int, code: snp.Rmpupdate, entry: snp.RmpEnt
             drop_translation(s, cpu, g)
 
 
-def store_entry(s: View, pfn: str, entry: snp.RmpEntry) -> None:
+def store_entry(s: View, pfn: Pfn, entry: snp.RmpEntry) -> None:
     """Write one RMP entry; a 2M one stands for every page of the region, each with its own gfn."""
     if entry.size == snp.PG_4K:
         s.rmp[pfn] = entry
@@ -56,7 +57,7 @@ def store_entry(s: View, pfn: str, entry: snp.RmpEntry) -> None:
         s.rmp[s.conf.backing["private", g]] = entry._replace(gpa=g)
 
 
-def _rmpupdate_sized(s: View, pfn: str, gfn: int, to: str, section: str, request: tuple[int, ...]) -> None:
+def _rmpupdate_sized(s: View, pfn: Pfn, gfn: Gfn, to: str, section: str, request: tuple[Gfn, ...]) -> None:
     """RMPUPDATE where guest_memfd has a 2M page.
 
     To private in the ioctl: 2M if the request has all of it (sev_update_mem_attr(), RFC v8 48/56); at the fault: if
@@ -144,14 +145,14 @@ def smash(s: View, entry: snp.RmpEntry) -> None:
     s.say("[2M RMP entry splits]")
 
 
-def psmash_if_2m(s: View, me: str, gfn: int) -> None:
+def psmash_if_2m(s: View, me: str, gfn: Gfn) -> None:
     """Making 4K of a 2M entry shared splits it first (snp_make_page_shared(), RFC v8 48/56)."""
     entry = s.rmp[s.conf.backing["private", gfn]]
     if entry.assigned and entry.size == snp.PG_2M:
         smash(s, snp.psmash(entry)[1])
 
 
-def psmash_if_partial(s: View, me: str, request: tuple[int, ...]) -> None:
+def psmash_if_partial(s: View, me: str, request: tuple[Gfn, ...]) -> None:
     """Freeing part of a 2M entry, `request`, splits it first (sev_gmem_invalidate())."""
     entry = s.rmp[s.conf.private_pfns[0]]
     if entry.assigned and entry.size == snp.PG_2M and set(request) != set(s.conf.gfns):

@@ -8,6 +8,7 @@ more may come from nowhere, as when zero-step mitigation holds the tree.
 from __future__ import annotations
 
 from ..hw import tdx
+from ..hw.memory import Gfn, Pfn
 from ..hw.tdx import Leaf, Level, Status, pamt, tlb
 from ..hw.tdx.checks import Answer, Situation, answer
 from ..hw.tdx.locks import EXCLUSIVE, NONE, SHARED, UNLOCKED, EntryLock, Lock
@@ -117,7 +118,7 @@ class OnCells(Situation):
 class OnEntry(OnCells):
     """What a leaf finds that names a gfn, whose entry is below the one table."""
 
-    def __init__(self, s: View, gfn: int) -> None:
+    def __init__(self, s: View, gfn: Gfn) -> None:
         super().__init__(s)
         self.gfn, self.pfn = gfn, s.conf.backing["private", gfn]
 
@@ -143,7 +144,7 @@ class OnEntry(OnCells):
         return pamt.is_free(Level.PT, PamtEntry(PageType[self.s.pamt[self.pfn]]))
 
 
-def seamcall(s: View, leaf: Leaf, gfn: int) -> Answer:
+def seamcall(s: View, leaf: Leaf, gfn: Gfn) -> Answer:
     """One host leaf on the entry of one gfn, or SEPT.ADD of the table above; done if it succeeds."""
     if leaf == Leaf.SEPT_ADD:
         found = answer(leaf, OnCells(s))
@@ -158,7 +159,7 @@ def seamcall(s: View, leaf: Leaf, gfn: int) -> Answer:
     return found
 
 
-def _note(s: View, change: pamt.Change, pfn: str) -> None:
+def _note(s: View, change: pamt.Change, pfn: Pfn) -> None:
     """Write into the PAMT what a leaf leaves there; the BEPOCH of a page that is free again means nothing."""
     if isinstance(change.type, PageType):
         s.pamt[pfn] = change.type.name
@@ -200,7 +201,7 @@ def _bug(s: View, call: str, found: Answer) -> None:
 # Zapping one private leaf, under mmu_lock held for write.
 
 
-def kvm_unmap_gfn_range(s: View, me: str, gfn: int) -> str | None:
+def kvm_unmap_gfn_range(s: View, me: str, gfn: Gfn) -> str | None:
     """Zap the mirror leaf: a plain write, then the SEAMCALLs; a leaf that is not present costs none.
 
     FROZEN_SPTE is not present either, so tdp_mmu_zap_leafs() passes by it.
@@ -213,7 +214,7 @@ def kvm_unmap_gfn_range(s: View, me: str, gfn: int) -> str | None:
     return None
 
 
-def zap_seamcall(s: View, me: str, gfn: int, call: str, word: str | None) -> str | None:
+def zap_seamcall(s: View, me: str, gfn: Gfn, call: str, word: str | None) -> str | None:
     """One SEAMCALL of the zap.  Busy: "retry" is again, without end; "kick" (tdh_do_no_vcpus()) is a way out."""
     leaf = LEAVES[call]
     found = track(s) if leaf == Leaf.TRACK else seamcall(s, leaf, gfn)
@@ -240,7 +241,7 @@ def let_vcpus(s: View, me: str) -> None:
     s.wait_for_sept_zap = False
 
 
-def tdh_phymem_page_wbinvd(s: View, me: str, gfn: int) -> None:
+def tdh_phymem_page_wbinvd(s: View, me: str, gfn: Gfn) -> None:
     """Write back and invalidate the TD's lines of the page: legal only once the page is no longer TDX's."""
     at = OnEntry(s, gfn)
     s.count("seamcalls")
@@ -251,7 +252,7 @@ def tdh_phymem_page_wbinvd(s: View, me: str, gfn: int) -> None:
         _bug(s, "tdh_phymem_page_wbinvd", found)
 
 
-def tdx_clear_page(s: View, me: str, gfn: int) -> None:
+def tdx_clear_page(s: View, me: str, gfn: Gfn) -> None:
     """MOVDIR64B of zeros over the page; from some version on only on parts with X86_BUG_TDX_PW_MCE."""
     if s.conf.linux >= versions.QUIRK_RESET_SINCE and not s.conf.partial_write_erratum:
         s.say("[nothing: no X86_BUG_TDX_PW_MCE]")

@@ -24,7 +24,7 @@ from itertools import permutations
 
 from ..guest.access import Access
 from ..guest.threads import anything
-from ..hw.memory import EMPTY, GUEST_KEY, PLAIN, Content
+from ..hw.memory import EMPTY, GUEST_KEY, PLAIN, Content, Pfn
 from ..hw.snp import HYPERVISOR, PG_2M, RmpEntry, assigned_to
 from ..kernel import locks
 from ..kernel.directmap import ABSENT, PRESENT
@@ -77,7 +77,7 @@ def with_usage(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Conf:
     )
 
 
-def rmp_states(conf: Conf, pfn: str) -> tuple[RmpEntry, ...]:
+def rmp_states(conf: Conf, pfn: Pfn) -> tuple[RmpEntry, ...]:
     """Every RMP entry that `pfn` can have in this machine."""
     gfn = next(g for g in conf.gfns if conf.backing["private", g] == pfn)
     ours = assigned_to(ASID, gfn)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from ..errors import InputError, shown
+from ..hw.memory import Gfn, Pfn
 from ..kvm.lpage import LargePage, large_pages
 from ..kvm.memslots import MemSlot, Piece, pieces
 
@@ -64,19 +65,19 @@ class Conf:
 
     platform: str
     in_place: bool
-    gfns: tuple[int, ...]
+    gfns: tuple[Gfn, ...]
     eras: tuple[str, ...]
     asker: str
     vcpus: tuple[str, ...]
     correct_guest: bool
     ioctls: int = 1  # how many ioctls serve one request
     parts: frozenset[str] = frozenset()  # what else the machine has: machine/parts.py
-    request: tuple[int, ...] = ()  # the gfns that are converted, if not all
+    request: tuple[Gfn, ...] = ()  # the gfns that are converted, if not all
     stray: bool = False  # vCPUs may also write with the C-bit of the kind that the page no longer has
     auto_convert: bool = False  # the VMM answers KVM_EXIT_MEMORY_FAULT by converting to what was touched
     hostile: bool = False  # a careless guest that also rescinds at any time
     memslots: tuple[MemSlot, ...] = ()  # if not one over all gfns
-    unused: tuple[int, ...] = ()  # gfns that the guest leaves alone
+    unused: tuple[Gfn, ...] = ()  # gfns that the guest leaves alone
     linux: tuple[int, int] = (6, 2)  # the kernel version of which the design speaks: kvm/versions.py
     switches: Switches = Switches()
     owners: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -84,7 +85,7 @@ class Conf:
     readers: Mapping[str, frozenset[str]] = field(default_factory=dict)
     inverted: frozenset[tuple[str, str]] = frozenset()
     many: int = 1  # more invalidations in progress than can be if each is ended
-    backing: Mapping[tuple[str, int], str] = field(init=False)
+    backing: Mapping[tuple[str, Gfn], Pfn] = field(init=False)
 
     def __post_init__(self) -> None:
         """Name the backing pages: S and P are two PFNs of a gfn, or one and the same when in-place."""
@@ -95,12 +96,12 @@ class Conf:
         object.__setattr__(self, "backing", pages)
 
     @property
-    def converted(self) -> tuple[int, ...]:
+    def converted(self) -> tuple[Gfn, ...]:
         """The gfns that the request covers; the others keep the kind of the first era."""
         return self.request or self.gfns
 
     @property
-    def used(self) -> tuple[int, ...]:
+    def used(self) -> tuple[Gfn, ...]:
         """The gfns that the guest uses: all that lie in a memslot, but those left alone."""
         inside = (g for piece in self.pieces(self.gfns) if piece.as_id == 0 for g in piece.gfns)
         return tuple(g for g in inside if g not in self.unused)
@@ -120,12 +121,12 @@ class Conf:
         """Whether vCPUs enter a second address space."""
         return SMM in self.parts
 
-    def leaves(self, gfn: int) -> tuple[str | None, ...]:
+    def leaves(self, gfn: Gfn) -> tuple[str | None, ...]:
         """What the page table under KVM's own control may map a gfn to; tdx: the shared backing only."""
         pages = (None, *dict.fromkeys((self.backing["shared", gfn], self.backing["private", gfn])))
         return pages[:2] if self.tdx else pages
 
-    def pieces(self, gfns: Sequence[int]) -> list[Piece]:
+    def pieces(self, gfns: Sequence[Gfn]) -> list[Piece]:
         """The memslots that a request for `gfns` overlaps, each with its part."""
         return pieces(self.memslots or (MemSlot(self.gfns[0], len(self.gfns)),), gfns)
 
@@ -169,11 +170,11 @@ class Conf:
     preempt_count = property(lambda self: self.switches.preempt_count)
 
     @property
-    def private_pfns(self) -> tuple[str, ...]:
+    def private_pfns(self) -> tuple[Pfn, ...]:
         """The PFNs that can be assigned to the guest."""
         return tuple(self.backing["private", g] for g in self.gfns)
 
     @property
-    def pfns(self) -> tuple[str, ...]:
+    def pfns(self) -> tuple[Pfn, ...]:
         """Every backing PFN, each once."""
         return tuple(dict.fromkeys(self.backing.values()))

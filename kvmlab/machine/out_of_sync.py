@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..hw.memory import Gfn
 from ..hw.tdx.sept import State
 from ..hw.tdx.tlb import Age
 from ..kernel.directmap import ABSENT
@@ -64,7 +65,7 @@ def _shares_region(s: View) -> bool:
     return not s.conf.folio_2m or any(not s.rmp[pfn].assigned for pfn in s.rmp)
 
 
-def _tdx_in_sync(s: View, gfn: int, attr: str, shared: list[str | None]) -> None:
+def _tdx_in_sync(s: View, gfn: Gfn, attr: str, shared: list[str | None]) -> None:
     """The same for a TD: FREE or PENDING under private is in order, for TDX is lazy that way."""
     private = s.conf.backing["private", gfn]
     mirror, entry, usable = s.mirror[gfn], s.sept[gfn], _usable_private(s, gfn)
@@ -87,7 +88,7 @@ def _tdx_in_sync(s: View, gfn: int, attr: str, shared: list[str | None]) -> None
         s.violate("out-of-sync", f"{private} is the host's but missing from the directmap")
 
 
-def _usable_private(s: View, gfn: int) -> str | None:
+def _usable_private(s: View, gfn: Gfn) -> str | None:
     """A vCPU with a private translation that it will not drop before it uses it."""
     for cpu in s.conf.vcpus:
         if s.ptlb[cpu, gfn] is not None and (s.mode[cpu] == "td" or s.vcpu_epoch[cpu] == Age.NOW):

@@ -16,6 +16,7 @@ from __future__ import annotations
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
+from ..memory import Gfn
 from ..rules import ANY, Rules
 
 PG_4K, PG_2M, PG_1G = "4K", "2M", "1G"  # no RMP entry is 1G: that is the size of a mapping
@@ -24,11 +25,14 @@ VC_NOT_VALIDATED_CODE = 0x404  # #VC error code: page not validated
 
 
 class RmpEntry(NamedTuple):
-    """One RMP entry, as the APM's "RMP Entry" table lists its fields.  The default is hypervisor-owned."""
+    """One RMP entry, as the APM's "RMP Entry" table lists its fields.  The default is hypervisor-owned.
+
+    `gpa` is the guest's page as a gfn, here and in every rule: the field holds an address of 4K pages.
+    """
 
     assigned: bool = False
     asid: int = 0
-    gpa: int | None = None
+    gpa: Gfn | None = None
     size: str = PG_4K
     immutable: bool = False
     vmsa: bool = False
@@ -78,7 +82,7 @@ class Npf(IntFlag):
     VMPL = 1 << 36
 
 
-def assigned_to(asid: int, gpa: int, size: str = PG_4K) -> RmpEntry:
+def assigned_to(asid: int, gpa: Gfn, size: str = PG_4K) -> RmpEntry:
     """Return the new state that KVM asks RMPUPDATE for when it makes a page private (rmp_make_private())."""
     return RmpEntry(assigned=True, asid=asid, gpa=gpa, size=size)
 
@@ -199,7 +203,7 @@ def guest_access(
     enc: bool,
     op: str,
     asid: int,
-    gpa: int,
+    gpa: Gfn,
     size: str = PG_4K,
     region_assigned: bool = False,
 ) -> str:
@@ -223,7 +227,7 @@ def guest_access(
 
 
 def fails_for_size(
-    entry: RmpEntry, *, enc: bool, op: str, asid: int, gpa: int, size: str, region_assigned: bool = False
+    entry: RmpEntry, *, enc: bool, op: str, asid: int, gpa: Gfn, size: str, region_assigned: bool = False
 ) -> bool:
     """Whether a guest access takes an RMP fault for the size of its mapping and nothing else."""
     fits, differs = (

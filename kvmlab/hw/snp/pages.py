@@ -6,6 +6,7 @@ row.  What the sources leave open is an argument here.
 
 from __future__ import annotations
 
+from ..memory import Gfn
 from ..rules import ANY, Rules
 from . import entry as snp
 from .entry import LARGE, PG_1G, PG_2M, PG_4K, Npf, Pvalidate, RmpEntry, Rmpupdate
@@ -109,7 +110,7 @@ def pvalidate_at(
     validate: bool,
     *,
     asid: int,
-    gpa: int,
+    gpa: Gfn,
     asked: str = PG_4K,
     mapping: str = PG_4K,
     part: bool = False,
@@ -134,7 +135,7 @@ def pvalidate_at(
     return (answer, entry) if answer != snp.OK else snp.pvalidate(entry, validate)
 
 
-def implied_c1_access(entry: RmpEntry, *, write: bool, asid: int, gpa: int, size: str = PG_4K) -> str:
+def implied_c1_access(entry: RmpEntry, *, write: bool, asid: int, gpa: Gfn, size: str = PG_4K) -> str:
     """An SNP guest's instruction fetch or page-table access: checked as C=1, always (table 15-39)."""
     return snp.guest_access(entry, enc=True, op="write" if write else "read", asid=asid, gpa=gpa, size=size)
 

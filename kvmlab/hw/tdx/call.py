@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
+from ..memory import PAGE, Gpa, Hpa
 from . import sept, tlb
 from .checks import Answer, Check, Situation, came_to
 from .locks import NONE, EntryLock, Lock, acquire_entry, release_entry, side
 from .pamt import PageType, PamtEntry
 from .platform import PamtKey, Platform
 from .sept import LEVELS, TABLES, Children, State
-from .structures import PAGE, Entry, Td, Vcpu
+from .structures import Entry, Td, Vcpu
 from .td import TdState
 from .words import Leaf, Level, Status
 
@@ -46,7 +47,7 @@ class TdCall(Situation):
 class VcpuCall(TdCall):
     """VP.ENTER of a vCPU; `faulting`: GPAs of its zero-step mitigation that would raise an EPT violation now."""
 
-    def __init__(self, machine: Platform, td: Td, vcpu: Vcpu, faulting: Sequence[int]) -> None:
+    def __init__(self, machine: Platform, td: Td, vcpu: Vcpu, faulting: Sequence[Gpa]) -> None:
         super().__init__(machine, td)
         self.vcpu, self.faulting = vcpu, faulting
 
@@ -63,7 +64,7 @@ class EntryCall(TdCall):
     """A leaf that works on an S-EPT entry, and takes the page `page`, or none."""
 
     def __init__(
-        self, machine: Platform, leaf: Leaf, td: Td, gpa: int, level: Level, page: int | None = None
+        self, machine: Platform, leaf: Leaf, td: Td, gpa: Gpa, level: Level, page: Hpa | None = None
     ) -> None:
         super().__init__(machine, td)
         self.leaf, self.gpa, self._level, self.given = leaf, gpa, level, page
@@ -166,7 +167,7 @@ class EntryCall(TdCall):
 class PageCall(Situation):
     """A leaf that names a page of physical memory: WBINVD, RDMD and RECLAIM."""
 
-    def __init__(self, machine: Platform, hpa: int) -> None:
+    def __init__(self, machine: Platform, hpa: Hpa) -> None:
         self.machine, self.hpa = machine, hpa
 
     def held(self, lock: Lock) -> str:
@@ -199,7 +200,7 @@ class ReclaimCall(PageCall):
     @property
     def of(self) -> Td:
         """The TD that the page belongs to, or is the root of."""
-        return self.machine.tds[self.hpa if self.entry.type == PageType.TDR else self.entry.owner * PAGE]
+        return self.machine.tds[self.hpa if self.entry.type == PageType.TDR else Hpa(self.entry.owner * PAGE)]
 
     def held(self, lock: Lock) -> str:
         """How others hold a lock; a root page's own PAMT entry is the TDR's lock, and taken by then."""
@@ -222,7 +223,7 @@ class ReclaimCall(PageCall):
         return self.entry.type != PageType.TDR or not self.of.children
 
 
-def _page_held(machine: Platform, lock: Lock, hpa: int, size: Level) -> str:
+def _page_held(machine: Platform, lock: Lock, hpa: Hpa, size: Level) -> str:
     """How others hold the PAMT entry of a page as pamt_walk() finds it, or those above."""
     where = machine.walk_pamt(hpa, size)
     return machine.pamt_held(*where) if lock == Lock.PAMT else machine.parents_held(*where)

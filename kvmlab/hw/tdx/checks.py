@@ -132,13 +132,17 @@ def _refuse_if(wrong: bool, status: Status | Guest, operand: int = 0) -> Outcome
 
 
 def _lock(lock: Lock, leaf: Leaf, at: Situation) -> Outcome:
-    mode = wanted(leaf, lock, armed=leaf == Leaf.VP_ENTER and lock == Lock.TREE and at.armed())
-    free = mode == NONE or COMPATIBLE(held=at.held(lock), wanted=mode)
-    return _refuse_if(not free, Status.OPERAND_BUSY, BUSY_OPERAND(leaf=leaf, lock=lock))
+    if leaf == Leaf.VP_ENTER and lock == Lock.TREE and not at.armed():
+        return _PASS
+    held = at.held(lock)
+    if held == NONE or COMPATIBLE(held=held, wanted=wanted(leaf, lock, armed=True)):
+        return _PASS
+    return Outcome(Status.OPERAND_BUSY, BUSY_OPERAND(leaf=leaf, lock=lock))
 
 
 def _build(leaf: Leaf, at: Situation) -> Outcome:
-    return Outcome(BUILD(fatal=at.td().fatal, lifecycle=at.td().lifecycle))
+    td = at.td()
+    return Outcome(BUILD(fatal=td.fatal, lifecycle=td.lifecycle))
 
 
 def _op_state(leaf: Leaf, at: Situation) -> Outcome:
@@ -163,9 +167,9 @@ def _with_level(found: Outcome, level: Level) -> Outcome:
 
 def _entry(leaf: Leaf, at: Situation) -> Outcome:
     status, _ = acquire_entry(side(leaf), at.entry_lock())
-    return _refuse_if(
-        status != Status.SUCCESS, told_to_guest(status), BUSY_OPERAND(leaf=leaf, lock=Lock.ENTRY)
-    )
+    if status == Status.SUCCESS:
+        return _PASS
+    return Outcome(told_to_guest(status), BUSY_OPERAND(leaf=leaf, lock=Lock.ENTRY))
 
 
 def _state(leaf: Leaf, at: Situation) -> Outcome:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from ..memory import Hpa
 from .words import Guest, Level
 
 
@@ -42,12 +43,15 @@ class State(StrEnum):
         return bool(self.encoding >> 6)
 
 
+NO_PAGE = Hpa(0)
+
+
 def accept_chunk(counter: int) -> tuple[int, bool]:
     """Zero the next 4K of a 2M ACCEPT: the entry's counter (bits 20:12) afterwards, and whether it was the last."""
     return (0, True) if counter == 511 else (counter + 1, False)
 
 
-def arch_entry(state: State, hpa: int = 0, accept_counter: int = 0) -> int:
+def arch_entry(state: State, hpa: Hpa = NO_PAGE, accept_counter: int = 0) -> int:
     """RCX of an error that reports the entry: what the module shows of it (set_arch_septe_details_in_vmm_regs()).
 
     `hpa` in bytes.  Of a table it shows RWX only.  The accept counter of a 2M PENDING entry is seen in bits 20:12,

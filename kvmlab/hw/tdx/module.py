@@ -6,13 +6,14 @@ Addresses are bytes.  The page contents are not here (lines.py).  Source: TDX mo
 
 from __future__ import annotations
 
+from ..memory import PAGE, Gpa, Hpa, gpa_to_gfn
 from . import pamt, sept, tlb
 from .call import EntryCall, PageCall, ReclaimCall, TdCall, VcpuCall
 from .checks import Check, Told, answer, came_to
 from .entry import accept_chunk, accept_info
 from .pamt import OF_CHILDREN, OF_PAGE, OF_TABLE
 from .platform import Platform
-from .structures import PAGE, Entry, Result, Td, Vcpu
+from .structures import Entry, Result, Td, Vcpu
 from .td import Lifecycle, OpState
 from .words import CHILDREN, EXIT_REASON_EPT_VIOLATION, Guest, Leaf, Level, Status, is_shared
 
@@ -23,7 +24,7 @@ class Module(Platform):
     """A TDX module and its machine: TDs, PAMT, secure EPTs, locks (hold them by hand to see busy codes), epochs."""
 
     def _mem(
-        self, leaf: Leaf, td: Td, gpa: int, level: Level, page: int | None = None
+        self, leaf: Leaf, td: Td, gpa: Gpa, level: Level, page: Hpa | None = None
     ) -> tuple[Result, Entry]:
         """One TDH.MEM leaf up to the point where it cannot fail any more; the entry has its new state then."""
         call = EntryCall(self, leaf, td, gpa, level, page)
@@ -37,12 +38,12 @@ class Module(Platform):
         reports = found.by is not None and found.by.reports
         return Result(found.rax, *(call.entry.details(call.found[0]) if reports else ())), Entry()
 
-    def _note(self, leaf: Leaf, of: str, td: Td, size: Level, hpa: int) -> None:
+    def _note(self, leaf: Leaf, of: str, td: Td, size: Level, hpa: Hpa) -> None:
         """Write into the PAMT what the leaf leaves there."""
         owner, before = td.tdr // PAGE, self.pamt_of(hpa, size)
         self.pamt[size, hpa] = pamt.after(leaf, of, before, owner=owner, td_epoch=td.epochs.td_epoch)
 
-    def _put(self, leaf: Leaf, td: Td, gpa: int, level: Level, hpa: int) -> Result:
+    def _put(self, leaf: Leaf, td: Td, gpa: Gpa, level: Level, hpa: Hpa) -> Result:
         result, entry = self._mem(leaf, td, gpa, level, hpa)
         if result.ok:
             table = leaf == Leaf.SEPT_ADD
@@ -52,19 +53,19 @@ class Module(Platform):
             td.children += size.pages
         return result
 
-    def tdh_mem_page_add(self, td: Td, gpa: int, hpa: int) -> Result:
+    def tdh_mem_page_add(self, td: Td, gpa: Gpa, hpa: Hpa) -> Result:
         """TDH.MEM.PAGE.ADD: map a copied page before finalize."""
         return self._put(Leaf.PAGE_ADD, td, gpa, Level.PT, hpa)
 
-    def tdh_mem_page_aug(self, td: Td, gpa: int, hpa: int, level: Level = Level.PT) -> Result:
+    def tdh_mem_page_aug(self, td: Td, gpa: Gpa, hpa: Hpa, level: Level = Level.PT) -> Result:
         """TDH.MEM.PAGE.AUG: a page for the TD to accept."""
         return self._put(Leaf.PAGE_AUG, td, gpa, level, hpa)
 
-    def tdh_mem_sept_add(self, td: Td, gpa: int, hpa: int, level: Level = Level.PD) -> Result:
+    def tdh_mem_sept_add(self, td: Td, gpa: Gpa, hpa: Hpa, level: Level = Level.PD) -> Result:
         """TDH.MEM.SEPT.ADD: hang a table under the entry at `level`."""
         return self._put(Leaf.SEPT_ADD, td, gpa, level, hpa)
 
-    def tdh_mem_range_block(self, td: Td, gpa: int, level: Level = Level.PT) -> Result:
+    def tdh_mem_range_block(self, td: Td, gpa: Gpa, level: Level = Level.PT) -> Result:
         """TDH.MEM.RANGE.BLOCK: no new translations; the epoch is noted."""
         result, entry = self._mem(Leaf.RANGE_BLOCK, td, gpa, level)
         if result.ok:
@@ -73,7 +74,7 @@ class Module(Platform):
             self._note(Leaf.RANGE_BLOCK, of, td, (level if entry.state.leaf else Level.PT), entry.hpa)
         return result
 
-    def tdh_mem_range_unblock(self, td: Td, gpa: int, level: Level = Level.PT) -> Result:
+    def tdh_mem_range_unblock(self, td: Td, gpa: Gpa, level: Level = Level.PT) -> Result:
         """TDH.MEM.RANGE.UNBLOCK: undo BLOCK, once tracked."""
         return self._mem(Leaf.RANGE_UNBLOCK, td, gpa, level)[0]
 
@@ -84,7 +85,7 @@ class Module(Platform):
             _, td.epochs = tlb.track(td.epochs)
         return Result(found.rax)
 
-    def tdh_mem_page_remove(self, td: Td, gpa: int, level: Level = Level.PT) -> Result:
+    def tdh_mem_page_remove(self, td: Td, gpa: Gpa, level: Level = Level.PT) -> Result:
         """TDH.MEM.PAGE.REMOVE: give the page back; RCX is its HPA."""
         result, entry = self._mem(Leaf.PAGE_REMOVE, td, gpa, level)
         if not result.ok:
@@ -94,7 +95,7 @@ class Module(Platform):
         del td.sept[td.key(gpa, level)]
         return Result(rcx=entry.hpa)
 
-    def tdh_mem_page_demote(self, td: Td, gpa: int, hpa: int, level: Level = Level.PD) -> Result:
+    def tdh_mem_page_demote(self, td: Td, gpa: Gpa, hpa: Hpa, level: Level = Level.PD) -> Result:
         """TDH.MEM.PAGE.DEMOTE: split a large page with a new table `hpa`; the 512 children are not blocked."""
         before = td.walk("SEAMCALL", gpa, level)[1].state
         result, entry = self._mem(Leaf.PAGE_DEMOTE, td, gpa, level, hpa)
@@ -103,14 +104,14 @@ class Module(Platform):
         large, small = entry.hpa, Level(level - 1)
         entry.hpa, entry.accept_counter = hpa, 0
         for i, child in enumerate(td.below(gpa, level)):
-            child.state, child.hpa = sept.demoted(before), large + i * small.pages * PAGE
+            child.state, child.hpa = sept.demoted(before), Hpa(large + i * small.pages * PAGE)
             self._note(Leaf.PAGE_DEMOTE, OF_CHILDREN, td, small, child.hpa)
         self._note(Leaf.PAGE_DEMOTE, OF_PAGE, td, level, large)
         self._note(Leaf.PAGE_DEMOTE, OF_TABLE, td, Level.PT, hpa)
         td.children += 1
         return result
 
-    def tdh_mem_page_promote(self, td: Td, gpa: int, level: Level = Level.PD) -> Result:
+    def tdh_mem_page_promote(self, td: Td, gpa: Gpa, level: Level = Level.PD) -> Result:
         """TDH.MEM.PAGE.PROMOTE: merge 512 pages; RCX is the table that is free again."""
         result, entry = self._mem(Leaf.PAGE_PROMOTE, td, gpa, level)
         if not result.ok:
@@ -121,12 +122,12 @@ class Module(Platform):
         self._note(Leaf.PAGE_PROMOTE, OF_TABLE, td, Level.PT, table)
         for i in range(CHILDREN):
             offset = i * small.pages * PAGE
-            self._note(Leaf.PAGE_PROMOTE, OF_CHILDREN, td, small, large + offset)
-            del td.sept[td.key(gpa + offset, small)]
+            self._note(Leaf.PAGE_PROMOTE, OF_CHILDREN, td, small, Hpa(large + offset))
+            del td.sept[td.key(Gpa(gpa + offset), small)]
         td.children -= 1
         return Result(rcx=table)
 
-    def tdh_mem_sept_remove(self, td: Td, gpa: int, level: Level = Level.PD) -> Result:
+    def tdh_mem_sept_remove(self, td: Td, gpa: Gpa, level: Level = Level.PD) -> Result:
         """TDH.MEM.SEPT.REMOVE: take an empty table away; RCX is its HPA."""
         result, entry = self._mem(Leaf.SEPT_REMOVE, td, gpa, level)
         if not result.ok:
@@ -140,7 +141,7 @@ class Module(Platform):
         """TDH.VP.ENTER up to the entry: if the result is ok the vCPU is inside, and td_exit() ends the leaf."""
         if vcpu.inside:
             raise ValueError("the vCPU is inside already; end that with td_exit()")
-        gpas = [gpa for gpa in vcpu.stepping.gpas if isinstance(gpa, int)]
+        gpas = [Gpa(gpa) for gpa in vcpu.stepping.gpas if isinstance(gpa, int)]
         faulting = [gpa for gpa in gpas if self._access(td, gpa)[0] != Guest.DATA]
         found = answer(Leaf.VP_ENTER, VcpuCall(self, td, vcpu, faulting))
         if not came_to(Leaf.VP_ENTER, Check.EPOCH, found):
@@ -169,11 +170,11 @@ class Module(Platform):
         td.fatal = True
         return self.td_exit(td, vcpu)
 
-    def _access(self, td: Td, gpa: int) -> tuple[Guest, Level, Entry]:
+    def _access(self, td: Td, gpa: Gpa) -> tuple[Guest, Level, Entry]:
         at, entry = td.walk("SEAMCALL", gpa)
         return sept.access(entry.state, ve_disable=td.ve_disable), at, entry
 
-    def access(self, td: Td, vcpu: Vcpu, gpa: int, *, write: bool = True, progress: bool = True) -> Result:
+    def access(self, td: Td, vcpu: Vcpu, gpa: Gpa, *, write: bool = True, progress: bool = True) -> Result:
         """A private access by a vCPU that is inside: through its TLB, else by a walk; RAX to R8 are of a TD exit.
 
         `progress`: RIP is not what it was at VP.ENTER.  ValueError for a shared GPA or a vCPU that is outside.
@@ -182,11 +183,11 @@ class Module(Platform):
             raise ValueError(
                 "only a vCPU that is inside accesses memory, and only private GPAs are walked here"
             )
-        if gpa // PAGE in vcpu.tlb:
+        if gpa_to_gfn(gpa) in vcpu.tlb:
             return Result(exit=Guest.DATA)
         found, at, entry = self._access(td, gpa)
         if found == Guest.DATA:
-            vcpu.tlb[gpa // PAGE] = entry.hpa + gpa % (at.pages * PAGE) // PAGE * PAGE
+            vcpu.tlb[gpa_to_gfn(gpa)] = Hpa(entry.hpa + gpa % (at.pages * PAGE) // PAGE * PAGE)
         if found in (Guest.DATA, Guest.VE):
             return Result(exit=found)
         lost = self.td_exit(td, vcpu, progress=progress)
@@ -199,7 +200,7 @@ class Module(Platform):
         )
 
     def tdg_mem_page_accept(
-        self, td: Td, vcpu: Vcpu, gpa: int, level: Level = Level.PT, *, interrupt_after: int = CHILDREN
+        self, td: Td, vcpu: Vcpu, gpa: Gpa, level: Level = Level.PT, *, interrupt_after: int = CHILDREN
     ) -> Result:
         """TDG.MEM.PAGE.ACCEPT: RAX for the guest, or a TD exit; a 2M one stops after that many 4K pages."""
         if not vcpu.inside:
@@ -266,7 +267,7 @@ class Module(Platform):
             td.lifecycle = then
         return Result(found.rax)
 
-    def tdh_phymem_page_reclaim(self, hpa: int) -> Result:
+    def tdh_phymem_page_reclaim(self, hpa: Hpa) -> Result:
         """TDH.PHYMEM.PAGE.RECLAIM of a page of a TD in teardown, the TDR's last; RCX type, RDX owner, R8 size."""
         call = ReclaimCall(self, hpa)
         found, size, entry = answer(Leaf.PAGE_RECLAIM, call), call.key[0], call.entry
@@ -280,14 +281,14 @@ class Module(Platform):
                 Leaf.PAGE_RECLAIM, OF_PAGE, entry, owner=entry.owner, td_epoch=0
             )
             if entry.type != pamt.PageType.TDR:
-                self.tds[entry.owner * PAGE].children -= size.pages
+                self.tds[Hpa(entry.owner * PAGE)].children -= size.pages
         return Result(found.rax, entry.type, entry.owner * PAGE, size)
 
-    def tdh_phymem_page_wbinvd(self, hpa: int) -> Result:
+    def tdh_phymem_page_wbinvd(self, hpa: Hpa) -> Result:
         """TDH.PHYMEM.PAGE.WBINVD of a free page; the HKID in the address's upper bits is left to lines.py."""
         return Result(answer(Leaf.PAGE_WBINVD, PageCall(self, hpa)).rax)
 
-    def tdh_phymem_page_rdmd(self, hpa: int) -> Result:
+    def tdh_phymem_page_rdmd(self, hpa: Hpa) -> Result:
         """TDH.PHYMEM.PAGE.RDMD: RCX type, RDX owner, R8 size of the page's PAMT entry."""
         found = answer(Leaf.PAGE_RDMD, PageCall(self, hpa))
         if not found.ok:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
+from ..memory import PAGE, Gpa, Hpa
 from .locks import EXCLUSIVE, NONE, SHARED, EntryLock, Lock
 from .pamt import NDA, PageType, PamtEntry, is_free
-from .structures import PAGE, Td, Vcpu
+from .structures import Td, Vcpu
 from .words import Level, Status
 
-PamtKey = tuple[Level, int]  # size, HPA
+PamtKey = tuple[Level, Hpa]  # size, first byte
 
 
 class Platform:
@@ -22,7 +23,7 @@ class Platform:
     def __init__(self, size: int = 1 << 40) -> None:
         self.size = size
         self.pamt: dict[PamtKey, PamtEntry] = {}
-        self.tds: dict[int, Td] = {}
+        self.tds: dict[Hpa, Td] = {}
         self.held: dict[tuple[Lock, Hashable], str] = {}
         self.interrupt_pending = False  # makes DEMOTE and PROMOTE return TDX_INTERRUPTED_RESTARTABLE
 
@@ -70,7 +71,7 @@ class Platform:
                     return ""
         return f"a PAMT key is (Level.PT, PD or PDPT, an aligned HPA below {self.size:#x}), not {where!r}"
 
-    def hold_entry(self, td: Td, gpa: int, level: Level = Level.PT, *, taken: bool = True) -> None:
+    def hold_entry(self, td: Td, gpa: Gpa, level: Level = Level.PT, *, taken: bool = True) -> None:
         """Take an S-EPT entry's lock from outside, or release it (which leaves TDHP as it is).
 
         ValueError for a GPA that has no entry at that level.
@@ -82,65 +83,67 @@ class Platform:
         entry = td.entry(gpa, level)
         entry.lock = EntryLock(taken, entry.lock.host_priority)
 
-    def pamt_of(self, hpa: int, size: Level = Level.PT) -> PamtEntry:
+    def pamt_of(self, hpa: Hpa, size: Level = Level.PT) -> PamtEntry:
         """Return the PAMT entry of a page."""
         return self.pamt.get((size, hpa), NDA)
 
-    def create_td(self, tdr: int, hkid: int, *, ve_disable: bool = True, top: Level = Level.PML4) -> Td:
+    def create_td(self, tdr: Hpa, hkid: int, *, ve_disable: bool = True, top: Level = Level.PML4) -> Td:
         """Create a TD whose root page is `tdr`, before finalize; ValueError if the page is taken."""
         self._take(tdr, PamtEntry(PageType.TDR))
         self.tds[tdr] = Td(tdr, hkid, ve_disable, top)
         return self.tds[tdr]
 
-    def create_vcpu(self, td: Td, tdvpr: int) -> Vcpu:
+    def create_vcpu(self, td: Td, tdvpr: Hpa) -> Vcpu:
         """Create a vCPU with its page; ValueError if the page is taken."""
         self._take(tdvpr, PamtEntry(PageType.TDVPR, td.tdr // PAGE))
         td.vcpus.append(Vcpu(tdvpr))
         td.children += 1
         return td.vcpus[-1]
 
-    def _take(self, hpa: int, entry: PamtEntry) -> None:
+    def _take(self, hpa: Hpa, entry: PamtEntry) -> None:
         if self.form(hpa, Level.PT) or self.free(hpa, Level.PT):
             raise ValueError(f"page {hpa:#x} is not free; any page of 4K below {self.size:#x} that is NDA is")
         self.pamt[Level.PT, hpa] = entry
 
     # What a leaf finds out about a page.
 
-    def form(self, hpa: int, size: Level) -> Status:
+    def form(self, hpa: Hpa, size: Level) -> Status:
         """Whether an address is that of a page of this size."""
         if hpa % (size.pages * PAGE):
             return Status.OPERAND_INVALID
         return Status.SUCCESS if hpa + size.pages * PAGE <= self.size else Status.OPERAND_ADDR_RANGE_ERROR
 
-    def free(self, hpa: int, size: Level) -> Status:
+    def free(self, hpa: Hpa, size: Level) -> Status:
         """Whether a leaf may take a page."""
         pages = range(hpa, hpa + size.pages * PAGE, PAGE) if size == Level.PD else ()
         return is_free(
             size,
             self.pamt_of(hpa, size),
             larger=self.walk_pamt(hpa, size)[0] != size,
-            children=all(self.pamt_of(page).type == PageType.NDA for page in pages),
+            children=all(self.pamt_of(Hpa(page)).type == PageType.NDA for page in pages),
         )
 
-    def walk_pamt(self, hpa: int, size: Level) -> PamtKey:
+    def walk_pamt(self, hpa: Hpa, size: Level) -> PamtKey:
         """Where pamt_walk() for a page ends: at the entry of its size, or above at one that is PT_REG."""
-        for up in (Level.PDPT, Level.PD):
-            if up > size and self.pamt_of(hpa - hpa % (up.pages * PAGE), up).type == PageType.REG:
-                return up, hpa - hpa % (up.pages * PAGE)
-        return size, hpa
+        larger = (key for key in _parents(size, hpa) if self.pamt_of(key[1], key[0]).type == PageType.REG)
+        return next(larger, (size, hpa))
 
-    def pamt_held(self, size: Level, hpa: int) -> str:
+    def pamt_held(self, size: Level, hpa: Hpa) -> str:
         """How others hold a PAMT entry; a TDR's goes by the name of Lock.TDR."""
         if size == Level.PT and hpa in self.tds:
             return self.tdr_held(self.tds[hpa])
         return self.held.get((Lock.PAMT, (size, hpa)), NONE)
 
-    def parents_held(self, size: Level, hpa: int) -> str:
+    def parents_held(self, size: Level, hpa: Hpa) -> str:
         """How others hold the PAMT entries above one: EXCLUSIVE if one of them is."""
-        parents = [(up, hpa - hpa % (up.pages * PAGE)) for up in (Level.PDPT, Level.PD) if up > size]
-        return EXCLUSIVE if EXCLUSIVE in (self.pamt_held(*key) for key in parents) else NONE
+        return EXCLUSIVE if EXCLUSIVE in (self.pamt_held(*key) for key in _parents(size, hpa)) else NONE
 
     def tdr_held(self, td: Td) -> str:
         """How others hold a TD's TDR: each vCPU inside holds it shared."""
         inside = SHARED if any(vcpu.inside for vcpu in td.vcpus) else NONE
         return self.held.get((Lock.TDR, td.tdr), inside)
+
+
+def _parents(size: Level, hpa: Hpa) -> list[PamtKey]:
+    """The PAMT keys of the larger pages over one, from the top."""
+    return [(up, Hpa(hpa - hpa % (up.pages * PAGE))) for up in (Level.PDPT, Level.PD) if up > size]

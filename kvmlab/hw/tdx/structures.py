@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .entry import State, arch_entry, arch_info
+from ..memory import PAGE, Gfn, Gpa, Hpa
+from .entry import NO_PAGE, State, arch_entry, arch_info
 from .locks import UNLOCKED, EntryLock
 from .sept import DESCEND, WALK, Children
 from .td import Lifecycle, OpState, TdState
 from .tlb import CALM, START, Epochs, ZeroStep
 from .words import CHILDREN, Guest, Level, is_shared, name, status_part
-
-PAGE = 4096
 
 
 class Result(NamedTuple):
@@ -39,7 +38,7 @@ class Entry:
     """An S-EPT entry: state, the page or table that it points to (bytes), accept counter, lock bits."""
 
     state: State = State.FREE
-    hpa: int = 0
+    hpa: Hpa = NO_PAGE
     accept_counter: int = 0
     lock: EntryLock = UNLOCKED
 
@@ -52,19 +51,19 @@ class Entry:
 class Vcpu:
     """A vCPU: the TDVPS fields that matter to conversion, and the translations that its processor holds."""
 
-    tdvpr: int
+    tdvpr: Hpa
     epoch: int = 0
     associated: bool = False
     inside: bool = False
     stepping: ZeroStep = CALM
-    tlb: dict[int, int] = field(default_factory=dict)  # 4K page of a GPA -> HPA
+    tlb: dict[Gfn, Hpa] = field(default_factory=dict)
 
 
 @dataclass
 class Td:
     """A TD: TDR, TDCS and secure EPT.  `top` is the level of the entries in the root page, which is always there."""
 
-    tdr: int
+    tdr: Hpa
     hkid: int
     ve_disable: bool = True
     top: Level = Level.PML4
@@ -87,20 +86,20 @@ class Td:
         """Whether GPAs are 52 bits wide, so that the SHARED bit is bit 51."""
         return self.top == Level.PML5
 
-    def has_entry(self, gpa: int, level: Level) -> bool:
+    def has_entry(self, gpa: Gpa, level: Level) -> bool:
         """Whether a GPA (bytes) names an entry at a level: private, within the TD's width, aligned to the level."""
         fits = level <= self.top and not gpa % (level.pages * PAGE)
         return fits and not is_shared(gpa, gpaw=self.gpaw) and not gpa >> (52 if self.gpaw else 48)
 
-    def key(self, gpa: int, level: Level) -> tuple[Level, int]:
+    def key(self, gpa: Gpa, level: Level) -> tuple[Level, int]:
         """Where the entry of a GPA at a level is in `sept`."""
         return level, gpa // PAGE // level.pages
 
-    def entry(self, gpa: int, level: Level) -> Entry:
+    def entry(self, gpa: Gpa, level: Level) -> Entry:
         """Return the entry of a GPA at a level; a new FREE one where nothing was put before."""
         return self.sept.setdefault(self.key(gpa, level), Entry())
 
-    def walk(self, asker: str, gpa: int, level: Level = Level.PT) -> tuple[Level, Entry]:
+    def walk(self, asker: str, gpa: Gpa, level: Level = Level.PT) -> tuple[Level, Entry]:
         """Walk down to a level, as a "SEAMCALL" or "ACCEPT" does: where it ended, which may be above."""
         for at in range(self.top, level, -1):
             entry = self.entry(gpa, Level(at))
@@ -108,17 +107,17 @@ class Td:
                 return Level(at), entry
         return level, self.entry(gpa, level)
 
-    def below(self, gpa: int, level: Level) -> list[Entry]:
+    def below(self, gpa: Gpa, level: Level) -> list[Entry]:
         """Return the 512 entries of the table that a GPA's entry at `level` points to."""
         first = gpa // PAGE // level.pages * CHILDREN
         keys = ((Level(level - 1), first + i) for i in range(CHILDREN))
         return [self.sept.setdefault(key, Entry()) for key in keys]
 
-    def below_kind(self, gpa: int, level: Level) -> Children:
+    def below_kind(self, gpa: Gpa, level: Level) -> Children:
         """Sum up those 512 entries as PROMOTE and SEPT.REMOVE see them."""
         return _kind(self.below(gpa, level), level)
 
-    def busy_child(self, gpa: int, level: Level) -> Entry | None:
+    def busy_child(self, gpa: Gpa, level: Level) -> Entry | None:
         """Return the child whose lock stops PROMOTE, which locks one after another until one does not fit."""
         entries = self.below(gpa, level)
         for i, entry in enumerate(entries):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from enum import IntEnum, StrEnum
 
+from ..memory import Gpa
 from ..rules import ANY, Rules
 
 
@@ -208,7 +209,7 @@ def name(rax: int) -> str:
     return f"{head} | {Operand(low).name if low in Operand._value2member_map_ else f'{low:#x}'}"
 
 
-def is_shared(gpa: int, *, gpaw: bool = False) -> bool:
+def is_shared(gpa: Gpa, *, gpaw: bool = False) -> bool:
     """Whether the SHARED bit of a GPA (bytes, not a gfn) is set."""
     bit: int = SHARED_BIT(gpaw=gpaw)
     return bool(gpa >> bit & 1)
