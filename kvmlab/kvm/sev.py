@@ -33,11 +33,12 @@ def rmpupdate(s: View, me: str, gfn: int, to: str, section: str) -> str | None:
         _rmpupdate_sized(s, pfn, gfn, to, section)
         return None
     code, entry = snp.rmpupdate(s.rmp[pfn], new, identical_keeps_validated=s.conf.identical_keeps_validated)
-    _updated(s, pfn, gfn, code, entry)
+    _updated(s, pfn, gfn, code, entry, to)
     return None
 
 
-def _updated(s: View, pfn: str, gfn: int, code: snp.Rmpupdate, entry: snp.RmpEntry) -> None:
+def _updated(s: View, pfn: str, gfn: int, code: snp.Rmpupdate, entry: snp.RmpEntry, to: str) -> None:
+    s.note("rmpupdate", f"{to} {entry.size}" + f" = {code.name}" * bool(code), int(code))
     if code != snp.Rmpupdate.OK:
         s.violate("platform-error", f"RMPUPDATE({pfn}) = {code.name}")
         return
@@ -85,7 +86,7 @@ def _rmpupdate_sized(s: View, pfn: str, gfn: int, to: str, section: str) -> None
     if whole and code == snp.Rmpupdate.OK and to == "shared":
         for p in pages:
             s.rmp[p] = snp.HYPERVISOR
-    _updated(s, pfn, gfn, code, entry)
+    _updated(s, pfn, gfn, code, entry, to)
 
 
 def rmp_fits(s: View, me: str, kind: str, of: str) -> str | None:
@@ -127,6 +128,7 @@ def psmash(s: View, me: str, word: str | None) -> str | None:
     if code == snp.Rmpupdate.OK:
         smash(s, entry)
         return None
+    s.note("psmash", code.name, int(code))
     now = s.rmp[pfn]
     benign = {"recheck": now.assigned, "recheck_unassigned": True}.get(word or "", False)
     if not benign:
@@ -141,6 +143,7 @@ def smash(s: View, entry: snp.RmpEntry) -> None:
     for g in s.conf.gfns:
         s.rmp[s.conf.backing["private", g]] = entry._replace(gpa=g)
     s.count("psmash")
+    s.note("psmash", snp.Rmpupdate.OK.name, int(snp.Rmpupdate.OK))
     s.say("[2M RMP entry splits]")
 
 
