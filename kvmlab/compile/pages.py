@@ -29,8 +29,8 @@ from .section import KINDS, Section
 THREADS = tuple(f"T{level}" for level in range(6))  # a call inside a call inside ...
 OTHER = "other"  # a leaf to a page that is neither backing
 OF_A_PAGE = frozenset(
-    {"attr", "reserved", "npt", "tlb", "rmp", "directmap", "directmap_2m", "gmem", "slot", "invalidate_range",
-     "failures_left"}
+    {"attr", "reserved", "npt", "tlb", "rmp", "directmap", "directmap_2m", "gmem", "slot", "uptodate",
+     "invalidate_range", "failures_left"}
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from ..model.step import Instr
 from .columns import Column
 from .events import KernelBug, PlatformError, RmpFault, VmError
 from .locks import Deadlock
+from .tdx_zap import Zap as PrivateZap
 
 if TYPE_CHECKING:
     from .vm import Vm
@@ -79,6 +80,7 @@ class Call:
         self.columns: list[Column] = []
         self.parts: list[Column] = []  # of the column that a loop is at
         self.slot_state = "none"
+        self.first_pc = self.ranges.program[self.ranges.pages.entries[entry]].next
 
     # What a subclass says.
 
@@ -124,9 +126,15 @@ class Call:
             kernel.depth -= 1
 
     def _run(self) -> str:
-        ranges = self.ranges
+        ranges, begun = self.ranges, False
+        self.goto(self.first_pc)
         while True:
             pc = ranges.at(self.kernel.x, self.a)
+            if pc == self.first_pc:
+                if begun:  # tdx: a private fault that is sent back begins again inside KVM
+                    self.store()
+                    return "again"
+                begun = True
             if (end := ranges.pages.ends.get(pc)) is not None:
                 self.store()
                 if end == "returned":
@@ -135,7 +143,8 @@ class Call:
             instr, step = ranges.program[pc], ranges.steps[pc]
             self.reach(instr.row)
             if (jump := self.outside(instr, step)) is not None:
-                self.goto(instr.jumps[jump] if jump else instr.next)
+                at = ranges.program[ranges.at(self.kernel.x, self.a)]
+                self.goto(at.jumps[jump] if jump else at.next)
                 continue
             if step in ranges.stops:
                 self.before(instr, step)
@@ -150,6 +159,28 @@ class Call:
     def single(self) -> bool:
         """Whether somebody looks on, so that rows are run one by one."""
         return self.vm.on_row is not None or self.vm.on_point is not None
+
+    def might_sleep(self, what: str) -> None:
+        """A sleeping call outside the model: a violation with preemption off, if the kernel counts preemption."""
+        if self.vm.switches.preempt_count and "mmu_lock" in self.held():
+            self.vm.log.violate("sleep-in-atomic", f"BUG: scheduling while atomic: {what} under mmu_lock")
+
+    def assert_mmu_lock(self, what: str) -> None:
+        """lockdep_assert_held(&kvm->mmu_lock), for what is outside the model."""
+        if "mmu_lock" not in self.held():
+            self.vm.log.violate("lock-misuse", f"{what} without mmu_lock for write")
+
+    def held(self) -> list[str]:
+        """The locks that this thread holds."""
+        return self.ranges.held(self.kernel.x).get(self.a, [])
+
+    def zaps(self, ranges: Iterable[tuple[int, int]]) -> str:
+        """tdx: zap private leaves, by the rows of the section zap; where it goes on."""
+        assert self.vm.tdx
+        found = [PrivateZap(self.vm, self.vm.tdx, self).range(lo, hi) for lo, hi in ranges]
+        if any(found) and (flush := self.ranges.cell("flush")).bits:
+            self.kernel.x = self.ranges.set(self.kernel.x, flush, True)
+        return "skip"
 
     def goto(self, pc: int) -> None:
         """Go on at another place."""

@@ -181,7 +181,7 @@ class Family:
     """One cell of a page: `gather` gives small numbers, which `domain` explains; `scatter` writes one value."""
 
     def __init__(
-        self, name: str, key: Any, domain: Callable[[int], Any], gather: Callable[[Column], Codes],
+        self, name: str, key: Any, domain: Callable[[Cell, int], Any], gather: Callable[[Column], Codes],
         scatter: Callable[[Column, Where, Any], None] | None = None,
     ) -> None:  # fmt: skip
         self.name, self.key, self.domain, self.gather, self.scatter = name, key, domain, gather, scatter
@@ -195,7 +195,7 @@ class Family:
 
     def bits(self, cell: Cell, code: int) -> int:
         """The bits that a gathered number stands for."""
-        return cell.code(self.domain(code))
+        return cell.code(self.domain(cell, code))
 
 
 def _private(c: Column) -> Codes:
@@ -348,17 +348,26 @@ def _drop(c: Column, where: Where, value: str | None) -> None:
             c.vm.mmu.drop_pages(c.lo + lo, c.lo + hi)
 
 
+def one_of(*values: Any) -> Callable[[Cell, int], Any]:
+    """What gathered numbers mean, in order."""
+    return lambda _, code: values[code]
+
+
 FAMILIES = (
-    Family("attr", 0, ("shared", "private").__getitem__, _private, _set_private),
-    Family("reserved", 0, bool, _reserved, _set_reserved),
-    Family("npt", 0, (None, "S0", "P0", OTHER).__getitem__, _npt, _set_npt),
-    Family("tlb", ("T0", 0), lambda _: "P0", lambda c: 0, _drop),
-    Family("rmp", "P0", decode, _rmp, _set_rmp),
-    Family("directmap", "P0", ("present", "absent").__getitem__, _absent, _set_absent),
-    Family("directmap_2m", None, (True, False).__getitem__, _split),
-    Family("gmem", 0, ("free", "cached", "dying").__getitem__, _gmem, _set_gmem),
-    Family("invalidate_range", None, (None, (0, 1)).__getitem__, _window),
-    Family("failures_left", None, int, _failing),
-    Family("slot", None, ("none", "valid", "invalid").__getitem__,
+    Family("attr", 0, one_of("shared", "private"), _private, _set_private),
+    Family("reserved", 0, one_of(False, True), _reserved, _set_reserved),
+    Family("npt", 0, one_of(None, "S0", "P0", OTHER), _npt, _set_npt),
+    Family("tlb", ("T0", 0), lambda cell, _: cell.domain[1], lambda c: 0, _drop),
+    Family("rmp", "P0", lambda _, code: decode(code), _rmp, _set_rmp),
+    Family("directmap", "P0", one_of("present", "absent"), _absent, _set_absent),
+    Family("directmap_2m", None, one_of(True, False), _split),
+    Family("gmem", 0, one_of("free", "cached", "dying"), _gmem, _set_gmem),
+    Family("uptodate", 0, lambda cell, _: True, lambda c: 0),  # whoever allocates a page here clears it
+    Family("invalidate_range", None, one_of(None, (0, 1)), _window),
+    Family("failures_left", None, one_of(0, 1), _failing),
+    Family(
+        "slot",
+        None,
+        one_of("none", "valid", "invalid"),
            lambda c: 0 if c.slot is None or c.gone() else 1 + c.slot.invalid),
 )  # fmt: skip

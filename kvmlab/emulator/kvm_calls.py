@@ -26,6 +26,7 @@ from .events import MEMORY_EXIT_FLAG_PRIVATE, InternalError, MemoryFaultExit, Mm
 from .lpage import hull, update_mixed
 from .memory import PAGE, prefix
 from .slots import MemSlot
+from .tdx_aug import Aug
 
 if TYPE_CHECKING:
     from .gmem import GuestMemfd
@@ -134,7 +135,9 @@ class SetAttributes(Call):
                     update_mixed(slot, lo, end, self.private, vm.attributes, instr.row.target == "reserved")
 
     def outside(self, instr: Instr, step: Step) -> str | None:
-        """In-place the pages of a guest_memfd whose attributes these are need not be looked up."""
+        """Private leaves of a TD; in-place nobody looks up the pages of a guest_memfd whose attributes these are."""
+        if step is tdx.kvm_unmap_gfn_range:
+            return self.zaps((c.lo, c.lo + c.n) for c in self.select(instr, step) if c.lo is not None)
         return "" if step is gmem.hold_page and self.vm.gmem_attributes else None
 
     def _reserve(self) -> None:
@@ -207,7 +210,7 @@ class Fault(Call):
         word = "private" if private else "shared"
         super().__init__(vm, f"vCPU {vcpu}", f"fault {word}", f"fault {word}")
         self.gfn, self.n, self.private, self.write, self.word = gfn, n, private, write, word
-        self.answer, self.event, self.taken, self.root = DONE, -1, 1, vm.mmu.root
+        self.answer, self.event, self.taken, self.root, self.pfn = DONE, -1, 1, vm.mmu.root, -1
         self.slot = vm.slots.find(gfn)
 
     def handle(self, kind: str, code: int, rmp_bit: str | None) -> tuple[str, int]:
@@ -298,6 +301,21 @@ class Fault(Call):
             self.rows, self.next_row = handler, 0
         super().reach(row)
 
+    def outside(self, instr: Instr, step: Step) -> str | None:
+        """A private leaf of a TD: by the rows of the section aug."""
+        vm = self.vm
+        if step is not tdx.freeze_spte or not vm.tdx:
+            return None
+        self.pfn = self.columns[0].pfn or 0
+        if not Aug(self, vm.tdx).run():
+            self.answer = RETRY
+            return "retry"
+        pc = self.ranges.at(self.kernel.x, self.a)
+        while self.ranges.program[pc].section == "aug":
+            pc += 1
+        self.goto(pc - 1)
+        return ""
+
     def covers(self, instr: Instr) -> list[tuple[int, int]]:
         """The pages of the fault."""
         return [(self.gfn, self.gfn + self.n)]
@@ -341,6 +359,10 @@ class Punch(Call):
     def outside(self, instr: Instr, step: Step) -> str | None:
         """Without a memslot there is no kvm whose mmu_lock it could be, and nothing is invalidated."""
         row = instr.row
+        if step is tdx.kvm_unmap_gfn_range:
+            if self.vm.in_place and any([self.vm.mmu.zap(lo, hi) for _, lo, hi in self.bound]):
+                self.vm.mmu.flush()
+            return self.zaps((lo, hi) for _, lo, hi in self.bound)
         return "" if row and not self.bound and (row.lock == "mmu_lock" or row.call in OF_MAPPINGS) else None
 
     def happens(
@@ -385,4 +407,9 @@ class Zap(Call):
 
     def __init__(self, vm: Vm, name: str, entry: str, slot: MemSlot, lo: int, hi: int) -> None:
         super().__init__(vm, name, entry, entry)
+        self.lo, self.hi = lo, hi
         self.columns = [Column.of_slot(vm, self.ranges, slot, lo, hi)]
+
+    def outside(self, instr: Instr, step: Step) -> str | None:
+        """Private leaves of a TD."""
+        return self.zaps([(self.lo, self.hi)]) if step is tdx.kvm_unmap_gfn_range else None
