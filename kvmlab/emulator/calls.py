@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from ..compile.pages import THREADS, page_model
@@ -34,11 +34,6 @@ BY_PFN = frozenset({"rmpupdate", "directmap-unmap", "directmap-map", "directmap-
 def ranges(design: Design, platform: str, backing: str, switches: Switches, stops: frozenset[Step]) -> Ranges:
     """The range engine of a design; machines alike share what it knows."""
     return Ranges(page_model(design, platform, backing, switches), stops)
-
-
-def same_row(row: Row, other: Row) -> bool:
-    """Whether two rows are one row of a text."""
-    return row is other or (row == other and (row.line, row.origin) == (other.line, other.origin))
 
 
 class Held:
@@ -76,11 +71,20 @@ class Call:
     def __init__(self, vm: Vm, name: str, entry: str, section: str) -> None:
         self.vm, self.kernel, self.name, self.entry = vm, vm.kernel, name, entry
         self.ranges, self.a = vm.kernel.ranges, vm.kernel.depth
-        self.rows, self.next_row = self.ranges.pages.rows[section], 0
+        self.text(section)
         self.columns: list[Column] = []
         self.parts: list[Column] = []  # of the column that a loop is at
         self.slot_state = "none"
+        self.in_progress, self.failing = self.ranges.cell("in_progress"), self.ranges.cell("failures_left")
         self.first_pc = self.ranges.program[self.ranges.pages.entries[entry]].next
+
+    def text(self, section: str) -> None:
+        """The rows that are reached from here on."""
+        self.rows, self.reached, self.next_row = (
+            self.ranges.pages.rows[section],
+            self.ranges.reached(section),
+            0,
+        )
 
     # What a subclass says.
 
@@ -138,10 +142,10 @@ class Call:
             if (end := ranges.pages.ends.get(pc)) is not None:
                 self.store()
                 if end == "returned":
-                    self.reach(self.rows[-1] if self.rows else None)
+                    self.reach_rows(len(self.rows))
                 return end
             instr, step = ranges.program[pc], ranges.steps[pc]
-            self.reach(instr.row)
+            self.reach(pc)
             if (jump := self.outside(instr, step)) is not None:
                 at = ranges.program[ranges.at(self.kernel.x, self.a)]
                 self.goto(at.jumps[jump] if jump else at.next)
@@ -191,18 +195,21 @@ class Call:
         for column in (*self.columns, *self.parts):
             column.store()
 
-    def reach(self, row: Row | None) -> None:
-        """Rows up to this one are reached: `vm.on_row` is told of each."""
-        until = next((n + 1 for n, other in enumerate(self.rows) if row and same_row(row, other)), 0)
-        for n in range(self.next_row, until):
-            self.next_row = n + 1
-            self.skipped(self.rows[n])
-            self.hook(lambda n=n: self.vm.reached(self.rows[n]), self.vm.on_row)  # type: ignore[misc]
+    def reach(self, pc: int) -> None:
+        """Rows up to that of this place are reached: `vm.on_row` is told of each."""
+        self.reach_rows(self.reached[pc])
 
-    def hook(self, call: Callable[[], None], hook: object) -> None:
+    def reach_rows(self, until: int) -> None:
+        """The same for the first rows of the text."""
+        while self.next_row < until:
+            row = self.rows[self.next_row]
+            self.next_row += 1
+            self.skipped(row)
+            if self.vm.on_row is not None:
+                self.hook(partial(self.vm.reached, row))
+
+    def hook(self, call: Callable[[], None]) -> None:
         """Let a script look on, or act as somebody else."""
-        if hook is None:
-            return
         self.store()
         call()
         for column in (*self.columns, *self.parts):
@@ -210,9 +217,8 @@ class Call:
 
     def global_state(self, page: int) -> int:
         """The state with a page's cells, and the numbers of the window as the model has them."""
-        ranges = self.ranges
-        x = ranges.set(self.kernel.x, ranges.cell("in_progress"), min(self.vm.mmu.in_progress, 3))
-        return x | page
+        cell = self.in_progress
+        return self.kernel.x & ~cell.mask | min(self.vm.mmu.in_progress, 3) << cell.shift | page
 
     def _go(self, page: int) -> Pass:
         done = self.ranges.go(self.global_state(page), self.a, self.single)
@@ -276,8 +282,7 @@ class Call:
                 for note in done.notes:
                     if note.kind != "zap" or self._maps(value):
                         found.setdefault(note, []).append((group, n))
-                failing = self.ranges.cell("failures_left")
-                spent = spent or bool(failing.get(value) and not failing.get(after))
+                spent = spent or bool((value ^ after) & self.failing.mask)
                 if done.violations or done.blocked:
                     self._log(column, found)
                     self.judge(done, column, first)
@@ -286,7 +291,7 @@ class Call:
                 at = self.ranges.at(self.kernel.x, self.a)
                 if self.ranges.program[at].loop != loop:
                     break
-                self.reach(self.ranges.program[at].row)
+                self.reach(at)
                 if not column.loaded:
                     value = column.load()[group]
             if spent and self.injected(column, group):

@@ -8,6 +8,7 @@ has become of them into the arrays.  One table says for each cell how it is gath
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +48,7 @@ class Column:
         self.old: list[int] = []
         self.which: NDArray[np.uint16] | None = None
         self.loaded = False
+        self.families = families(ranges)
 
     @classmethod
     def of_slot(cls, vm: Vm, ranges: Ranges, slot: MemSlot, lo: int, hi: int) -> Column:
@@ -99,18 +101,16 @@ class Column:
         if self.loaded:
             return self.values
         self.loaded, self.which = True, None
-        base = self.ranges.page
-        mixed: list[tuple[Family, NDArray[Any]]] = []
-        for family in FAMILIES:
-            if not (cell := family.cell(self.ranges)):
-                continue
-            found = family.gather(self)
+        base = 0
+        mixed: list[tuple[Placed, NDArray[Any]]] = []
+        for placed in self.families:
+            found = placed.family.gather(self)
             if not isinstance(found, int):
-                found = int(found[0]) if (found == found[0]).all() else found
+                found = int(found[0]) if self.n == 1 or (found == found[0]).all() else found
             if isinstance(found, int):
-                base = base & ~cell.mask | family.bits(cell, found)
+                base |= placed.bits(found)
             else:
-                mixed.append((family, found))
+                mixed.append((placed, found))
         if not mixed:
             self.values = [base]
         else:
@@ -118,7 +118,7 @@ class Column:
         self.old = list(self.values)
         return self.values
 
-    def _group(self, base: int, mixed: list[tuple[Family, NDArray[Any]]]) -> None:
+    def _group(self, base: int, mixed: list[tuple[Placed, NDArray[Any]]]) -> None:
         keys = mixed[0][1].astype(np.uint32)
         for _, codes in mixed[1:]:
             keys = keys * np.uint32(int(codes.max()) + 1) + codes
@@ -137,10 +137,8 @@ class Column:
         self.values = []
         for at, _ in firsts:
             value = base
-            for family, codes in mixed:
-                cell = family.cell(self.ranges)
-                assert cell is not None
-                value = value & ~cell.mask | family.bits(cell, int(codes[at]))
+            for placed, codes in mixed:
+                value |= placed.bits(int(codes[at]))
             self.values.append(value)
 
     def first(self, group: int) -> int:
@@ -159,8 +157,12 @@ class Column:
         """Write back what has changed."""
         if not self.loaded or self.values == self.old:
             return
-        for family in FAMILIES:
-            if family.scatter is None or not (cell := family.cell(self.ranges)):
+        changed = 0
+        for was, value in zip(self.old, self.values, strict=True):
+            changed |= was ^ value
+        for placed in self.families:
+            family, cell = placed.family, placed.cell
+            if family.scatter is None or not changed & cell.mask:
                 continue
             new: dict[Any, list[int]] = {}
             for group, (was, value) in enumerate(zip(self.old, self.values, strict=True)):
@@ -186,16 +188,32 @@ class Family:
     ) -> None:  # fmt: skip
         self.name, self.key, self.domain, self.gather, self.scatter = name, key, domain, gather, scatter
 
-    def cell(self, ranges: Ranges) -> Cell | None:
-        """The cell of that machine, None if it has none or only one value."""
-        found = ranges.fields.get(self.name)
-        if isinstance(found, dict):
-            found = found.get(self.key)
-        return found if isinstance(found, Cell) and found.bits else None
 
-    def bits(self, cell: Cell, code: int) -> int:
+class Placed:
+    """A family's cell in one machine, and the bits that its gathered numbers stand for."""
+
+    def __init__(self, family: Family, cell: Cell) -> None:
+        self.family, self.cell, self._bits = family, cell, dict[int, int]()
+
+    def bits(self, code: int) -> int:
         """The bits that a gathered number stands for."""
-        return cell.code(self.domain(cell, code))
+        found = self._bits.get(code)
+        if found is None:
+            found = self._bits[code] = self.cell.code(self.family.domain(self.cell, code))
+        return found
+
+
+@lru_cache(None)
+def families(ranges: Ranges) -> tuple[Placed, ...]:
+    """The families that a machine has, but for those with one value."""
+    found = []
+    for family in FAMILIES:
+        cell = ranges.fields.get(family.name)
+        if isinstance(cell, dict):
+            cell = cell.get(family.key)
+        if isinstance(cell, Cell) and cell.bits:
+            found.append(Placed(family, cell))
+    return tuple(found)
 
 
 def _private(c: Column) -> Codes:

@@ -20,7 +20,7 @@ from ..kernel import directmap
 from ..kvm import attributes, gmem, lpage, mmu, sev, tdx
 from ..kvm.memslots import visits
 from ..model.step import Instr
-from .calls import Call, Step, same_row
+from .calls import Call, Step
 from .columns import Column
 from .events import MEMORY_EXIT_FLAG_PRIVATE, InternalError, MemoryFaultExit, MmioExit, PlatformError, VmErrno
 from .lpage import hull, update_mixed
@@ -80,10 +80,15 @@ class SetAttributes(Call):
             return self.end, 0
         return self.stored, self.end - self.stored
 
-    def reach(self, row: Row | None) -> None:
+    def reach(self, pc: int) -> None:
         """In-place, to private: before anything is done, nobody else may hold a page."""
-        super().reach(row)
-        if row and (row.lock == "mmu_lock" or not (row.lock or row.call in BEFORE_ANYTHING)):
+        super().reach(pc)
+        row = self.ranges.program[pc].row
+        if (
+            not self.asked
+            and row
+            and (row.lock == "mmu_lock" or not (row.lock or row.call in BEFORE_ANYTHING))
+        ):
             self._nobody_holds()
 
     def _nobody_holds(self) -> None:
@@ -123,10 +128,11 @@ class SetAttributes(Call):
             self._may_store()
         elif step is gmem.hold_page and not vm.gmem_attributes:
             for column in self.select(instr, step):
-                assert column.slot and column.lo is not None
-                column.store()
-                vm.touch_backing(column.slot, column.lo, column.n, True)
-                column.loaded = False
+                assert column.slot and column.lo is not None and column.file
+                if not column.file.present[column.at : column.at + column.n].all():
+                    column.store()
+                    vm.touch_backing(column.slot, column.lo, column.n, True)
+                    column.loaded = False
         elif step is lpage.kvm_update_lpage_mixed_flag:
             self.store()
             for slot, lo, hi in self.pieces:
@@ -142,10 +148,10 @@ class SetAttributes(Call):
 
     def _reserve(self) -> None:
         """ENOMEM at the entry that was made to fail, or beyond what the host has memory for."""
-        self.store()
-        self.vm.attributes.reserve(self.start, self.end, self.vm.take_failure("xa_reserve"))
-        for column in self.columns:
-            column.loaded = False
+        at = self.vm.take_failure("xa_reserve")
+        if at is not None:
+            self.store()
+        self.vm.attributes.reserve(self.start, self.end, at)
         self.reserved = True
 
     def _may_store(self) -> None:
@@ -211,7 +217,7 @@ class Fault(Call):
         super().__init__(vm, f"vCPU {vcpu}", f"fault {word}", f"fault {word}")
         self.gfn, self.n, self.private, self.write, self.word = gfn, n, private, write, word
         self.answer, self.event, self.taken, self.root, self.pfn = DONE, -1, 1, vm.mmu.root, -1
-        self.slot = vm.slots.find(gfn)
+        self.slot, self.handles = vm.slots.find(gfn), False
 
     def handle(self, kind: str, code: int, rmp_bit: str | None) -> tuple[str, int]:
         """DONE, RETRY or LEAVE, and how many pages that was; what goes to userspace is raised."""
@@ -289,17 +295,18 @@ class Fault(Call):
             vm.touch_backing(self.slot, self.gfn, self.n, self.private)
             self.columns[0].loaded = False
         elif point := POINTS.get(step):
-            self.hook(lambda: vm.at_point(point), vm.on_point)
+            if vm.on_point is not None:
+                self.hook(lambda: vm.at_point(point))
         elif step is mmu.is_page_fault_stale and self.root != vm.mmu.root:
             snapshot = self.ranges.cell("snapshot", THREADS[self.a])
             self.kernel.x = self.ranges.set(self.kernel.x, snapshot, "moved")
 
-    def reach(self, row: Row | None) -> None:
+    def reach(self, pc: int) -> None:
         """The rows of the handler come after those of the fault."""
-        handler = self.ranges.pages.rows[f"rmp_fault {self.word}"]
-        if row is not None and self.rows is not handler and any(same_row(row, other) for other in handler):
-            self.rows, self.next_row = handler, 0
-        super().reach(row)
+        if not self.handles and self.ranges.program[pc].section == "rmp_fault":
+            self.handles = True
+            self.text(f"rmp_fault {self.word}")
+        super().reach(pc)
 
     def outside(self, instr: Instr, step: Step) -> str | None:
         """A private leaf of a TD: by the rows of the section aug."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Hashable
 from typing import Any, NamedTuple
 
 from ..compile.pages import OF_A_PAGE, THREADS, PageModel
+from ..design import Row
 from ..guest.access import Access
 from ..kvm.attributes import kvm_range_has_memory_attributes
 from ..model.state import Cell
@@ -50,6 +51,11 @@ def unwrapped(step: Callable[..., Any]) -> Callable[..., Any]:
     return step
 
 
+def same_row(row: Row, other: Row) -> bool:
+    """Whether two rows are one row of a text."""
+    return row is other or (row == other and (row.line, row.origin) == (other.line, other.origin))
+
+
 def _parts(key: Hashable) -> tuple[Hashable, ...]:
     return key if isinstance(key, tuple) else ()
 
@@ -60,6 +66,7 @@ class Ranges:
     def __init__(self, pages: PageModel, stops: Collection[Callable[..., Any]] = ()) -> None:
         self.pages, self.model, self.stops = pages, pages.model, frozenset(stops)
         layout = self.model.layout
+        self._cells: dict[tuple[str, Any], Cell] = {}
         self.fields = layout.fields
         self.program = self.model.actors[0].program
         self.steps = [unwrapped(instr.step) for instr in self.program]
@@ -73,11 +80,27 @@ class Ranges:
             & ~others
             for thread in THREADS
         ]
+        self._reached: dict[str, list[int]] = {}
         self._known: dict[tuple[int, int, bool], Pass] = {}
 
     def cell(self, name: str, key: Any = None) -> Cell:
         """One cell of the layout."""
-        return self.model.layout.cell(name, key)
+        found = self._cells.get((name, key))
+        if found is None:
+            found = self._cells[name, key] = self.model.layout.cell(name, key)
+        return found
+
+    def reached(self, section: str) -> list[int]:
+        """For each place of the program how many rows of a section are reached with it; 0: it is of none of them."""
+        if section not in self._reached:
+            rows = self.pages.rows[section]
+
+            def until(row: Row | None) -> int:
+                same = (n + 1 for n, other in enumerate(rows) if row and same_row(row, other))
+                return next(same, 0)
+
+            self._reached[section] = [until(instr.row) for instr in self.program]
+        return self._reached[section]
 
     def set(self, x: int, cell: Cell, value: Any) -> int:
         """The packed state with another value in one cell."""
