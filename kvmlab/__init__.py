@@ -10,9 +10,9 @@ Rooms, low to high; nothing imports upward, and nothing in a circle (tests/test_
     guest/                  vCPUs and what their accesses meet; VMM threads, the host's threads
     design/  designs/       the language of orderings, and the orderings
     machine/                the cells of a machine and their table; what never changes, what must never happen
-    emulator/               one VM at real size, by the same rules and the same text
     compile/                designs and scenarios into models
-    explore/                every interleaving: two engines, liveness, shortest runs
+    explore/                every interleaving: two engines, liveness, shortest runs; pages in the same situation
+    emulator/               one VM at real size, by the same rules and the same text
     verdict/                runs, race diagrams and codes; reports, the matrix, the claims; sessions
     show/                   HTML, pictures, widget; the board of a secure EPT entry
     __init__                the public names, each imported when it is first used

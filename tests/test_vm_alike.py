@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvmlab.design import shipped
-from kvmlab.emulator import Vm, VmError, VmSwitches, alike, linux, psc
+from kvmlab.emulator import PlatformError, Vm, VmError, VmSwitches, alike, linux, psc
 from kvmlab.hw.snp import RmpEntry
 
 P, M2 = 4096, 1 << 21
@@ -107,13 +107,13 @@ def test_while_somebody_looks_on_every_request_is_run_by_itself():
     assert len(seen) == 1024 // linux.BATCH
 
 
-def test_requests_that_each_end_in_a_warning_are_run_one_by_one():
+def test_a_status_that_nobody_injected_is_a_platform_error_as_in_the_explorer():
     vm = Vm("snp", 1024, "v8-post-hook")
     vm.gmem.allocate(0, 1024 * P)
     for gfn in range(1024):
         vm.rmp.put(vm.pfn(gfn * P, True), RmpEntry(True, 1, gfn, immutable=True))
-    vm.guest().page_state_change(0, 1024 * P, True, page_size=P, batch=64)
-    assert vm.counters["warn"] == vm.counters["psc-buffer"] == 16
+    with pytest.raises(PlatformError, match="FAIL_PERMISSION"):
+        vm.guest().page_state_change(0, 1024 * P, True, page_size=P, batch=64)
 
 
 @pytest.mark.parametrize("odd", ["attribute", "leaf", "entry", "failure", "tlb"])

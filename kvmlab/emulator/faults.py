@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from ..design import Row
 from ..design.calls import DIRECTMAP
 from ..hw.snp import PG_2M, PG_4K, Npf
+from . import kvm_calls
 from .events import MEMORY_EXIT_FLAG_PRIVATE, InternalError, MemoryFaultExit, MmioExit, VmErrno
 from .locks import Thread
 from .memory import PAGE, prefix
@@ -149,9 +150,12 @@ def run_fault(
 
     Raises MemoryFaultExit or MmioExit for what goes to userspace, VmErrno if KVM_RUN fails.
     """
-    fault, answer = Fault(vm, vm.new_thread(f"vCPU {vcpu}"), gfn, n, private, write), DONE
     rmp = vm.has_rmp and bool(code & Npf.RMP)
     kind = kind or ("npf-rmp" if rmp else "npf")
+    if vm.by_ranges:
+        bit = "SIZEM" if code & Npf.SIZEM else "RMP" if rmp else None
+        return kvm_calls.Fault(vm, vcpu, gfn, n, private, write).handle(kind, int(code), bit)
+    fault, answer = Fault(vm, vm.new_thread(f"vCPU {vcpu}"), gfn, n, private, write), DONE
     event = vm.log.add(kind, "private" if private else "shared", gfn, 1, int(code))
     rows = vm.rows("fault", private)
     if not any(row.call == "kvm_vcpu_gfn_to_memslot" for row in rows):

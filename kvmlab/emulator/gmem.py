@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from . import kvm_calls
 from .arguments import BYTES, DATA, FLAG, NUMBER, takes, whole
 from .events import SigBus, VmErrno
 from .locks import Deadlock
@@ -84,7 +85,7 @@ class GuestMemfd:
             raise VmErrno(errno.EINVAL, f"fallocate({offset}, {size})")
         start, end = offset // PAGE, (offset + size) // PAGE
         if mode & PUNCH_HOLE:
-            Punch(self, start, min(end, self.pages)).run()
+            self._punch(start, min(end, self.pages))
         elif end > self.pages:
             raise VmErrno(errno.EINVAL, "fallocate beyond the end of the guest_memfd")
         else:
@@ -98,10 +99,16 @@ class GuestMemfd:
     def close(self) -> None:
         """close(), the last one (kvm_gmem_release()): all is freed as by a punch; memslots lose their file."""
         if not self.closed:
-            Punch(self, 0, self.pages).run()
+            self._punch(0, self.pages)
         for _, _, slot in self.bindings:
             slot.gmem = None
         self.bindings, self.closed = [], True
+
+    def _punch(self, start: int, end: int) -> None:
+        if not self.vm.by_ranges:
+            Punch(self, start, end).run()
+        elif start < end:
+            kvm_calls.Punch(self, start, end).run("shared")
 
     def take_out(self, start: int, end: int) -> list[tuple[int, int]]:
         """Truncate: which ranges leave the file; a 2M folio that goes only in part is split for good."""

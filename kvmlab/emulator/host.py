@@ -9,6 +9,7 @@ import numpy as np
 from ..errors import InputError
 from ..hw import snp
 from ..hw.snp import PG_2M, PG_4K
+from . import kvm_calls
 from .arguments import ADDRESS, BYTE, BYTES, DATA, FLAG, PAGE_ADDRESS, PAGES, PFN, takes, whole
 from .caches import CachedMemory
 from .events import KernelBug, RmpFault, SigBus, VmError
@@ -74,9 +75,7 @@ class Host:
         """
         if slot.user.present[gfn - slot.base]:
             return
-        thread = self.vm.new_thread("the VMM's page fault")
-        thread.take("invalidate_lock", shared=True)
-        thread.unwind()
+        self.vm.kernel.wait_for("the VMM's page fault", "invalidate_lock")
         if self.vm.attributes.is_private(gfn):
             raise SigBus(f"SIGBUS: gpa {gfn * PAGE:#x} is private")
         slot.user.present[gfn - slot.base] = 1
@@ -90,13 +89,16 @@ class Host:
         if sum(hi - lo for _, lo, hi in pieces) * PAGE < size:
             raise VmError(f"not all of gpa {gpa:#x}, size {size:#x} is in memslots: the VMM has nothing mapped there")
         for slot, lo, hi in pieces:
-            thread = vm.new_thread("MMU notifier")
-            thread.take("mmu_lock")
-            vm.mmu.begin((lo, hi))
-            if vm.zap(thread, lo, hi, shared=True, private=False):
-                vm.mmu.flush()
-            vm.mmu.end()
-            thread.drop("mmu_lock")
+            if vm.by_ranges:
+                kvm_calls.Zap(vm, "MMU notifier", "notifier", slot, lo, hi).run()
+            else:
+                thread = vm.new_thread("MMU notifier")
+                thread.take("mmu_lock")
+                vm.mmu.begin((lo, hi))
+                if vm.zap(thread, lo, hi, shared=True, private=False):
+                    vm.mmu.flush()
+                vm.mmu.end()
+                thread.drop("mmu_lock")
             for a, b in runs(slot.user.present, lo - slot.base, hi - slot.base):
                 slot.user.present[a:b] = 0
                 vm.memory.zero(slot.user.base + a, b - a)

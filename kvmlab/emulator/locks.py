@@ -32,22 +32,22 @@ class Thread:
         """Take a lock; Deadlock if somebody else holds it and is waiting for this thread to finish."""
         if lock != "mmu_lock":
             self.might_sleep(f"taking {lock}")
-        for other in self.vm.threads:
+        for other in self.vm.lock_threads:
             if lock in other.held and not (shared and f"{lock} shared" in other.held):
                 if other is self:
                     self.vm.log.violate("lock-misuse", f"{self.name} takes {lock} twice")
                 raise Deadlock(f"{self.name} waits for {lock}, held by {other.name}")
         self.held += [lock, f"{lock} shared"] if shared else [lock]
-        if self not in self.vm.threads:
-            self.vm.threads.append(self)
+        if self not in self.vm.lock_threads:
+            self.vm.lock_threads.append(self)
 
     def drop(self, lock: str) -> None:
         """Release a lock."""
         if lock not in self.held:
             self.vm.log.violate("lock-misuse", f"{self.name} unlocks {lock}, which it does not hold")
         self.held = [name for name in self.held if name not in (lock, f"{lock} shared")]
-        if not self.held and self in self.vm.threads:
-            self.vm.threads.remove(self)
+        if not self.held and self in self.vm.lock_threads:
+            self.vm.lock_threads.remove(self)
 
     def might_sleep(self, what: str) -> None:
         """A sleeping call with preemption off is a violation, if the kernel counts preemption."""
@@ -62,8 +62,8 @@ class Thread:
     def unwind(self) -> None:
         """Drop everything (an early way out of the fault path)."""
         self.held.clear()
-        if self in self.vm.threads:
-            self.vm.threads.remove(self)
+        if self in self.vm.lock_threads:
+            self.vm.lock_threads.remove(self)
 
     def leave(self, where: str) -> None:
         """Back to user space or the guest: nothing may be held; what is stays held."""

@@ -6,6 +6,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from . import kvm_calls
 from .events import VmErrno
 from .gmem import GuestMemfd
 from .lpage import init_mixed
@@ -104,6 +105,9 @@ def delete(vm: Vm, as_id: int, number: int) -> None:
 
 def _zap(vm: Vm, slot: MemSlot) -> None:
     """Both kinds go with the memslot."""
+    if vm.by_ranges:
+        kvm_calls.Zap(vm, "memslot deletion", "delete", slot, slot.base, slot.end).run()
+        return
     thread = vm.new_thread("memslot deletion")
     thread.take("mmu_lock")
     if vm.zap(thread, slot.base, slot.end, shared=True, private=True):

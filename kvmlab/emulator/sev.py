@@ -19,6 +19,7 @@ from .events import KernelBug, PlatformError
 from .memory import U8, U32, grown, runs, without
 
 if TYPE_CHECKING:
+    from .calls import Call
     from .locks import Thread
     from .vm import Vm
 
@@ -73,19 +74,19 @@ class Sev:
     def __init__(self, vm: Vm) -> None:
         self.vm, self.rmp, self.directmap, self.log = vm, vm.rmp, vm.directmap, vm.log
 
-    def adjust_direct_map(self, thread: Thread, pfn: int, n: int) -> None:
+    def adjust_direct_map(self, thread: Thread | Call, pfn: int, n: int) -> None:
         """Split the directmap under these pages to 4K, as v6.11 does; may sleep."""
         thread.might_sleep("set_memory_4k() takes a mutex")
         self._split(pfn, n)
 
-    def unmap_directmap(self, thread: Thread, pfn: int, n: int) -> None:
+    def unmap_directmap(self, thread: Thread | Call, pfn: int, n: int) -> None:
         """set_direct_map_invalid_noflush() page by page, as in the series; may sleep."""
         thread.might_sleep("directmap update takes a mutex")
         self._split(pfn, n)
         self.directmap.absent[pfn : pfn + n] = 1
         self.log.add("directmap-unmap", page=pfn, times=n)
 
-    def map_directmap(self, thread: Thread, pfn: int, n: int) -> None:
+    def map_directmap(self, thread: Thread | Call, pfn: int, n: int) -> None:
         """set_direct_map_default_noflush() page by page; never merges; may sleep.
 
         Nor does it split: what is present in a large entry keeps its attributes (__should_split_large_page()).

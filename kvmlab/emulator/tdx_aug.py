@@ -6,7 +6,7 @@ situation, so that only the first page of a run is ever refused.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -20,7 +20,16 @@ from .tdx_module import FREE, TABLE_LEVELS, Done
 from .tdx_zap import is_busy
 
 if TYPE_CHECKING:
-    from .faults import Fault
+    from .vm import Vm
+
+
+class Faults(Protocol):
+    """What is to be mapped: `n` gfns from `gfn` on, to PFNs from `pfn` on."""
+
+    vm: Vm
+    gfn: int
+    n: int
+    pfn: int
 
 ABSENT, PRESENT, FROZEN_TABLE = 0, 1, 2
 CALLS = {"tdh_mem_sept_add": Leaf.SEPT_ADD, "tdh_mem_page_aug": Leaf.PAGE_AUG}
@@ -29,7 +38,7 @@ CALLS = {"tdh_mem_sept_add": Leaf.SEPT_ADD, "tdh_mem_page_aug": Leaf.PAGE_AUG}
 class Aug:
     """One run of the section for a fault; `run` cuts the fault to the pages that it dealt with."""
 
-    def __init__(self, fault: Fault, td: TdxKvm) -> None:
+    def __init__(self, fault: Faults, td: TdxKvm) -> None:
         self.fault, self.vm, self.td = fault, fault.vm, td
         self.rows = self.vm.rows("aug", True)
         self.skipping = False

@@ -17,12 +17,14 @@ from ..hw import tdx
 from ..hw.tdx import Leaf, Status
 from ..hw.tdx import tlb as tdx_tlb
 from ..kvm import versions
-from .locks import Deadlock, Thread
+from .locks import Deadlock
 from .memory import U32, prefix, runs
 from .tdx_kvm import FROZEN, TdxKvm
 from .tdx_module import U64, spans
 
 if TYPE_CHECKING:
+    from .calls import Call
+    from .locks import Thread
     from .vm import Vm
 
 LEAVES = {
@@ -37,7 +39,7 @@ RETRIES = 1000  # of a busy SEAMCALL: in one run nobody will ever make way
 class Zap:
     """The zap of private leaves under mmu_lock held for write."""
 
-    def __init__(self, vm: Vm, td: TdxKvm, thread: Thread) -> None:
+    def __init__(self, vm: Vm, td: TdxKvm, thread: Thread | Call) -> None:
         self.vm, self.td, self.thread = vm, td, thread
         self.rows = vm.rows("zap", False)
         erratum = vm.switches.partial_write_erratum

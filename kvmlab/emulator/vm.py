@@ -14,7 +14,7 @@ from ..design.calls import BACKINGS, PLATFORMS
 from ..design.rows import adds_ranges
 from ..errors import InputError, shown
 from ..hw.snp import RmpEntry, Rmpupdate
-from . import regions
+from . import kvm_calls, regions
 from .arguments import (
     ADDRESS,
     FLAG,
@@ -36,6 +36,7 @@ from .arguments import (
     whole,
 )
 from .caches import CachedMemory
+from .calls import Held, Kernel
 from .costs import Cost, TdxCost, estimate, estimate_tdx
 from .events import Event, Log, VmErrno
 from .gmem import GuestMemfd
@@ -107,7 +108,7 @@ class Vm:
         self.on_row: Callable[[Row], None] | None = None
         self.on_point: Callable[[str], None] | None = None
         self.failures: dict[str, int] = {}
-        self.threads: list[Thread] = []
+        self.lock_threads: list[Thread] = []
         self.leaked: set[int] = set()
         self.pending: Callable[[], bool] | None = None
         if zap_batch != 1 and platform != "tdx":
@@ -215,6 +216,9 @@ class Vm:
         in_files = sum(hi - lo for slot, lo, hi in self.slots.pieces(start, end) if slot.gmem)
         if self.gmem_attributes and in_files < end - start:
             raise VmErrno(errno.EINVAL, "the range is not all in a guest_memfd")
+        if self.by_ranges:
+            at, left = kvm_calls.SetAttributes(self, start, end, bool(value & PRIVATE)).answer()
+            return Remainder(at * PAGE, left * PAGE)
         return SetAttributes(self, start, end, bool(value & PRIVATE)).run()
 
     @takes(size=NUMBER, flags=NUMBER)
@@ -323,6 +327,21 @@ class Vm:
     def gmem_attributes(self) -> bool:
         """Whether the attributes live with the guest_memfd (the design's ioctl locks it)."""
         return any(row.lock == "invalidate_lock" for row in self.rows("ioctl", True)) and self.in_place
+
+    @cached_property
+    def by_ranges(self) -> bool:
+        """Whether the range engine runs this machine: no large pages, no TD."""
+        return not (self.shared_2m or self.private_2m)
+
+    @cached_property
+    def kernel(self) -> Kernel:
+        """KVM as the range engine runs it."""
+        return Kernel(self, kvm_calls.STOPS)
+
+    @property
+    def threads(self) -> list[Thread | Held]:
+        """Who holds locks now."""
+        return [*self.lock_threads, *(self.kernel.threads() if self.by_ranges else ())]
 
     def rows(self, section: str, private: bool) -> tuple[Row, ...]:
         """The design's rows for one direction on this platform."""

@@ -18,6 +18,7 @@ def _split(s: View) -> None:
     if s.directmap_2m:
         s.directmap_2m = False
         s.say("[2M directmap entry splits]")
+        s.note("directmap-split")
 
 
 def kvm_unmap_directmap(s: View, me: str, gfn: Gfn) -> None:
@@ -25,6 +26,7 @@ def kvm_unmap_directmap(s: View, me: str, gfn: Gfn) -> None:
     might_sleep(s, me, "directmap update takes a mutex")
     _split(s)
     s.directmap[s.conf.backing["private", gfn]] = ABSENT
+    s.note("directmap-unmap")
 
 
 def unmap_folio(s: View, me: str, gfn: Gfn) -> None:
@@ -38,6 +40,7 @@ def kvm_map_directmap(s: View, me: str, gfn: Gfn) -> None:
     """Restore the private PFN of `gfn` (set_direct_map_default_noflush()); never merges; may sleep."""
     might_sleep(s, me, "directmap update takes a mutex")
     s.directmap[s.conf.backing["private", gfn]] = PRESENT
+    s.note("directmap-map")
 
 
 def adjust_direct_map(s: View, me: str, gfn: Gfn, request: tuple[Gfn, ...] = ()) -> None:

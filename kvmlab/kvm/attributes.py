@@ -20,6 +20,7 @@ def kvm_mmu_invalidate_begin(s: View, me: str, covered: tuple[int, int] | None) 
     More than all programs together can have open, if each is ended, is `many`, and stays so.
     """
     assert_held(s, me, "kvm_mmu_invalidate_begin()")
+    s.note("invalidate-begin")
     if s.in_progress == 0:
         s.invalidate_range = covered
     elif covered is not None:
@@ -31,6 +32,7 @@ def kvm_mmu_invalidate_begin(s: View, me: str, covered: tuple[int, int] | None) 
 def kvm_mmu_invalidate_range_add(s: View, me: str, lo: int, hi: int) -> None:
     """Widen the one shared range to the hull with gfns [lo, hi)."""
     assert_held(s, me, "kvm_mmu_invalidate_range_add()")
+    s.note("invalidate-range-add")
     s.invalidate_range = hull(s.invalidate_range, (lo, hi))
 
 
@@ -42,6 +44,7 @@ def hull(old: tuple[int, int] | None, new: tuple[int, int]) -> tuple[int, int]:
 def kvm_mmu_invalidate_end(s: View, me: str) -> None:
     """Move the sequence count, then close the window: every older snapshot is stale from now on."""
     assert_held(s, me, "kvm_mmu_invalidate_end()")
+    s.note("invalidate-end")
     if s.in_progress == 0:
         s.violate("kernel-bug", "BUG_ON(mmu_invalidate_in_progress < 0)")
         return

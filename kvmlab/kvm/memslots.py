@@ -92,6 +92,7 @@ def memslot_invalid(s: View, me: str, kind: str, word: str | None) -> str | None
     _over(s, me)
     s.count("npf")
     s.say("KVM_MEMSLOT_INVALID: RET_PF_RETRY")
+    s.note(word or "retry", "KVM_MEMSLOT_INVALID")
     return word or "retry"
 
 
@@ -112,6 +113,7 @@ def kvm_handle_noslot_fault(s: View, me: str, kind: str) -> str:
         return _exits(s, me, "no memslot", "exit")
     _over(s, me)
     s.count("mmio")
+    s.note("exit-mmio")
     s.say("no memslot: KVM_EXIT_MMIO")
     return "userspace"
 
@@ -119,6 +121,7 @@ def kvm_handle_noslot_fault(s: View, me: str, kind: str) -> str:
 def _exits(s: View, me: str, why: str, to: str) -> str:
     _over(s, me)
     s.count("exits")
+    s.note("exit-memory-fault")
     s.say(f"{why}: KVM_EXIT_MEMORY_FAULT (private)")
     return to
 

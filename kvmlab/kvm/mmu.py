@@ -41,6 +41,7 @@ def kvm_unmap_gfn_range(s: View, me: str, gfn: Gfn, as_id: int = 0) -> None:
     assert_held(s, me, "kvm_unmap_gfn_range()")
     if leaf(s, gfn, as_id == SMM) is not None:
         s.flush = True
+    s.note("zap")
     if as_id == SMM:
         s.npt_smm[gfn] = None
         return
@@ -88,6 +89,7 @@ def tlb_entry_vanishes(s: View, me: str) -> str | None:
 
 def kvm_flush_remote_tlbs(s: View, me: str) -> str | None:
     """Drop every vCPU's translations (tdx: the shared ones; see kvm/tdx.py)."""
+    s.note("flush")
     if s.conf.tdx:
         return tdx.kvm_flush_remote_tlbs(s, me)
     for where in s.tlb:
@@ -145,6 +147,7 @@ def kvm_mem_is_private(s: View, me: str, kind: str) -> str | None:
     if s.attr[gfn] == kind:
         return None
     s.count("exits")
+    s.note("exit-memory-fault")
     s.say(f"KVM_EXIT_MEMORY_FAULT ({kind})")
     judged = s.conf.correct_guest and not s.conf.auto_convert and kind == s.conf.eras[s.era]
     judged = judged and gfn in s.conf.converted
@@ -164,6 +167,7 @@ def is_page_fault_stale(s: View, me: str) -> str | None:
         s.snapshot[me] = "none"  # the fault is over; one that is fresh keeps its snapshot until it maps
         put_page(s, me)
         s.count("retry")
+        s.note("retry")
         if s.conf.tdx:
             s.count("npf")  # retried without leaving KVM: the loop is one of faults all the same
         s.say("stale: RET_PF_RETRY")
@@ -188,6 +192,7 @@ def kvm_tdp_mmu_map(s: View, me: str, kind: str) -> None:
     pfn, present = s.conf.backing[kind, gfn], npt[gfn]
     if present == pfn:
         s.count("spurious-npf")
+        s.note("spurious-npf")
         s.say(f"[{pfn} already mapped]")
     elif present is not None:
         _finds_another(s, f"leaf {present}", pfn)
@@ -206,6 +211,7 @@ def _finds_another(s: View, present: str, wanted: str) -> None:
         s.violate("kernel-bug", f"BUG(): TDP MMU replaces present {present} by {wanted}")
         return
     s.count("spurious-npf")
+    s.note("spurious-npf")
     s.say(f"[{present} stays: RET_PF_SPURIOUS]")
     if s.conf.linux >= versions.WARNS_SINCE:
         s.violate("warning", f"WARN_ON_ONCE(): a spurious fault wants {wanted}, but {present} is present")

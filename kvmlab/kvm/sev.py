@@ -34,11 +34,12 @@ def rmpupdate(s: View, me: str, gfn: Gfn, to: str, section: str, request: tuple[
         _rmpupdate_sized(s, pfn, gfn, to, section, request)
         return None
     code, entry = snp.rmpupdate(s.rmp[pfn], new, identical_keeps_validated=s.conf.identical_keeps_validated)
-    _updated(s, pfn, gfn, code, entry)
+    _updated(s, pfn, gfn, code, entry, to)
     return None
 
 
-def _updated(s: View, pfn: Pfn, gfn: Gfn, code: snp.Rmpupdate, entry: snp.RmpEntry) -> None:
+def _updated(s: View, pfn: Pfn, gfn: Gfn, code: snp.Rmpupdate, entry: snp.RmpEntry, to: str) -> None:
+    s.note("rmpupdate", f"{to} {entry.size}" + f" = {code.name}" * bool(code), int(code))
     if code != snp.Rmpupdate.OK:
         s.violate("platform-error", f"RMPUPDATE({pfn}) = {code.name}")
         return
@@ -86,7 +87,7 @@ def _rmpupdate_sized(s: View, pfn: Pfn, gfn: Gfn, to: str, section: str, request
     if whole and code == snp.Rmpupdate.OK and to == "shared":
         for p in pages:
             s.rmp[p] = snp.HYPERVISOR
-    _updated(s, pfn, gfn, code, entry)
+    _updated(s, pfn, gfn, code, entry, to)
 
 
 def rmp_fits(s: View, me: str, kind: str, of: str) -> str | None:
@@ -128,6 +129,7 @@ def psmash(s: View, me: str, word: str | None) -> str | None:
     if code == snp.Rmpupdate.OK:
         smash(s, entry)
         return None
+    s.note("psmash", code.name, int(code))
     now = s.rmp[pfn]
     benign = {"recheck": now.assigned, "recheck_unassigned": True}.get(word or "", False)
     if not benign:
@@ -142,6 +144,7 @@ def smash(s: View, entry: snp.RmpEntry) -> None:
     for g in s.conf.gfns:
         s.rmp[s.conf.backing["private", g]] = entry._replace(gpa=g)
     s.count("psmash")
+    s.note("psmash", snp.Rmpupdate.OK.name, int(snp.Rmpupdate.OK))
     s.say("[2M RMP entry splits]")
 
 

@@ -157,7 +157,8 @@ class View:
 
     `s.conf` holds what never changes within a model (platform, backing, switches) and is not tracked.
     A step may also `choose` among values (each becomes an edge of its own), `wait` for a condition,
-    `violate` a property, `count` an event for the measures, and `say` what a reader should be told.
+    `violate` a property, `count` an event for the measures, `say` what a reader should be told, and `note` an event
+    with its code for the emulator's log.
     """
 
     __slots__ = (
@@ -167,6 +168,7 @@ class View:
         "_x",
         "conf",
         "counts",
+        "notes",
         "reads",
         "said",
         "violations",
@@ -185,6 +187,7 @@ class View:
         put(self, "violations", [])
         put(self, "counts", [])
         put(self, "said", [])
+        put(self, "notes", [])
 
     def read(self, cell: Cell) -> Any:
         """Value of `cell`: what this step wrote, else the state's (and then it joins the footprint)."""
@@ -239,6 +242,10 @@ class View:
     def say(self, text: str) -> None:
         """Tell the reader of a trace what happened."""
         self.said.append(text)
+
+    def note(self, kind: str, text: str = "", code: int | None = None) -> None:
+        """Tell whoever keeps a log of events what happened, with its status code; it is no measure."""
+        self.notes.append((kind, text, code))
 
     @property
     def after(self) -> int:

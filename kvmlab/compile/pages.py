@@ -1,0 +1,193 @@
+"""The page model: what a design does to one page, compiled from its text for the range engine (explore/ranges.py).
+
+One program has an entry for each call of KVM: the attribute ioctl and the fault in both directions (the handler of
+RMP faults behind the fault), the punch, and what needs no text: the MMU notifier and the deletion of a memslot.
+Every thread runs this program; a thread is one level of calls, for here a call may only run inside another one.  The
+guest is not in it: who begins a call sets the cells that the guest would have set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from ..design import Design, Row
+from ..design.tree import Condition
+from ..hw.memory import Gfn
+from ..hw.snp import PG_2M, PG_4K, RmpEntry
+from ..kernel import locks
+from ..kernel.failures import RMPUPDATE
+from ..kvm import sev
+from ..machine.cells import build_layout, with_usage
+from ..machine.conf import ADDS, DELETES, DISCARDS, MEMSLOTS, RESERVED, Conf, Switches
+from ..machine.properties import FATAL
+from ..model.state import Field, Layout, View
+from ..model.step import Actor, Model
+from .assemble import Draft, assemble, without_markers
+from .programs import _unwound, fault_paths, inverted, punch_drafts
+from .section import KINDS, Section
+
+THREADS = tuple(f"T{level}" for level in range(6))  # a call inside a call inside ...
+PARTS = frozenset({DISCARDS, MEMSLOTS, ADDS, DELETES, RESERVED, RMPUPDATE})
+OTHER = "other"  # a leaf to a page that is neither backing
+OF_A_PAGE = frozenset(
+    {"attr", "reserved", "npt", "tlb", "rmp", "directmap", "directmap_2m", "gmem", "slot", "uptodate",
+     "invalidate_range", "failures_left"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PageModel:
+    """A model of one page with several entries; `ends` names the places at which a call is over.
+
+    `rows` are the rows that each entry was compiled from.
+    """
+
+    model: Model
+    entries: Mapping[str, int]
+    ends: Mapping[int, str]
+    rows: Mapping[str, tuple[Row, ...]]
+
+
+@lru_cache(None)
+def rmp_entries() -> tuple[RmpEntry, ...]:
+    """Every RMP entry that a page can have, its GPA 0 for the page's own gfn and 1 for another."""
+    flags = (False, True)
+    rest = [
+        (size, immutable, vmsa, validated)
+        for size in (PG_4K, PG_2M) for immutable in flags for vmsa in flags for validated in flags
+    ]  # fmt: skip
+    owners = [(False, None), (True, Gfn(0)), (True, Gfn(1))]
+    return tuple(
+        RmpEntry(assigned, asid, gpa, *more) for assigned, gpa in owners for asid in range(4) for more in rest
+    )
+
+
+@lru_cache(256)
+def page_model(design: Design, platform: str, backing: str, switches: Switches) -> PageModel:
+    """Compile the page model of a design."""
+    conf = Conf(
+        platform, backing == "in-place", (Gfn(0),), KINDS[::-1], THREADS[0], THREADS, correct_guest=False,
+        parts=PARTS if platform == "snp" else PARTS - {RMPUPDATE}, auto_convert=True, linux=design.version,
+        switches=switches,
+    )  # fmt: skip
+    compiler = _Compiler(design, conf)
+    program = assemble(without_markers(compiler.compile()))
+    programs = dict.fromkeys(THREADS, program)
+    conf = replace(with_usage(conf, programs), inverted=inverted(frozenset(compiler.nests)), many=4)
+    layout = _widened(build_layout(conf, programs))
+    actors = tuple(Actor(key, "thread", program) for key in THREADS)
+    title = f"one page of {design.name} on {platform}, {backing}"
+    model = Model(layout, actors, layout.pack({}), conf, FATAL, None, title)
+    return PageModel(
+        model,
+        {instr.args[0]: pc for pc, instr in enumerate(program) if instr.step is enters},
+        {pc: instr.args[0] for pc, instr in enumerate(program) if instr.step is ends},
+        compiler.rows,
+    )
+
+
+def enters(s: View, me: str, name: str) -> None:
+    """Where a call begins."""
+
+
+def ends(s: View, me: str, how: str) -> None:
+    """Where a call is over."""
+
+
+def _widened(layout: Layout) -> Layout:
+    """The same cells with what only a real machine holds: leaves to any page, RMP entries of any kind."""
+
+    def domain(name: str, key: Hashable, values: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
+        more: dict[str, tuple[Hashable, ...]] = {
+            "npt": (OTHER,), "rmp": rmp_entries(), "slot": ("invalid",), "fault_slot": ("invalid",)
+        }  # fmt: skip
+        return tuple(dict.fromkeys((*values, *more.get(name, ()))))
+
+    return Layout(
+        Field(cell.name, domain(cell.name, cell.key, cell.domain), None if cell.key is None else (cell.key,))
+        for cell in layout.cells
+    )
+
+
+class _Compiler:
+    """The drafts of all entries."""
+
+    def __init__(self, design: Design, conf: Conf) -> None:
+        self.design, self.conf = design, conf
+        self.nests: set[tuple[str, str]] = set()
+        self.rows: dict[str, tuple[Row, ...]] = {}
+
+    def compile(self) -> list[Draft]:
+        """Every entry, then the ends."""
+        drafts: list[Draft] = []
+        for kind in KINDS:
+            drafts += self._ioctl(kind)
+        drafts += self._punch()
+        for name in ("notifier", "delete"):
+            drafts += self._implied(name)
+        for kind in KINDS:
+            drafts.append(_enters(f"fault {kind}", f"fault-{kind}"))
+            self.rows[f"fault {kind}"] = self.design.rows("fault", to=kind, platform=self.conf.platform)
+            self.rows[f"rmp_fault {kind}"] = self.design.rows(
+                "rmp_fault", to=kind, platform=self.conf.platform
+            )
+        paths, nests = fault_paths(self.design, self.conf)
+        self.nests |= nests
+        drafts += paths
+        labels = ("guest", "killed", "userspace", "auto-private", "auto-shared", "done", "ENOMEM")
+        drafts += [Draft(ends, (label,), label, label=label) for label in labels]
+        drafts.append(Draft(locks.stuck, (), "hangs", label="stuck"))
+        return drafts
+
+    def _implied(self, name: str) -> list[Draft]:
+        """What KVM does by itself: a notifier zaps what is shared, with a window; a memslot that goes, both kinds."""
+        section = Section(self.conf, "punch", "private", name, (Gfn(0),), self.design)
+        window = name == "notifier"
+        lock, unlock = (Row(call, lock="mmu_lock") for call in ("write_lock", "write_unlock"))
+        zap, flush = Row("kvm_unmap_gfn_range"), Row("kvm_flush_remote_tlbs", when=(Condition("flush", ""),))
+        section.compile((lock, *(Row("kvm_mmu_invalidate_begin"),) * window, zap))
+        if self.conf.tdx and not window:  # tdx has a root for each kind
+            section.kind = "shared"
+            section.row(zap)
+        section.groups((flush, *(Row("kvm_mmu_invalidate_end"),) * window, unlock))
+        self.nests |= section.nests
+        return self._call(name, (), section.drafts)
+
+    def _call(
+        self, name: str, rows: tuple[Row, ...], drafts: list[Draft], done: str = "returned"
+    ) -> list[Draft]:
+        """A call of user space: its drafts, and the return."""
+        self.rows[name] = rows
+        over = f"{name} {done}"
+        return [
+            _enters(name),
+            *drafts,
+            Draft(locks.leave, ("returns to user",), "return 0"),
+            Draft(ends, (done,), done, label=over),
+        ]
+
+    def _ioctl(self, kind: str) -> list[Draft]:
+        name = f"ioctl {kind}"
+        section = Section(self.conf, "ioctl", kind, name, (Gfn(0),), self.design)
+        rows = self.design.rows("ioctl", to=kind, platform=self.conf.platform)
+        section.compile(rows)
+        self.nests |= section.nests
+        drafts = self._call(name, rows, section.drafts)
+        return _unwound(section, drafts, {"done": "done", "ENOMEM": "ENOMEM"})
+
+    def _punch(self) -> list[Draft]:
+        """A page that cannot be made shared is leaked, and the punch goes on."""
+        drafts, nests = punch_drafts(self.design, self.conf, "punch", (Gfn(0),))
+        self.nests |= nests
+        for draft in drafts:
+            if draft.step is sev.rmpupdate:
+                draft.jumps["failed"] = draft.jumps["unassigned"]
+        return self._call(
+            "punch", self.design.rows("punch", to="shared", platform=self.conf.platform), drafts
+        )
+
+
+def _enters(name: str, after: str | None = None) -> Draft:
+    return Draft(enters, (name,), name, after=after)

@@ -1,0 +1,421 @@
+"""Calls of KVM, run by the range engine: the design's programs on columns of pages.
+
+A `Kernel` keeps the state that is not per page; a `Call` is one thread inside it, from the entry of its program to an
+end.  A step of one row is done to every page of a request before the next begins, but for a loop over several rows
+(the op of the series), which goes page by page: by situation, in the order of first pages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+from ..compile.pages import THREADS, page_model
+from ..design import Design, Row
+from ..explore.ranges import FOR_ALL, Note, Pass, Ranges
+from ..kernel.failures import RMPUPDATE
+from ..machine.conf import Switches
+from ..model.step import Instr
+from .columns import Column
+from .events import KernelBug, PlatformError, RmpFault, VmError
+from .locks import Deadlock
+from .tdx_zap import Zap as PrivateZap
+
+if TYPE_CHECKING:
+    from .vm import Vm
+
+Step = Callable[..., Any]
+MODEL_NAME = re.compile(r"\b(?:([PS])0|gfn 0)\b")
+BY_PFN = frozenset({"rmpupdate", "directmap-unmap", "directmap-map", "directmap-split"})
+
+
+@lru_cache(256)
+def ranges(design: Design, platform: str, backing: str, switches: Switches, stops: frozenset[Step]) -> Ranges:
+    """The range engine of a design; machines alike share what it knows."""
+    return Ranges(page_model(design, platform, backing, switches), stops)
+
+
+class Held:
+    """A thread that holds locks."""
+
+    def __init__(self, name: str, held: list[str]) -> None:
+        self.name, self.held = name, held
+
+
+class Kernel:
+    """What of KVM is not per page: who holds which lock, snapshots of faults, who is where in its program."""
+
+    def __init__(self, vm: Vm, stops: Iterable[Step]) -> None:
+        self.vm = vm
+        switches = Switches(**{name: getattr(vm.switches, name) for name in Switches.__dataclass_fields__})
+        self.ranges = ranges(vm.design, vm.platform, vm.backing, switches, frozenset(stops))
+        self.x = self.ranges.model.initial & ~self.ranges.page_mask
+        self.depth = 0
+        self.names = ["nobody"] * len(THREADS)
+
+    def threads(self) -> list[Held]:
+        """Who holds locks now."""
+        return [Held(self.names[a], held) for a, held in sorted(self.ranges.held(self.x).items())]
+
+    def wait_for(self, name: str, lock: str) -> None:
+        """Deadlock if somebody has a lock that another thread asks for, for a moment."""
+        for thread in self.threads():
+            if lock in thread.held:
+                raise Deadlock(f"{name} waits for {lock}, held by {thread.name}")
+
+
+class Call:
+    """One call; the subclasses say which pages a loop is done to, and what bytes and numbers follow from a step."""
+
+    def __init__(self, vm: Vm, name: str, entry: str, section: str) -> None:
+        self.vm, self.kernel, self.name, self.entry = vm, vm.kernel, name, entry
+        self.ranges, self.a = vm.kernel.ranges, vm.kernel.depth
+        self.text(section)
+        self.columns: list[Column] = []
+        self.parts: list[Column] = []  # of the column that a loop is at
+        self.slot_state = "none"
+        self.in_progress, self.failing = self.ranges.cell("in_progress"), self.ranges.cell("failures_left", RMPUPDATE)
+        self.first_pc = self.ranges.program[self.ranges.pages.entries[entry]].next
+
+    def text(self, section: str) -> None:
+        """The rows that are reached from here on."""
+        self.rows, self.reached, self.next_row = (
+            self.ranges.pages.rows[section],
+            self.ranges.reached(section),
+            0,
+        )
+
+    # What a subclass says.
+
+    def select(self, instr: Instr, step: Step) -> list[Column]:
+        """The columns that a loop over pages works on."""
+        return self.columns
+
+    def before(self, instr: Instr, step: Step) -> None:
+        """What is done before a step at which passes stop."""
+
+    def outside(self, instr: Instr, step: Step) -> str | None:
+        """Do a step that is not in the model: the jump that it takes, "" for none; None: the model has the step."""
+        return None
+
+    def skipped(self, row: Row) -> None:
+        """A row of the text for which nothing was compiled."""
+
+    def covers(self, instr: Instr) -> list[tuple[int, int]]:
+        """The gfns that the window is widened to."""
+        return [(column.lo, column.lo + column.n) for column in self.columns if column.lo is not None]
+
+    def injected(self, column: Column, group: int) -> bool:
+        """RMPUPDATE of a page was made to fail; whether the loop ends there."""
+        return True
+
+    # Running.
+
+    def run(self, kind: str = "private", rmp_bit: str | None = None) -> str:
+        """Run to an end, and name it."""
+        kernel, ranges = self.kernel, self.ranges
+        if self.a >= len(THREADS):
+            raise VmError(f"{self.name}: more than {len(THREADS)} calls inside one another")
+        kernel.depth += 1
+        kernel.names[self.a] = self.name
+        kernel.x = ranges.begin(kernel.x, self.a, self.entry, kind, rmp_bit)
+        try:
+            return self._run()
+        except BaseException:
+            kernel.x = ranges.unwind(kernel.x, self.a)
+            raise
+        finally:
+            kernel.x = ranges.forget(kernel.x, self.a)
+            kernel.depth -= 1
+
+    def _run(self) -> str:
+        ranges, begun = self.ranges, False
+        self.goto(self.first_pc)
+        while True:
+            pc = ranges.at(self.kernel.x, self.a)
+            if pc == self.first_pc:
+                if begun:  # tdx: a private fault that is sent back begins again inside KVM
+                    self.store()
+                    return "again"
+                begun = True
+            if (end := ranges.pages.ends.get(pc)) is not None:
+                self.store()
+                if end == "returned":
+                    self.reach_rows(len(self.rows))
+                return end
+            instr, step = ranges.program[pc], ranges.steps[pc]
+            self.reach(pc)
+            if (jump := self.outside(instr, step)) is not None:
+                at = ranges.program[ranges.at(self.kernel.x, self.a)]
+                self.goto(at.jumps[jump] if jump else at.next)
+                continue
+            if step in ranges.stops:
+                self.before(instr, step)
+            if instr.loop:
+                self.loop(pc, instr, step)
+            elif step in FOR_ALL:
+                self._for_all(step, instr)
+            else:
+                self._once()
+
+    @property
+    def single(self) -> bool:
+        """Whether somebody looks on, so that rows are run one by one."""
+        return self.vm.on_row is not None or self.vm.on_point is not None
+
+    def might_sleep(self, what: str) -> None:
+        """A sleeping call outside the model: a violation with preemption off, if the kernel counts preemption."""
+        if self.vm.switches.preempt_count and "mmu_lock" in self.held():
+            self.vm.log.violate("sleep-in-atomic", f"BUG: scheduling while atomic: {what} under mmu_lock")
+
+    def assert_mmu_lock(self, what: str) -> None:
+        """lockdep_assert_held(&kvm->mmu_lock), for what is outside the model."""
+        if "mmu_lock" not in self.held():
+            self.vm.log.violate("lock-misuse", f"{what} without mmu_lock for write")
+
+    def held(self) -> list[str]:
+        """The locks that this thread holds."""
+        return self.ranges.held(self.kernel.x).get(self.a, [])
+
+    def zaps(self, ranges: Iterable[tuple[int, int]]) -> str:
+        """tdx: zap private leaves, by the rows of the section zap; where it goes on."""
+        assert self.vm.tdx
+        found = [PrivateZap(self.vm, self.vm.tdx, self).range(lo, hi) for lo, hi in ranges]
+        if any(found) and (flush := self.ranges.cell("flush")).bits:
+            self.kernel.x = self.ranges.set(self.kernel.x, flush, True)
+        return "skip"
+
+    def goto(self, pc: int) -> None:
+        """Go on at another place."""
+        self.kernel.x = self.ranges.set(self.kernel.x, self.ranges.pc[self.a], pc)
+
+    def store(self) -> None:
+        """Write what pages have become into the arrays."""
+        for column in (*self.columns, *self.parts):
+            column.store()
+
+    def reach(self, pc: int) -> None:
+        """Rows up to that of this place are reached: `vm.on_row` is told of each."""
+        self.reach_rows(self.reached[pc])
+
+    def reach_rows(self, until: int) -> None:
+        """The same for the first rows of the text."""
+        while self.next_row < until:
+            row = self.rows[self.next_row]
+            self.next_row += 1
+            self.skipped(row)
+            if self.vm.on_row is not None:
+                self.hook(partial(self.vm.reached, row))
+
+    def hook(self, call: Callable[[], None]) -> None:
+        """Let a script look on, or act as somebody else."""
+        self.store()
+        call()
+        for column in (*self.columns, *self.parts):
+            column.loaded = False
+
+    def global_state(self, page: int) -> int:
+        """The state with a page's cells, and the numbers of the window as the model has them."""
+        cell = self.in_progress
+        return self.kernel.x & ~cell.mask | min(self.vm.mmu.in_progress, 3) << cell.shift | page
+
+    def _go(self, page: int) -> Pass:
+        done = self.ranges.go(self.global_state(page), self.a, self.single)
+        self.kernel.x = done.after & ~self.ranges.page_mask
+        return done
+
+    def _once(self) -> None:
+        """Steps that are done once a request."""
+        page = self.ranges.set(self.ranges.page, self.ranges.cell("slot"), self.slot_state)
+        done = self._go(page)
+        for note in done.notes:
+            self.happens(note, None, 0, 0)
+        self.judge(done, None, 0)
+
+    def _for_all(self, step: Step, instr: Instr) -> None:
+        """A question that is answered yes if it is for every page."""
+        start, ends = self.kernel.x, set[int]()
+        columns, reserved = self.select(instr, step), self.ranges.cell("reserved", 0)
+        for column in columns:
+            for value in column.load():
+                self.kernel.x = start
+                if len(columns) == column.n == 1:  # xa_load() of one entry never returns a reserved one
+                    value = self.ranges.set(value, reserved, False)
+                self.judge(self._go(value), None, 0)
+                ends.add(self.kernel.x)
+        no = [x for x in ends if self.ranges.at(x, self.a) == instr.next]
+        self.kernel.x = (no or list(ends) or [start])[0]
+
+    def loop(self, pc: int, instr: Instr, step: Step) -> None:
+        """A loop over pages, on each column by itself."""
+        after = pc
+        while self.ranges.program[after].loop == instr.loop:
+            after += 1
+        for column in self.select(instr, step):
+            parts = [column]
+            if self.single and column.n > 1:
+                parts = list(column.split(1))
+            self.parts = parts
+            for part in parts:
+                self.goto(pc)
+                if not self._column(part, instr.loop):
+                    break
+            for part in self.parts:
+                part.store()
+            self.parts = []
+        self.goto(after)
+
+    def _column(self, column: Column, loop: int) -> bool:
+        """One column; whether no page ended the loop."""
+        start = self.kernel.x
+        found: dict[Note, list[tuple[int, int]]] = {}
+        for group, value in enumerate(column.load()):
+            if group:
+                self.goto(self.ranges.at(start, self.a))
+            n, first = column.count(group), column.first(group)
+            spent = False
+            while True:
+                done = self._go(value)
+                after = done.after & self.ranges.page_mask
+                column.values[group] = after
+                for note in done.notes:
+                    if note.kind != "zap" or self._maps(value):
+                        found.setdefault(note, []).append((group, n))
+                spent = spent or bool((value ^ after) & self.failing.mask)
+                if done.violations or done.blocked:
+                    self._log(column, found)
+                    self.judge(done, column, first)
+                    found = {}
+                value = after
+                at = self.ranges.at(self.kernel.x, self.a)
+                if self.ranges.program[at].loop != loop:
+                    break
+                self.reach(at)
+                if not column.loaded:
+                    value = column.load()[group]
+            if spent and self.injected(column, group):
+                self._log(column, found)
+                self._ends_at(column, group, first)
+                return False
+        self._log(column, found)
+        return True
+
+    def _ends_at(self, column: Column, group: int, first: int) -> None:
+        """Pages behind the first of a group were not begun: they are as they were."""
+        was = list(column.old)
+        behind = column.which
+        if behind is None:
+            now = column.values[group]
+            if column.n > 1:
+                import numpy as np
+
+                column.which = np.ones(column.n, np.uint16)
+                column.which[0] = 0
+                column.values, column.old = [now, was[0]], [was[0], was[0]]
+            return
+        k = len(column.values)
+        behind[first + 1 :] += k
+        column.values, column.old = column.values + was, column.old + was
+
+    def _maps(self, value: int) -> bool:
+        """Whether the page has a leaf."""
+        return self.ranges.cell("npt", 0).get(value) is not None
+
+    def _log(self, column: Column, found: dict[Note, list[tuple[int, int]]]) -> None:
+        """Note what happened, row by row; pages alike in one event."""
+        for note in sorted(found, key=lambda note: note.pc):
+            groups = found[note]
+            first = min(column.first(group) for group, _ in groups)
+            self.happens(note, column, first, sum(n for _, n in groups), [group for group, _ in groups])
+        found.clear()
+
+    def happens(
+        self, note: Note, column: Column | None, first: int, n: int, groups: Iterable[int] = ()
+    ) -> None:
+        """What a step noted: the numbers of the window, the flush, and the log."""
+        vm, kind = self.vm, note.kind
+        if kind == "invalidate-begin":
+            vm.mmu.begin(None)
+            if self.ranges.program[note.pc].args[0] is not None:
+                self._widen(note)
+        elif kind == "invalidate-range-add":
+            self._widen(note)
+        elif kind == "invalidate-end":
+            vm.mmu.seq += 1
+            vm.mmu.in_progress -= bool(vm.mmu.in_progress)
+        elif kind == "flush":
+            vm.mmu.flush()
+        elif column is None:
+            vm.log.add(kind, note.text, None, 1, note.code)
+        elif kind == "directmap-split":
+            self._splits(column, groups)
+        else:
+            base = column.pfn if kind in BY_PFN else column.lo
+            vm.log.add(kind, note.text, None if base is None else base + first, n, note.code)
+            if kind == "rmpupdate" and column.pfn is not None:
+                self._updated(column, groups)
+
+    def _widen(self, note: Note) -> None:
+        for lo, hi in self.covers(self.ranges.program[note.pc]):
+            self.vm.mmu.range_add(lo, hi)
+
+    def _splits(self, column: Column, groups: Iterable[int]) -> None:
+        """2M entries of the directmap, each once."""
+        assert column.pfn is not None
+        for lo, hi in sorted(span for group in groups for span in column.spans(group)):
+            if count := self.vm.directmap.split_to_4k(column.pfn + lo, hi - lo):
+                self.vm.log.add("directmap-split", page=column.pfn + lo, times=count)
+
+    def _updated(self, column: Column, groups: Iterable[int]) -> None:
+        """RMPUPDATE resets the permissions of VMPLs, unless it changes nothing."""
+        assert column.pfn is not None
+        permissions, cell = self.vm.rmp.permissions, self.ranges.cell("rmp", "P0")
+        if not permissions:
+            return
+        for group in groups:
+            same = (column.old[group] ^ column.values[group]) & cell.mask == 0 and self.vm.rmp.keeps
+            for lo, hi in [] if same else column.spans(group):
+                for pfn in [pfn for pfn in permissions if lo <= pfn - column.pfn < hi]:
+                    del permissions[pfn]
+
+    def judge(self, done: Pass, column: Column | None, first: int) -> None:
+        """What was violated: noted, or raised where the run ends; Deadlock where the thread waits for ever."""
+        if not done.violations and not done.blocked:
+            return
+        vm = self.vm
+        for name, why in done.violations:
+            text = self._real(why, column, first)
+            if name not in self.ranges.model.fatal:
+                vm.log.violate(name, text)
+                continue
+            self.store()
+            if name == "kernel-bug":
+                raise KernelBug(text)
+            if name == "host-rmp-fault":
+                raise RmpFault((column.pfn or 0) + first if column else 0, text)
+            raise PlatformError(text, next((n.code for n in done.notes[::-1] if n.code), 0))
+        if done.blocked:
+            self.store()
+            raise Deadlock(self._waits())
+
+    def _real(self, text: str, column: Column | None, first: int) -> str:
+        """The text with numbers for the model's names."""
+        if column is None:
+            return text
+
+        def number(match: re.Match[str]) -> str:
+            base = {"P": column.pfn, "S": column.shared, None: column.lo}[match[1]]
+            return f"{'PFN' if match[1] else 'gfn'} {(base or 0) + first:#x}"
+
+        return MODEL_NAME.sub(number, text)
+
+    def _waits(self) -> str:
+        """Whom the thread waits for."""
+        instr = self.ranges.program[self.ranges.at(self.kernel.x, self.a)]
+        lock = instr.args[0] if instr.args and isinstance(instr.args[0], str) else ""
+        others = [thread.name for thread in self.kernel.threads() if lock in thread.held]
+        if others:
+            return f"{self.name} waits for {lock}, held by {others[0]}"
+        return f"{self.name} waits for ever: {instr.text}"

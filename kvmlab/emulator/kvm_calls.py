@@ -1,0 +1,422 @@
+"""The calls of KVM that a Vm makes: the attribute ioctl, the fault, the punch, and what needs no text of a design.
+
+What a program of the page model cannot say is here: input that real sizes have, bytes, errno, and which pages a loop
+is done to.  With `range_add` the ioctl is the walk of v6.8: an RMPUPDATE made to fail is KVM_BUG_ON; without, it is
+the v8 era, which warns and goes on.  With invalidate_lock first it is the ioctl of a guest_memfd.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from ..compile.pages import THREADS
+from ..design import Row
+from ..design.calls import INCLUSIVE
+from ..explore.ranges import Note
+from ..hw.snp import Rmpupdate
+from ..kernel import directmap
+from ..kvm import attributes, gmem, lpage, mmu, sev, tdx
+from ..kvm.memslots import visits
+from ..model.step import Instr
+from .calls import Call, Step
+from .columns import Column
+from .events import MEMORY_EXIT_FLAG_PRIVATE, InternalError, MemoryFaultExit, MmioExit, PlatformError, VmErrno
+from .lpage import hull, update_mixed
+from .memory import PAGE, prefix
+from .slots import MemSlot
+from .tdx_aug import Aug
+
+if TYPE_CHECKING:
+    from .gmem import GuestMemfd
+    from .vm import Vm
+
+WHOLE = frozenset(
+    {attributes.kvm_vm_set_region_attr, attributes.xa_reserve, attributes.kvm_range_has_memory_attributes}
+)
+PRIVATE_PAGES = frozenset(
+    {sev.rmpupdate, directmap.kvm_unmap_directmap, directmap.kvm_map_directmap, directmap.adjust_direct_map,
+     gmem.hold_page}
+)  # fmt: skip
+STOPS: frozenset[Step] = frozenset(
+    {attributes.kvm_vm_set_region_attr, attributes.xa_reserve, gmem.hold_page, gmem.kvm_gmem_get_pfn,
+     lpage.kvm_update_lpage_mixed_flag, sev.snp_lookup_rmpentry, sev.psmash, tdx.kvm_unmap_gfn_range, tdx.freeze_spte,
+     mmu.is_page_fault_stale, attributes.kvm_range_has_memory_attributes}
+)  # fmt: skip
+BEFORE_ANYTHING = ("xa_reserve", "kvm_range_has_memory_attributes")
+OF_MAPPINGS = frozenset(
+    {"kvm_mmu_invalidate_begin", "kvm_mmu_invalidate_range_add", "kvm_mmu_invalidate_end", "kvm_flush_remote_tlbs"}
+)  # fmt: skip
+POINTS = {sev.snp_lookup_rmpentry: "snp_lookup_rmpentry", sev.psmash: "snp_rmptable_psmash"}
+
+
+class SetAttributes(Call):
+    """KVM_SET_MEMORY_ATTRIBUTES over gfns [start, end) towards private or shared, once its input is checked."""
+
+    def __init__(self, vm: Vm, start: int, end: int, private: bool) -> None:
+        word = "private" if private else "shared"
+        super().__init__(vm, "ioctl", f"ioctl {word}", f"ioctl {word}")
+        self.start, self.end, self.private, self.stored = start, end, private, end
+        self.pieces = vm.pieces(start, end)
+        self.asked = self.reserved = False
+        self.slot_state = "valid" if self.pieces else "none"
+        at = start
+        for slot, lo, hi in self.pieces:
+            if at < lo:
+                self.columns.append(Column.of_hole(vm, self.ranges, at, lo))
+            self.columns.append(Column.of_slot(vm, self.ranges, slot, lo, hi))
+            at = max(at, hi)
+        if at < end:
+            self.columns.append(Column.of_hole(vm, self.ranges, at, end))
+
+    def answer(self) -> tuple[int, int]:
+        """Where it stopped, and how many gfns are left."""
+        vm = self.vm
+        vm.log.add("set-attributes", "private" if self.private else "shared", self.start)
+        if not any(row.call == "xa_reserve" for row in self.rows):
+            vm.attributes.reserve(self.end, self.end)  # nothing; but the host has so much memory only
+        if self.run() == "done":
+            return self.end, 0
+        return self.stored, self.end - self.stored
+
+    def reach(self, pc: int) -> None:
+        """In-place, to private: before anything is done, nobody else may hold a page."""
+        super().reach(pc)
+        row = self.ranges.program[pc].row
+        if (
+            not self.asked
+            and row
+            and (row.lock == "mmu_lock" or not (row.lock or row.call in BEFORE_ANYTHING))
+        ):
+            self._nobody_holds()
+
+    def _nobody_holds(self) -> None:
+        """No PTEs of the VMM, EAGAIN if somebody else holds a page."""
+        if self.asked or not (self.vm.merged and self.vm.in_place and self.private):
+            return
+        self.asked = True
+        for slot, lo, hi in self.pieces:
+            if self.vm.gmem_attributes:
+                slot.user.present[lo - slot.base : hi - slot.base] = 0
+            held = slot.gmem.pinned if slot.gmem else set()
+            for page in sorted(held):
+                if lo <= (gfn := page - slot.offset + slot.base) < hi:
+                    raise VmErrno(
+                        errno.EAGAIN, f"page at offset {page * PAGE:#x} (gpa {gfn * PAGE:#x}) is held"
+                    )
+
+    def select(self, instr: Instr, step: Step) -> list[Column]:
+        """The request, or what memslots have of it; nothing is done for what was not stored."""
+        if step in WHOLE:
+            return self.columns
+        walk = instr.row.walk if instr.row else None
+        return [
+            column
+            for column in self.columns
+            if column.slot and column.lo is not None and column.n
+            and visits(walk, column.slot.as_id, column.lo, self.start)
+            and (step not in PRIVATE_PAGES or column.slot.gmem)
+        ]  # fmt: skip
+
+    def before(self, instr: Instr, step: Step) -> None:
+        """Failures that were injected, allocations, the words of large pages."""
+        vm = self.vm
+        if step is attributes.xa_reserve:
+            self._reserve()
+        elif step is attributes.kvm_vm_set_region_attr:
+            self._may_store()
+        elif step is gmem.hold_page and not vm.gmem_attributes:
+            for column in self.select(instr, step):
+                assert column.slot and column.lo is not None and column.file
+                if not column.file.present[column.at : column.at + column.n].all():
+                    column.store()
+                    vm.touch_backing(column.slot, column.lo, column.n, True)
+                    column.loaded = False
+        elif step is lpage.kvm_update_lpage_mixed_flag:
+            self.store()
+            for slot, lo, hi in self.pieces:
+                if lo < self.stored and instr.row:
+                    end = min(hi, self.stored)
+                    update_mixed(slot, lo, end, self.private, vm.attributes, instr.row.target == "reserved")
+
+    def outside(self, instr: Instr, step: Step) -> str | None:
+        """Private leaves of a TD; in-place nobody looks up the pages of a guest_memfd whose attributes these are."""
+        if step is tdx.kvm_unmap_gfn_range:
+            return self.zaps((c.lo, c.lo + c.n) for c in self.select(instr, step) if c.lo is not None)
+        return "" if step is gmem.hold_page and self.vm.gmem_attributes else None
+
+    def _reserve(self) -> None:
+        """ENOMEM at the entry that was made to fail, or beyond what the host has memory for."""
+        at = self.vm.take_failure("xa_reserve")
+        if at is not None:
+            self.store()
+        self.vm.attributes.reserve(self.start, self.end, at)
+        self.reserved = True
+
+    def _may_store(self) -> None:
+        """A store may be made to fail: the rest is handed back; none does once it is reserved."""
+        at = self.vm.take_failure("xa_store")
+        if at is None or not self.start <= self.start + at < self.end:
+            return
+        if self.reserved:
+            raise PlatformError("KVM_BUG_ON: xa_store() failed after its reservation")
+        self.stored = self.start + at
+        for column in self.columns:
+            assert column.lo is not None
+            column.cut(max(0, min(column.n, self.stored - column.lo)))
+        self.columns = [column for column in self.columns if column.n]
+
+    def skipped(self, row: Row) -> None:
+        """range_add() with a word: the large pages at both ends (9129633d568e)."""
+        if row.call == "kvm_mmu_invalidate_range_add" and row.target and self.vm.mmu.in_progress:
+            for slot, lo, hi in self.pieces:
+                self.vm.mmu.range_add(*hull(slot, lo, hi, row.target))
+
+    def covers(self, instr: Instr) -> list[tuple[int, int]]:
+        """v8 era: all of the request; else what memslots have of it."""
+        if instr.step is attributes.kvm_mmu_invalidate_begin:
+            return [(self.start, self.end)]
+        return [(lo, hi) for _, lo, hi in self.pieces]
+
+    def injected(self, column: Column, group: int) -> bool:
+        """v8: a rate-limited warning, and the ioctl succeeds; since v6.8 there is no way back."""
+        assert column.pfn is not None and column.lo is not None
+        first = column.first(group)
+        code, vm = self.vm.rmp.failures[column.pfn + first], self.vm
+        refused(self, column, first, "private" if self.private else "shared")
+        if vm.merged:
+            raise PlatformError(f"RMPUPDATE at gfn {column.lo + first:#x} = {code.name}", int(code))
+        vm.log.add("warn", f"update_mem_attr failed: {code.name}", column.lo + first, code=int(code))
+        return True
+
+
+def refused(call: Call, column: Column, first: int, to: str) -> Rmpupdate:
+    """Log an RMPUPDATE that was made to fail; rmpupdate() repeats FAIL_OVERLAP without end."""
+    assert column.pfn is not None
+    pfn = column.pfn + first
+    code = call.vm.rmp.failures[pfn]
+    call.vm.log.add("rmpupdate", f"{to} 4K = {code.name}", pfn, 1, int(code))
+    if code == Rmpupdate.FAIL_OVERLAP and call.vm.merged:
+        raise PlatformError(f"rmpupdate() repeats for ever: PFN {pfn:#x} = FAIL_OVERLAP", int(code))
+    return code
+
+
+DONE, RETRY = "done", "RET_PF_RETRY"
+LEAVE = "RET_PF_RETRY after leaving KVM"  # tdx since v6.18 (2bc2694fe20b): no loop inside
+
+
+class Fault(Call):
+    """`n` nested faults in a row from `gfn` on, all of one kind, and the handler of RMP faults behind each.
+
+    Pages fault one after another; those in the situation of the first are dealt with at once, and `n` says how many.
+    """
+
+    def __init__(self, vm: Vm, vcpu: int, gfn: int, n: int, private: bool, write: bool) -> None:
+        word = "private" if private else "shared"
+        super().__init__(vm, f"vCPU {vcpu}", f"fault {word}", f"fault {word}")
+        self.gfn, self.n, self.private, self.write, self.word = gfn, n, private, write, word
+        self.answer, self.event, self.taken, self.root, self.pfn = DONE, -1, 1, vm.mmu.root, -1
+        self.slot, self.handles = vm.slots.find(gfn), False
+
+    def handle(self, kind: str, code: int, rmp_bit: str | None) -> tuple[str, int]:
+        """DONE, RETRY or LEAVE, and how many pages that was; what goes to userspace is raised."""
+        vm = self.vm
+        self.event = vm.log.add(kind, self.word, self.gfn, 1, code)
+        self._find()
+        if self.single:
+            self.n = 1
+            self.columns = [self.columns[0].split(1)[0]]
+        column = self.columns[0]
+        column.load()
+        if column.which is not None:
+            self.n = prefix(column.which == 0)
+            self.columns = [column.split(self.n)[0]]
+            self.columns[0].load()
+        try:
+            end = self.run(self.word, rmp_bit)
+            self.taken = self.n if end == "guest" and self.answer == DONE else 1
+        finally:
+            vm.log.amend(self.event, self.taken)
+        if end == "killed":
+            code = refused(self, self.columns[0], 0, "private")
+            raise VmErrno(errno.EINVAL, f"KVM_RUN: RMPUPDATE of PFN {self.columns[0].pfn:#x} = {code.name}")
+        if end == "userspace":
+            raise MmioExit(self.gfn * PAGE, self.write)
+        if end.startswith("auto"):
+            raise MemoryFaultExit(self.gfn * PAGE, MEMORY_EXIT_FLAG_PRIVATE if self.private else 0)
+        return self.answer, self.n
+
+    def _find(self) -> None:
+        """The pages, as far as the memslot goes; a private fault finds only memslots with a guest_memfd."""
+        vm, slot = self.vm, self.slot
+        if not vm.slots.by_id:
+            raise InternalError("KVM_EXIT_INTERNAL_ERROR: the VM has no memory")
+        if slot is None or (self.private and slot.gmem is None):
+            self.n = 1
+            column = Column.of_hole(vm, self.ranges, self.gfn, self.gfn + 1)
+        else:
+            self.n = min(self.n, slot.end - self.gfn)
+            column = Column.of_slot(vm, self.ranges, slot, self.gfn, self.gfn + self.n)
+        self.columns = [column]
+
+    def _once(self) -> None:
+        """All steps of a fault are about its pages."""
+        column = self.columns[0]
+        page = column.load()[0]
+        done = self._go(page)
+        column.values[0] = done.after & self.ranges.page_mask
+        for note in done.notes:
+            self.happens(note, column, 0, self.n, (0,))
+        self.judge(done, column, 0)
+
+    def happens(
+        self, note: Note, column: Column | None, first: int, n: int, groups: Iterable[int] = ()
+    ) -> None:
+        """Ends of a fault; the first that is sent back is the only one that was begun."""
+        kind = note.kind
+        if kind in ("retry", "leave"):
+            self.answer = RETRY if kind == "retry" else LEAVE
+            self.vm.log.add("retry", note.text, self.gfn)
+        elif kind == "exit-memory-fault":
+            self.vm.log.add(kind, page=self.gfn, code=MEMORY_EXIT_FLAG_PRIVATE if self.private else 0)
+        elif kind == "exit-mmio":
+            self.vm.log.add(kind, page=self.gfn)
+        elif kind == "psmash":
+            self.vm.log.add(kind, note.text, (column.pfn or 0) if column else 0, 1, note.code)
+        else:
+            super().happens(note, column, first, n, groups)
+
+    def before(self, instr: Instr, step: Step) -> None:
+        """Allocate what the fault maps; let a script act inside the handler; a root that went makes a fault stale."""
+        vm = self.vm
+        if step is gmem.kvm_gmem_get_pfn and self.slot and (self.slot.gmem or not self.private):
+            self.store()
+            vm.touch_backing(self.slot, self.gfn, self.n, self.private)
+            self.columns[0].loaded = False
+        elif point := POINTS.get(step):
+            if vm.on_point is not None:
+                self.hook(lambda: vm.at_point(point))
+        elif step is mmu.is_page_fault_stale and self.root != vm.mmu.root:
+            snapshot = self.ranges.cell("snapshot", THREADS[self.a])
+            self.kernel.x = self.ranges.set(self.kernel.x, snapshot, "moved")
+
+    def reach(self, pc: int) -> None:
+        """The rows of the handler come after those of the fault."""
+        if not self.handles and self.ranges.program[pc].section == "rmp_fault":
+            self.handles = True
+            self.text(f"rmp_fault {self.word}")
+        super().reach(pc)
+
+    def outside(self, instr: Instr, step: Step) -> str | None:
+        """A private leaf of a TD: by the rows of the section aug."""
+        vm = self.vm
+        if step is not tdx.freeze_spte or not vm.tdx:
+            return None
+        self.pfn = self.columns[0].pfn or 0
+        if not Aug(self, vm.tdx).run():
+            self.answer = RETRY
+            return "retry"
+        pc = self.ranges.at(self.kernel.x, self.a)
+        while self.ranges.program[pc].section == "aug":
+            pc += 1
+        self.goto(pc - 1)
+        return ""
+
+    def covers(self, instr: Instr) -> list[tuple[int, int]]:
+        """The pages of the fault."""
+        return [(self.gfn, self.gfn + self.n)]
+
+
+class Punch(Call):
+    """PUNCH_HOLE over pages [start, end) of a guest_memfd, which is also what closing it does.
+
+    The rows about mappings work on the gfns at which memslots are bound to the range, those about the RMP and the
+    directmap on its pages.
+    """
+
+    def __init__(self, file: GuestMemfd, start: int, end: int) -> None:
+        vm = file.vm
+        super().__init__(vm, "punch hole", "punch", "punch")
+        self.file, self.start, self.end, self.behind = file, start, end, None
+        self.bound = [
+            (slot, lo - at + slot.base, hi - at + slot.base) for lo, hi, at, slot in file.slots(start, end)
+        ]
+        self.columns = self._pages(start, end)
+        self.slot_state = "valid" if self.bound else "none"
+
+    def _pages(self, start: int, end: int) -> list[Column]:
+        found, at = list[Column](), start
+        for lo, hi, offset, slot in sorted(self.file.slots(start, end), key=lambda bound: bound[0]):
+            if at < lo:
+                found.append(Column.of_file(self.vm, self.ranges, self.file, at, lo))
+            found.append(
+                Column.of_slot(self.vm, self.ranges, slot, lo - offset + slot.base, hi - offset + slot.base)
+            )
+            at = hi
+        return [*found, *([Column.of_file(self.vm, self.ranges, self.file, at, end)] if at < end else [])]
+
+    def select(self, instr: Instr, step: Step) -> list[Column]:
+        """The bound gfns for what is about mappings, else the pages; one more where the text says so."""
+        if step is mmu.kvm_unmap_gfn_range:
+            return [column for column in self.columns if column.lo is not None]
+        more = instr.row and instr.row.walk == INCLUSIVE and self.end < self.file.pages
+        return self.columns + (self._pages(self.end, self.end + 1) if more else [])
+
+    def outside(self, instr: Instr, step: Step) -> str | None:
+        """Without a memslot there is no kvm whose mmu_lock it could be, and nothing is invalidated."""
+        row = instr.row
+        if step is tdx.kvm_unmap_gfn_range:
+            if self.vm.in_place and any([self.vm.mmu.zap(lo, hi) for _, lo, hi in self.bound]):
+                self.vm.mmu.flush()
+            return self.zaps((lo, hi) for _, lo, hi in self.bound)
+        return "" if row and not self.bound and (row.lock == "mmu_lock" or row.call in OF_MAPPINGS) else None
+
+    def happens(
+        self, note: Note, column: Column | None, first: int, n: int, groups: Iterable[int] = ()
+    ) -> None:
+        """What is made shared leaves the caches (wbinvd_on_all_cpus() or CLFLUSH, sev_gmem_invalidate())."""
+        super().happens(note, column, first, n, groups)
+        if note.kind == "rmpupdate" and column and column.pfn is not None:
+            for lo, hi in [span for group in groups for span in column.spans(group)]:
+                self._clflush(column.pfn + lo, hi - lo)
+
+    def _clflush(self, pfn: int, n: int) -> None:
+        if self.vm.switches.free_flushes_caches:
+            self.vm.log.add("clflush", page=pfn, times=n)
+            self.vm.memory.flush(pfn, n)
+
+    @property
+    def single(self) -> bool:
+        """Row by row, too, where some rows are left out."""
+        return super().single or not self.bound
+
+    def injected(self, column: Column, group: int) -> bool:
+        """A page that cannot be made shared is leaked (snp_leak_pages()), and the next one is begun."""
+        assert column.pfn is not None
+        for first in [page for lo, hi in column.spans(group) for page in range(lo, hi)]:
+            pfn, code = column.pfn + first, refused(self, column, first, "shared")
+            self.vm.log.add("warn", f"rmp_make_shared() = {code.name}: page leaked", pfn)
+            self.vm.leaked.add(pfn)
+            self._clflush(pfn, 1)
+        return False
+
+    def covers(self, instr: Instr) -> list[tuple[int, int]]:
+        """From the first bound gfn to the last, or each memslot's."""
+        bound = [(lo, hi) for _, lo, hi in self.bound]
+        if instr.step is attributes.kvm_mmu_invalidate_begin:
+            return [(min(lo for lo, _ in bound), max(hi for _, hi in bound))]
+        return bound
+
+
+class Zap(Call):
+    """What KVM does by itself to gfns [lo, hi): an MMU notifier, or the deletion of a memslot."""
+
+    def __init__(self, vm: Vm, name: str, entry: str, slot: MemSlot, lo: int, hi: int) -> None:
+        super().__init__(vm, name, entry, entry)
+        self.lo, self.hi = lo, hi
+        self.columns = [Column.of_slot(vm, self.ranges, slot, lo, hi)]
+
+    def outside(self, instr: Instr, step: Step) -> str | None:
+        """Private leaves of a TD."""
+        return self.zaps([(self.lo, self.hi)]) if step is tdx.kvm_unmap_gfn_range else None
