@@ -27,12 +27,13 @@ def machine_text(model: Model, x: int) -> str:
 
 def machine_rows(model: Model, x: int) -> list[TableRow]:
     """The table of state `x`, in the order in which reviewers ask; what the model does not have is left out."""
-    values = model.layout.unpack(x)
-    fields = model.layout.fields
+    cells = [cell for cell in model.layout.cells if not cell.fixed]
+    values: dict[Any, Any] = {
+        cell.name if cell.key is None else (cell.name, cell.key): cell.get(x) for cell in cells
+    }
 
     def family(name: str) -> dict[Any, str]:
-        cells = fields.get(name)
-        return {key: _text(values[name, key]) for key in cells} if isinstance(cells, dict) else {}
+        return {cell.key: _text(values[name, cell.key]) for cell in cells if cell.name == name}
 
     conf = model.conf
     moment = "running" if values["running"] else ("returned" if values["era"] else "not asked")
@@ -77,7 +78,7 @@ def machine_rows(model: Model, x: int) -> list[TableRow]:
             "invalidation: how many in progress, and each fault's snapshot",
             _window(values, family("snapshot")),
         ),
-        TableRow("locks", "who holds what", _locks(values, fields.keys())),
+        TableRow("locks", "who holds what", _locks(values)),
         TableRow(
             "access", "what each vCPU is trying to do", tuple((str(k), v) for k, v in family("acc").items())
         ),
@@ -206,7 +207,7 @@ def _window(values: dict[object, object], snapshots: dict[object, str]) -> tuple
     return (("", opened), *taken)
 
 
-def _locks(values: dict[object, object], names: object) -> tuple[tuple[str, str], ...]:
+def _locks(values: dict[object, object]) -> tuple[tuple[str, str], ...]:
     held: list[tuple[str, str]] = []
     for where, value in values.items():
         name, key = where if isinstance(where, tuple) else (where, None)
