@@ -441,13 +441,13 @@ def edited(name: str, platform: str, scenario: str) -> list[Model]:
 )
 def test_rows_lent_by_another_design_change_no_graph(platform: str, scenario: str) -> None:
     models = [*applicable(platform, scenario), *edited("v8-post-hook", platform, scenario)]
-    alone = [rows.search(made, 2_000) for made in models]
+    alone = [rows.search(made, 1_000) for made in models]
     expected = {id(graph.model): facts(graph) for graph in alone}
     calls = 0
     for order in (models, models[::-1]):
         earlier = None
         for made in order:
-            found = rows.search(made, 2_000, learner=Learner(made, earlier))
+            found = rows.search(made, 1_000, learner=Learner(made, earlier))
             assert facts(found) == expected[id(made)]
             earlier, calls = found.learner, calls + found.learner.calls
     assert calls < 2 * sum(graph.learner.calls for graph in alone)
