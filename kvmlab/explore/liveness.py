@@ -176,7 +176,7 @@ class _Arrays:
         if len(roots):
             ends, first = np.concatenate([ends, roots]), np.append(first, len(ends) + len(roots))
         n = len(first) - 1
-        return csr_matrix((np.ones(len(ends), bool), ends.astype(np.int32, copy=False), first), shape=(n, n))
+        return csr_matrix((np.ones(len(ends)), ends.astype(np.int32, copy=False), first), shape=(n, n))
 
     def reach(self, keep: Any, roots: Any = (0,)) -> Any:
         """For each state, whether it can be reached from `roots` over the kept edges."""
@@ -274,6 +274,13 @@ def _edges(graph: Graph, i: int) -> range:
     return range(int(graph.start[i]), int(graph.start[i + 1]))
 
 
+def _some(column: Any, edges: range) -> list[int]:
+    """What a column says of some edges."""
+    part = column[edges.start : edges.stop]
+    found: list[int] = part if isinstance(part, list) else part.tolist()
+    return found
+
+
 def owes(graph: Graph, a: int, i: int) -> bool:
     """Whether actor `a` is inside an operation in state `i` and can move."""
     pc = graph.learner.pc[a].get(graph.packed(i))
@@ -298,8 +305,8 @@ def avoidable(graph: Graph, prop: str) -> bool:
             return True
         if i in bad_states:
             continue
-        for e in _edges(graph, i):
-            n, j = int(graph.label[e]), int(graph.dst[e])
+        out = _edges(graph, i)
+        for n, j in zip(*(_some(column, out) for column in (graph.label, graph.dst)), strict=True):
             if n in other_end:
                 return True
             if n not in bad and j not in seen:

@@ -1,6 +1,6 @@
 """The dict engine: breadth-first search that applies learned rows to packed states, one at a time.
 
-It is the reference for the array engine, and the faster of the two below some ten thousand states.
+It is the reference for the array engine, and the faster of the two while levels are narrow.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ def search(
     limit: int | None = None,
     watch: Watch | None = None,
     learner: Learner | None = None,
-    enough: int | None = None,
+    wide: int | None = None,
     shun: str | None = None,
 ) -> Graph:
     """Explore `model` completely, or until `limit` states are known or `watch` says so (then not `complete`).
 
-    Where `enough` states are known at the end of a level, the graph is `begun`: for the array engine to go on.
+    Before a level of `wide` states or more it stops, with a graph that is `begun`: for the array engine to go on.
     Steps that violate the property to `shun` are not followed: they lead to END as fatal ones do.
     """
     learner = learner or Learner(model)
@@ -39,7 +39,7 @@ def search(
     for i, x in enumerate(states):  # grows while we go
         stop = watch is not None and not i % WATCHED and watch(len(states))
         inside = moved = False
-        if enough is not None and len(states) >= enough and depth[i] > d:
+        if wide is not None and depth[i] > d and len(states) - i >= wide:
             graph.complete, graph.begun = False, True
             break
         d = depth[i]

@@ -1,8 +1,8 @@
 """Learned rows as arrays: for a whole frontier at once, which row applies to each (actor, state).
 
 The rows are those of `step.Learner`; this is the same knowledge, laid out for gathering.  Each footprint of a table
-is a place; a row's key is the state masked to its footprint, looked up in the table's places one after the other.
-Keys are compared whole.
+is a place; a row's key is the state masked to its footprint, looked up in the table's places one after the other,
+and remembered for all states that agree in every footprint of the table.  Keys are compared whole.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ class Places:
         self.lookup = Lookup(words)
         self.union = np.zeros((tables, words), np.uint64)  # by table: of all its footprints
         self.short, self.row = Lookup(words), Column(np.int32, first=True)  # rows by what the union selects
-        self._taken: dict[
-            int, list[tuple[int, int]]
-        ] = {}  # by table: places, and how many rows of each we have
+        self._taken: dict[int, list[tuple[int, int]]] = {}  # by table: its places, and the rows had of each
 
     def take_over(self, tables: Iterable[tuple[int, Table]]) -> list[tuple[int, Row]]:
         """Number the rows that these tables have learned since last time; returns them, with their tables."""
@@ -61,13 +59,12 @@ class Places:
             for k, (mask, rows) in enumerate(table.footprints):
                 if k == len(taken):
                     taken.append((self._append(t, mask, taken), 0))
-                place, old = taken[k]
-                if len(rows) > old:
-                    taken[k] = place, len(rows)
-                    for key, row in list(rows.items())[old:]:
-                        keys.append(key)
-                        places.append(place)
-                        new.append((t, row))
+                place, had = taken[k]
+                more = list(rows.items())[had:]
+                taken[k] = place, had + len(more)
+                keys += [key for key, _ in more]
+                places += [place] * len(more)
+                new += [(t, row) for _, row in more]
         self.lookup.extend(split(keys, self.words), places)
         return new
 
@@ -85,8 +82,7 @@ class Places:
     def find(self, tables: Numbers, states: Words) -> NDArray[np.int32]:
         """Numbers of the rows that fit `states`, 0 for none, in `tables` of shape (some, len(states)).
 
-        All states that agree in every footprint of a table are looked up at once, and remembered.  Where a new
-        footprint widens the union, what is remembered stays true.
+        Where a new footprint widens the union, what is remembered stays true of whatever it matches.
         """
         keys = self.union.take(tables, axis=0)
         keys &= states

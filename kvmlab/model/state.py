@@ -108,7 +108,7 @@ class Layout:
     @property
     def places(self) -> list[tuple[Any, ...]]:
         """What each cell is called, where its bits lie and what they mean; of a `pc`, not how many there are."""
-        return [(c.name, c.key, c.shift, c.bits, c.name == "pc" or c.domain) for c in self.cells]
+        return [(c.name, c.key, c.shift, c.bits, c.fixed, c.name == "pc" or c.domain) for c in self.cells]
 
     def pack(self, values: Mapping[Any, Hashable]) -> int:
         """Pack `{name: value}` and `{(name, key): value}`; cells not named take their domain's first value."""

@@ -28,7 +28,7 @@ from .trace import Trace
 NEVER, SOMETIMES, ALWAYS, UNJUDGED = "Never", "Sometimes", "Always", "not judged"
 HITS_TRIED = 40  # how many shortest violations are looked at for runs that differ
 LIMIT = 16_000_000  # states after which a search stops unless told otherwise: some 4 GB; what ships needs 12 million
-SMALL = 1_500  # known states from which on the array engine is the faster one
+WIDE = 300  # states of a level from which on the array engine is the faster one
 
 
 @dataclass(frozen=True)
@@ -261,12 +261,12 @@ def explore(
     earlier: Learner | None = None,
     shun: str | None = None,
 ) -> Graph:
-    """Explore a model with the engine that fits its size; complete unless `limit` states are exceeded.
+    """Explore a model with the engine that fits the width of its levels; complete unless `limit` states are exceeded.
 
     `watch` is told now and then how many states are known; it may end the search.  Rows of an `earlier` learner
     are used again where they apply.  Steps that violate the property to `shun` are not followed.
     """
-    graph = rows.search(model, limit, watch, Learner(model, earlier), SMALL, shun)
+    graph = rows.search(model, limit, watch, Learner(model, earlier), WIDE, shun)
     if not graph.begun:
         return graph
     from ..explore import arrays

@@ -2,8 +2,8 @@
 
     python tests/bench/bench_edit.py [PLATFORM:SCENARIO...]      default: snp and tdx, to-private and to-shared
 
-For every design that ships and has the case, up to EDITS lines are moved, each to an ordering that this process
-has not seen, so nothing but what an edit leaves alike can be known already.
+For every design that ships and has the case, up to EDITS lines are moved, each in a session that holds the design
+as it ships: what is known already is what the edit leaves as it was.  Times are of the processor, not of the clock.
 """
 
 from __future__ import annotations
