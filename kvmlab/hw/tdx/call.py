@@ -163,7 +163,7 @@ class EntryCall(TdCall):
         return self.machine.interrupt_pending
 
     def leave_locks(self, answer: Answer) -> None:
-        """Leave TDHP in an entry whose lock the host leaf that answered so did not get, and take it from one that it did."""
+        """Set TDHP in entries whose lock a host leaf that answered so did not get; clear it in one whose it did."""
         if came_to(self.leaf, Check.ENTRY, answer):
             status, lock = acquire_entry("host", self.entry.lock)
             self.entry.lock = lock if status else release_entry(lock)
