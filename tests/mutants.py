@@ -32,7 +32,7 @@ EQUIVALENT = Path(__file__).with_name("mutants_equivalent.txt")
 # What a file's name begins with: the tests that are about it, and those that it meets if it survives them.
 TESTS = {
     "kvmlab/hw/tdx/lines": ("test_tdx_lines", "test_tdx_explorer"),
-    "kvmlab/hw/tdx/c": ("test_tdx_checks test_tdx_module", "test_tdx_rules test_vm_tdx_accept"),
+    "kvmlab/hw/tdx/c": ("test_tdx_checks test_tdx_module test_tdx_rules", "test_vm_tdx_accept"),
     "kvmlab/hw/tdx/module": ("test_tdx_module", "test_tdx_rules"),
     "kvmlab/hw/tdx/p": ("test_tdx_module", "test_tdx_rules test_vm_tdx_accept"),
     "kvmlab/hw/tdx/str": ("test_tdx_module", "test_tdx_rules"),

@@ -16,6 +16,7 @@ from kvmlab.emulator.tdx_module import CODE
 from kvmlab.hw.tdx import (
     CHECKS,
     Age,
+    Answer,
     Check,
     Leaf,
     Level,
@@ -434,6 +435,11 @@ def test_a_leaf_that_meets_a_taken_lock_is_busy_with_that_operand(leaf, held, ra
 @pytest.mark.parametrize(("armed", "rax"), [(False, 0), (True, busy(Operand.SEPT_TREE))])
 def test_vp_enter_wants_the_tree_only_if_its_mitigation_is_armed(armed, rax):
     assert answer(Leaf.VP_ENTER, Told({Lock.TREE: SHARED}, armed=armed)).rax == rax
+
+
+@pytest.mark.parametrize("told", [{"held": {Lock.TREE: EXCLUSIVE}}, {"armed": True}], ids=str)
+def test_where_nothing_is_said_nothing_is_in_the_way(told):
+    assert answer(Leaf.VP_ENTER, Told(**told)) == Answer(Status.SUCCESS) and Answer(Status.SUCCESS).rax == 0
 
 
 def test_a_situation_is_told_only_what_checks_ask_for():

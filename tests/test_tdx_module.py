@@ -450,6 +450,12 @@ def test_demote_of_a_page_in_use_is_not_blocked():
     assert large().demote(GPA, HPA).rax == NOT_BLOCKED
 
 
+def test_a_large_page_that_is_blocked_waits_for_a_track_as_a_small_one_does():
+    world = large()
+    assert world.track().ok and world.track().ok and world.block(GPA, Level.PD).ok
+    assert world.demote(GPA, HPA).rax == world.remove(GPA, Level.PD).rax == NOT_DONE
+
+
 def test_demote_splits_into_512_pages_that_are_not_blocked():
     world = large()
     world.block_and_track(Level.PD)

@@ -131,7 +131,9 @@ class Rmp:
             blocks = state.reshape(-1, step)
             others = ((blocks[:, 1:] & (ASSIGNED | BIG)) == ASSIGNED).any(axis=1)
             keys = keys[::step] | others.astype(np.uint16) * np.uint16(OTHERS)
-        new = RmpEntry(gfn is not None, OURS if gfn is not None else 0, EXPECTED if gfn is not None else None, size)
+        new = RmpEntry(
+            gfn is not None, OURS if gfn is not None else 0, EXPECTED if gfn is not None else None, size
+        )
         good, code, lut = np.zeros(2048, bool), Rmpupdate.OK, np.zeros(2048, np.uint8)
         codes: dict[int, Rmpupdate] = {}
         for key in distinct(keys):
@@ -182,7 +184,12 @@ class Rmp:
         answers: dict[int, snp.Pvalidate | str] = {}
         for key in distinct(keys):
             answers[key], after = snp_pages.pvalidate_at(
-                decode(key), validate, asid=OURS, gpa=EXPECTED, asked=asked, mapping=PG_2M if map_big else PG_4K
+                decode(key),
+                validate,
+                asid=OURS,
+                gpa=EXPECTED,
+                asked=asked,
+                mapping=PG_2M if map_big else PG_4K,
             )
             good[key], lut[key] = answers[key] == snp.Pvalidate.OK, encode(after)
         done = prefix(good[keys])

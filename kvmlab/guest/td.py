@@ -46,7 +46,10 @@ def _dropped(s: View, acc: Access) -> bool:
 
 
 def _vp_enter(s: View, me: str) -> str:
-    """TDH.VP.ENTER: count oneself in under the epoch lock, flush if the epoch is new; then run."""
+    """TDH.VP.ENTER: count oneself in under the epoch lock, flush if the epoch is new; then run.
+
+    No check refuses it here: the TD runs, a TRACK is over in one step, and zero-step mitigation is never armed.
+    """
     if s.mode[me] == "entering":
         s.say("VP.ENTER: in the TD")
         answers_kick(s, me)

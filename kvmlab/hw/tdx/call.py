@@ -8,7 +8,7 @@ from functools import cached_property
 from ..memory import PAGE, Gpa, Hpa
 from . import sept, tlb
 from .checks import Answer, Check, Situation, came_to
-from .locks import NONE, EntryLock, Lock, acquire_entry, release_entry, side
+from .locks import NONE, EntryLock, Lock, acquire_entry, release_entry
 from .pamt import PageType, PamtEntry
 from .platform import PamtKey, Platform
 from .sept import LEVELS, TABLES, Children, State
@@ -20,10 +20,10 @@ _TAKES_TABLE = frozenset({Leaf.SEPT_ADD, Leaf.PAGE_DEMOTE})  # the page given is
 
 
 class TdCall(Situation):
-    """A leaf for a TD; `ready` is told, for it is another thing for each leaf."""
+    """A leaf for a TD."""
 
-    def __init__(self, machine: Platform, td: Td, *, ready: bool = True) -> None:
-        self.machine, self.of, self._ready = machine, td, ready
+    def __init__(self, machine: Platform, td: Td) -> None:
+        self.machine, self.of = machine, td
 
     def td(self) -> TdState:
         """How far the TD is in its life."""
@@ -38,6 +38,14 @@ class TdCall(Situation):
     def previous_inside(self) -> bool:
         """Whether TRACK finds a vCPU of the epoch before this one."""
         return tlb.track(self.of.epochs)[0] != Status.SUCCESS
+
+
+class LifeCall(TdCall):
+    """A leaf that takes the TD a step further in its life; `ready`, another thing for each leaf, is told."""
+
+    def __init__(self, machine: Platform, td: Td, ready: bool) -> None:
+        super().__init__(machine, td)
+        self._ready = ready
 
     def ready(self) -> bool:
         """Whether all is done that the leaf waits for."""
@@ -155,9 +163,9 @@ class EntryCall(TdCall):
         return self.machine.interrupt_pending
 
     def leave_locks(self, answer: Answer) -> None:
-        """Leave in the entries what a leaf that answered so has left there by trying their locks."""
+        """Set TDHP in entries whose lock a host leaf that answered so did not get; clear it in one whose it did."""
         if came_to(self.leaf, Check.ENTRY, answer):
-            status, lock = acquire_entry(side(self.leaf), self.entry.lock)
+            status, lock = acquire_entry("host", self.entry.lock)
             self.entry.lock = lock if status else release_entry(lock)
         child = self.of.busy_child(self.gpa, self._level) if answer.by == Check.CHILD else None
         if child:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..memory import PAGE, Gpa, Hpa, gpa_to_gfn
 from . import pamt, sept, tlb
-from .call import EntryCall, PageCall, ReclaimCall, TdCall, VcpuCall
+from .call import EntryCall, LifeCall, PageCall, ReclaimCall, TdCall, VcpuCall
 from .checks import Check, Told, answer, came_to
 from .entry import accept_chunk, accept_info
 from .pamt import OF_CHILDREN, OF_PAGE, OF_TABLE
@@ -25,18 +25,17 @@ class Module(Platform):
 
     def _mem(
         self, leaf: Leaf, td: Td, gpa: Gpa, level: Level, page: Hpa | None = None
-    ) -> tuple[Result, Entry]:
+    ) -> tuple[Result, EntryCall]:
         """One TDH.MEM leaf up to the point where it cannot fail any more; the entry has its new state then."""
         call = EntryCall(self, leaf, td, gpa, level, page)
         found = answer(leaf, call)
         call.leave_locks(found)
-        if found.ok:
+        if found.by is None:
             call.entry.state = found.state or call.entry.state
-            return Result(), call.entry
+            return Result(), call
         if found.by == Check.INTERRUPT:
-            return Result(found.rax, gpa | level, td.tdr), Entry()
-        reports = found.by is not None and found.by.reports
-        return Result(found.rax, *(call.entry.details(call.found[0]) if reports else ())), Entry()
+            return Result(found.rax, gpa | level, td.tdr), call
+        return Result(found.rax, *(call.entry.details(call.found[0]) if found.by.reports else ())), call
 
     def _note(self, leaf: Leaf, of: str, td: Td, size: Level, hpa: Hpa) -> None:
         """Write into the PAMT what the leaf leaves there."""
@@ -44,11 +43,11 @@ class Module(Platform):
         self.pamt[size, hpa] = pamt.after(leaf, of, before, owner=owner, td_epoch=td.epochs.td_epoch)
 
     def _put(self, leaf: Leaf, td: Td, gpa: Gpa, level: Level, hpa: Hpa) -> Result:
-        result, entry = self._mem(leaf, td, gpa, level, hpa)
+        result, call = self._mem(leaf, td, gpa, level, hpa)
         if result.ok:
             table = leaf == Leaf.SEPT_ADD
             size, of = (Level.PT, OF_TABLE) if table else (level, OF_PAGE)
-            entry.hpa = hpa
+            call.entry.hpa = hpa
             self._note(leaf, of, td, size, hpa)
             td.children += size.pages
         return result
@@ -67,11 +66,10 @@ class Module(Platform):
 
     def tdh_mem_range_block(self, td: Td, gpa: Gpa, level: Level = Level.PT) -> Result:
         """TDH.MEM.RANGE.BLOCK: no new translations; the epoch is noted."""
-        result, entry = self._mem(Leaf.RANGE_BLOCK, td, gpa, level)
+        result, call = self._mem(Leaf.RANGE_BLOCK, td, gpa, level)
         if result.ok:
-            entry.accept_counter = 0
-            of = OF_PAGE if entry.state.leaf else OF_TABLE
-            self._note(Leaf.RANGE_BLOCK, of, td, (level if entry.state.leaf else Level.PT), entry.hpa)
+            call.entry.accept_counter = 0
+            self._note(Leaf.RANGE_BLOCK, OF_PAGE if call.entry.state.leaf else OF_TABLE, td, *call.own)
         return result
 
     def tdh_mem_range_unblock(self, td: Td, gpa: Gpa, level: Level = Level.PT) -> Result:
@@ -87,9 +85,10 @@ class Module(Platform):
 
     def tdh_mem_page_remove(self, td: Td, gpa: Gpa, level: Level = Level.PT) -> Result:
         """TDH.MEM.PAGE.REMOVE: give the page back; RCX is its HPA."""
-        result, entry = self._mem(Leaf.PAGE_REMOVE, td, gpa, level)
+        result, call = self._mem(Leaf.PAGE_REMOVE, td, gpa, level)
         if not result.ok:
             return result
+        entry = call.entry
         self._note(Leaf.PAGE_REMOVE, OF_PAGE, td, level, entry.hpa)
         td.children -= level.pages
         del td.sept[td.key(gpa, level)]
@@ -98,9 +97,10 @@ class Module(Platform):
     def tdh_mem_page_demote(self, td: Td, gpa: Gpa, hpa: Hpa, level: Level = Level.PD) -> Result:
         """TDH.MEM.PAGE.DEMOTE: split a large page with a new table `hpa`; the 512 children are not blocked."""
         before = td.walk("SEAMCALL", gpa, level)[1].state
-        result, entry = self._mem(Leaf.PAGE_DEMOTE, td, gpa, level, hpa)
+        result, call = self._mem(Leaf.PAGE_DEMOTE, td, gpa, level, hpa)
         if not result.ok:
             return result
+        entry = call.entry
         large, small = entry.hpa, Level(level - 1)
         entry.hpa, entry.accept_counter = hpa, 0
         for i, child in enumerate(td.below(gpa, level)):
@@ -113,9 +113,10 @@ class Module(Platform):
 
     def tdh_mem_page_promote(self, td: Td, gpa: Gpa, level: Level = Level.PD) -> Result:
         """TDH.MEM.PAGE.PROMOTE: merge 512 pages; RCX is the table that is free again."""
-        result, entry = self._mem(Leaf.PAGE_PROMOTE, td, gpa, level)
+        result, call = self._mem(Leaf.PAGE_PROMOTE, td, gpa, level)
         if not result.ok:
             return result
+        entry = call.entry
         table, large, small = entry.hpa, td.below(gpa, level)[0].hpa, Level(level - 1)
         entry.hpa = large
         self._note(Leaf.PAGE_PROMOTE, OF_PAGE, td, level, large)
@@ -129,9 +130,10 @@ class Module(Platform):
 
     def tdh_mem_sept_remove(self, td: Td, gpa: Gpa, level: Level = Level.PD) -> Result:
         """TDH.MEM.SEPT.REMOVE: take an empty table away; RCX is its HPA."""
-        result, entry = self._mem(Leaf.SEPT_REMOVE, td, gpa, level)
+        result, call = self._mem(Leaf.SEPT_REMOVE, td, gpa, level)
         if not result.ok:
             return result
+        entry = call.entry
         self._note(Leaf.SEPT_REMOVE, OF_TABLE, td, Level.PT, entry.hpa)
         td.children -= 1
         del td.sept[td.key(gpa, level)]
@@ -207,7 +209,6 @@ class Module(Platform):
             raise ValueError("only a vCPU that is inside executes TDCALL; vp_enter() first")
         call = EntryCall(self, Leaf.ACCEPT, td, gpa, level)
         found = answer(Leaf.ACCEPT, call)
-        call.leave_locks(found)
         if found.status == Guest.EXIT_ACCEPT:
             lost = self.td_exit(td, vcpu, progress=False)
             if lost.rax:
@@ -232,14 +233,14 @@ class Module(Platform):
 
     def tdh_mr_finalize(self, td: Td) -> Result:
         """TDH.MR.FINALIZE: the TD may run, and TLB tracking counts from now on."""
-        found = answer(Leaf.MR_FINALIZE, TdCall(self, td, ready=bool(td.vcpus)))
+        found = answer(Leaf.MR_FINALIZE, LifeCall(self, td, ready=bool(td.vcpus)))
         if found.ok:
             td.op_state = OpState.RUNNABLE
         return Result(found.rax)
 
     def tdh_vp_flush(self, td: Td, vcpu: Vcpu) -> Result:
         """TDH.VP.FLUSH: take the vCPU off its processor."""
-        found = answer(Leaf.VP_FLUSH, TdCall(self, td, ready=vcpu.associated))
+        found = answer(Leaf.VP_FLUSH, LifeCall(self, td, ready=vcpu.associated))
         if found.ok:
             vcpu.associated = False
             vcpu.tlb.clear()
@@ -262,7 +263,7 @@ class Module(Platform):
         return self._end(Leaf.MNG_KEY_FREEID, td, td.cache_written_back, Lifecycle.TEARDOWN)
 
     def _end(self, leaf: Leaf, td: Td, ready: bool, then: Lifecycle) -> Result:
-        found = answer(leaf, TdCall(self, td, ready=ready))
+        found = answer(leaf, LifeCall(self, td, ready=ready))
         if found.ok:
             td.lifecycle = then
         return Result(found.rax)
