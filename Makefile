@@ -26,26 +26,27 @@ test unit nbval notebooks .venv/test.stamp: export MPLCONFIGDIR := $(CURDIR)/.ve
 lab: .venv/lab.stamp
 	$(BIN)/kvmlab lab
 
-# One after the other even with make -j, so that the last thing to read is the last summary.
+# Two stages at a time: the browser and the notebooks' kernels wait for each other often.  Each stage shows what it has
+# printed when it ends; a make that cannot do that lets their lines mix.
+TOGETHER := -j2 $(and $(filter output-sync,$(.FEATURES)),--output-sync=target)
+
 test: .venv/test.stamp
-	$(MAKE) --no-print-directory lint
-	$(MAKE) --no-print-directory unit
-	$(MAKE) --no-print-directory nbval
-	$(MAKE) --no-print-directory browser
+	$(MAKE) --no-print-directory $(TOGETHER) unit lint nbval browser
 
 lint: .venv/test.stamp
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
+# A process a CPU.  A file stays in one of them, since its tests share what they have computed.
 unit: .venv/test.stamp
-	$(BIN)/python -m pytest -m "not browser"
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --ignore tests/test_browser.py
 
 # Strict: every stored output is compared. In one process, because nbval's cells share a kernel.
 nbval: .venv/test.stamp
 	$(if $(NOTEBOOKS),$(BIN)/python -m pytest --nbval --nbval-current-env notebooks,@echo "no notebooks yet")
 
 browser: .venv/test.stamp
-	$(BIN)/python -m pytest -m browser
+	$(BIN)/python -m pytest tests/test_browser.py
 
 notebooks: .venv/test.stamp
 	$(BIN)/python tests/workbook/notebooks.py run
@@ -60,16 +61,18 @@ clean:
 	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
+# What is installed is compiled when it is first imported: most of it never is.
+
 # JupyterLab asks on first start whether it may fetch news; the question covers part of the workbook.
 NO_NEWS := jupyter-labextension disable "@jupyterlab/apputils-extension:announcements"
 
 .venv/lab.stamp: .venv/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[lab]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[lab]"
 	@$(BIN)/$(NO_NEWS) 2>/dev/null
 	@touch $@
 
 .venv/test.stamp: .venv/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[lab,test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[lab,test]"
 	@$(BIN)/$(NO_NEWS) 2>/dev/null
 	@$(BIN)/python -c "import matplotlib.font_manager"
 	@touch .venv/lab.stamp $@

@@ -9,11 +9,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import same_model
+
 from kvmlab.design import Design, shipped
 from kvmlab.design.calls import BACKINGS
 from kvmlab.errors import NotApplicable
 from kvmlab.machine.scenarios import SCENARIOS
-from kvmlab.verdict.report import check
+from kvmlab.verdict.run import Case
 
 LONG_ON_TDX = ("two-vmms", "two-ranges", "hostile")  # millions of states a design: left to `kvmlab matrix`
 ON_SEV = ("smm",)  # what neither snp nor tdx has
@@ -23,11 +25,9 @@ FOLDER = Path(__file__).parent.parent / "kvmlab" / "designs"
 def verdicts(name: str, platform: str, scenario: str, backing: str) -> dict[str, str] | None:
     """What the model says: the violated properties with their verdicts; None where there is no such case."""
     try:
-        report = check(Design.load(name), platform, scenario, backing)
+        return same_model.verdicts(Case(Design.load(name), platform, scenario, backing))
     except NotApplicable:
         return None
-    assert report.complete
-    return {v.name: v.verdict for v in report.verdicts.values() if v.depth is not None}
 
 
 def cases(name: str) -> list[tuple[str, str, str]]:

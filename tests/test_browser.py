@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, TextIO
 
 import pytest
 
-pytestmark = pytest.mark.browser
 if os.environ.get("KVMLAB_REQUIRE_BROWSER") != "1":
     pytest.importorskip("jupyterlab", reason="needs JupyterLab")
     pytest.importorskip("anywidget", reason="needs anywidget")
@@ -603,6 +602,25 @@ def test_three_lanes_are_seen_without_scrolling_sideways(page: Any, tmp_path: Pa
     lanes = page.locator(".kvmlab-lanes").first
     assert lanes.locator("thead th").count() == 5
     assert lanes.evaluate("(el) => el.scrollWidth <= el.clientWidth")
+
+
+def test_the_page_of_a_sept_board_walks_without_kernel_and_network(page: Any, tmp_path: Path) -> None:
+    import kvmlab
+
+    board = kvmlab.sept_board("VP.ENTER", "access", "AUG", "VP.ENTER", "ACCEPT", "access", "BLOCK")
+    (tmp_path / "board.html").write_text(board.page(), encoding="utf-8")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((tmp_path / "board.html").as_uri())
+    told, picture = page.locator(".kvmlab-sept-told"), page.locator(".kvmlab-sept-picture")
+    page.get_by_role("button", name="PAGE.REMOVE").click()
+    assert "0xc0000b08 00000001 TDX_TLB_TRACKING_NOT_DONE | RCX" in told.inner_text()
+    for name in ("TRACK", "kick", "PAGE.REMOVE"):
+        page.get_by_role("button", name=name, exact=True).click()
+    assert picture.get_attribute("data-at") == "FREE"
+    page.get_by_role("button", name="Back").click()
+    assert picture.get_attribute("data-at") == "BLOCKED"
+    assert asked == [(tmp_path / "board.html").as_uri()]
 
 
 def test_a_step_is_drawn_at_once(live: Any, desk: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,25 @@
 """The claims of the thread: every one has an answer, the answer comes from the model, and it says no more."""
 
+import json
+import re
+from functools import cache
+
 import pytest
 
+from kvmlab import cli
 from kvmlab.errors import InputError
 from kvmlab.machine.scenarios import SCENARIOS
-from kvmlab.verdict.claims import ANSWERED, CLAIMS, CONFIRMED, QUALIFIED, REFUTED, SOURCE, Bench, answers
+from kvmlab.verdict.claims import (
+    ANSWERED,
+    CLAIMS,
+    CONFIRMED,
+    QUALIFIED,
+    REFUTED,
+    SOURCE,
+    Bench,
+    Claim,
+    answers,
+)
 from kvmlab.verdict.claims.mail import out_of_the_file_first
 
 ANSWERS = {
@@ -30,6 +45,7 @@ class Swapped(Bench):
         return super().design(self.other if name == self.name else name)
 
 
+@cache
 def answer(claim):
     return CLAIMS[claim].answer(BENCH)
 
@@ -52,6 +68,18 @@ def test_an_answer_names_every_scenario_that_it_looked_at_and_no_other(claim):
     cases = found.why.rpartition("[")[2].rstrip("]") if found.why.endswith("]") else ""
     named = {word for part in cases.split("; ") for word in part.rpartition(": ")[2].split(", ")}
     assert named & set(SCENARIOS) == looked_at
+
+
+def test_the_command_prints_every_claim_with_its_answer_and_evidence_when_asked_by_id(capsys, monkeypatch):
+    def claims(*arguments):
+        return cli.main(["claims", *arguments]), capsys.readouterr().out
+
+    monkeypatch.setattr(Claim, "answer", lambda self, bench: answer(self.id))
+    status, out = claims()
+    assert status == 0 and len(re.findall(r"^C\d\d ", out, re.M)) == 40
+    assert "no-zap, snp, tiny" in claims("C12")[1]
+    assert json.loads(claims("C06", "--json")[1])[0]["answer"] == "confirmed"
+    assert claims("C99")[0] == 2
 
 
 def test_a_question_is_answered_and_neither_confirmed_nor_refuted():

@@ -138,14 +138,6 @@ def test_the_matrix_as_json_has_an_element_a_cell(run):
     assert first["states"] == 1_169 and "split" in second["n/a"]
 
 
-def test_claims_prints_every_claim_with_its_answer_and_evidence_when_asked_by_id(run):
-    status, out, _ = run("claims")
-    assert status == 0 and len(re.findall(r"^C\d\d ", out, re.M)) == 40
-    assert "no-zap, snp, tiny" in run("claims", "C12")[1]
-    assert json.loads(run("claims", "C06", "--json")[1])[0]["answer"] == "confirmed"
-    assert run("claims", "C99")[0] == 2
-
-
 def test_report_writes_one_page_that_needs_nothing_else(run, tmp_path):
     page = tmp_path / "page.html"
     status, out, _ = run("report", "no-zap", "upstream", "--scenario", "tiny", "-o", str(page))

@@ -1,7 +1,12 @@
 """Every design that ships: its verdicts are those that its file expects, as `Result:` lines of litmus tests are."""
 
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
 import pytest
 from bless_designs import _split, verdicts
+from same_model import ONLY_READ, identity
 
 from kvmlab.compile.build import build
 from kvmlab.design import Design, shipped
@@ -9,19 +14,65 @@ from kvmlab.design.calls import BACKINGS
 from kvmlab.errors import NotApplicable
 from kvmlab.machine.properties import BY_NAME
 from kvmlab.machine.scenarios import SCENARIOS
+from kvmlab.model.state import Field, Layout
+from kvmlab.model.step import Instr, Model
 
-EXPECTED = [
-    (name, platform, where)
-    for name in shipped("all")
-    for platform, lines in Design.load(name).expect.items()
-    for where in lines
-]
+# By scenario, so that designs which make the same model of one stand together, and one process checks them.
+EXPECTED = sorted(
+    (
+        (name, platform, where)
+        for name in shipped("all")
+        for platform, lines in Design.load(name).expect.items()
+        for where in lines
+    ),
+    key=lambda case: (case[1], case[2], case[0]),
+)
 
 
 @pytest.mark.parametrize(("name", "platform", "where"), EXPECTED)
 def test_a_design_does_what_its_file_expects(name, platform, where):
     scenario, backing = _split(where)
     assert verdicts(name, platform, scenario, backing) == Design.load(name).expect[platform][where]
+
+
+def tiny() -> Model:
+    return build(Design.load("v8-post-hook"), SCENARIOS["tiny"])
+
+
+def with_first_instr(model: Model, **changes: Any) -> Model:
+    asker, *others = model.actors
+    program = (replace(asker.program[0], **changes), *asker.program[1:])
+    return replace(model, actors=(replace(asker, program=program), *others))
+
+
+OTHER_MODELS: dict[str, Callable[[Model], Model]] = {
+    "step": lambda m: with_first_instr(m, step=lambda s, me: None),
+    "args": lambda m: with_first_instr(m, args=("other",)),
+    "next": lambda m: with_first_instr(m, next=7),
+    "jumps": lambda m: with_first_instr(m, jumps={"other": 7}),
+    "idle": lambda m: with_first_instr(m, idle=not m.actors[0].program[0].idle),
+    "loop": lambda m: with_first_instr(m, loop=7),
+    "one actor less": lambda m: replace(m, actors=m.actors[:-1]),
+    "layout": lambda m: replace(m, layout=Layout([Field("attr", ("shared", "private", "other"))])),
+    "initial": lambda m: replace(m, initial=m.initial + 1),
+    "conf": lambda m: replace(m, conf=replace(m.conf, stray=True)),
+    "fatal": lambda m: replace(m, fatal=frozenset()),
+    "quiet": lambda m: replace(m, quiet=None),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_MODELS)
+def test_no_check_is_shared_with_a_model_that_differs_in(what: str) -> None:
+    assert identity(OTHER_MODELS[what](tiny())) != identity(tiny())
+
+
+def test_a_check_is_shared_by_models_that_only_read_differently() -> None:
+    assert identity(with_first_instr(tiny(), text="other", row=None, section="other")) == identity(tiny())
+
+
+def test_every_field_of_a_model_has_been_thought_of() -> None:
+    assert {f.name for f in fields(Model)} == {"layout", "actors", "initial", "conf", "fatal", "quiet", "title"}
+    assert {f.name for f in fields(Instr)} - set(ONLY_READ) <= OTHER_MODELS.keys()
 
 
 def has(design, scenario, backing):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ET
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import notebook_rules
@@ -207,20 +206,3 @@ def test_before_finalize_the_board_lets_a_page_be_added_and_removed_at_once() ->
     board = kvmlab.sept_board("PAGE.ADD", "REMOVE", "PAGE.ADD", "MR.FINALIZE", "REMOVE", finalized=False)
     assert [each.rax for each in board.log] == [0, 0, 0, 0, 0xC0000B0600000001]
     assert board.at.op_state == OpState.RUNNABLE
-
-
-@pytest.mark.browser
-def test_the_page_walks_without_kernel_and_network(page: Any, tmp_path: Path) -> None:
-    (tmp_path / "board.html").write_text(kvmlab.sept_board(*STORY).page(), encoding="utf-8")
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto((tmp_path / "board.html").as_uri())
-    told, picture = page.locator(".kvmlab-sept-told"), page.locator(".kvmlab-sept-picture")
-    page.get_by_role("button", name="PAGE.REMOVE").click()
-    assert "0xc0000b08 00000001 TDX_TLB_TRACKING_NOT_DONE | RCX" in told.inner_text()
-    for name in ("TRACK", "kick", "PAGE.REMOVE"):
-        page.get_by_role("button", name=name, exact=True).click()
-    assert picture.get_attribute("data-at") == "FREE"
-    page.get_by_role("button", name="Back").click()
-    assert picture.get_attribute("data-at") == "BLOCKED"
-    assert asked == [(tmp_path / "board.html").as_uri()]
