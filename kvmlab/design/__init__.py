@@ -14,7 +14,17 @@ from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
 
-from .calls import ATTRIBUTES, DEFAULTED, DEFAULTS_FROM, ONE_WAY, PLATFORMS, SECTIONS, does, nearest
+from .calls import (
+    ATTRIBUTES,
+    DEFAULTED,
+    DEFAULTS_FROM,
+    ONE_WAY,
+    PLATFORMS,
+    SECTIONS,
+    does,
+    nearest,
+    with_role,
+)
 from .edit import Aligned, align, hunks, move, shown_lines, stuck
 from .errors import DesignError, Place, quoted
 from .files import BaseLoader, decode, from_file, from_stdin, shipped, shipped_text, siblings
@@ -27,7 +37,7 @@ __all__ = ["Condition", "Design", "DesignError", "Row", "shipped"]
 DEFAULT_BASE = "v8-post-hook"
 LONGEST_NAME = 80  # signs of a design's name; one that cannot be printed, as in a file's, stands as its number
 DEEPEST_BASE = 16  # bases of a base
-REPLACED = "kvm_mem_attrs_changed"  # the call whose place a fragment takes
+REPLACED = with_role("zaps and flushes")  # the call whose place a fragment takes
 
 
 @dataclass(frozen=True)

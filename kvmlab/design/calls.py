@@ -184,7 +184,7 @@ CALLS = (
          under_mmu_lock=True),
     Call("kvm_flush_remote_tlbs", FLUSHES, "flush the TLBs of all vCPUs", KVM_MAIN_C, mmu.kvm_flush_remote_tlbs,
          under_mmu_lock=True),
-    Call("kvm_mem_attrs_changed", IOCTL, "zap and flush", "RFC v8 02/56", words=MEMSLOTS,
+    Call("kvm_mem_attrs_changed", IOCTL, "zap and flush", "RFC v8 02/56", words=MEMSLOTS, role="zaps and flushes",
          parts=_both("kvm_unmap_gfn_range", "kvm_flush_remote_tlbs")),
     Call("kvm_update_lpage_mixed_flag", IOCTL, "large-page bookkeeping", MMU_C, lpage.kvm_update_lpage_mixed_flag,
          over=MEMSLOT, words=("reserved",)),

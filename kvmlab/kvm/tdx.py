@@ -180,13 +180,7 @@ def track(s: View) -> Answer:
     return found
 
 
-LEAVES = {
-    "tdh_mem_range_block": Leaf.RANGE_BLOCK,
-    "tdh_mem_track": Leaf.TRACK,
-    "tdh_mem_page_remove": Leaf.PAGE_REMOVE,
-    "tdh_mem_sept_add": Leaf.SEPT_ADD,
-    "tdh_mem_page_aug": Leaf.PAGE_AUG,
-}
+LEAVES = {leaf.lower().replace(".", "_"): leaf for leaf in Leaf}  # tdh_mem_track() is TDH.MEM.TRACK
 
 
 def is_busy(found: Answer) -> bool:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ..kernel import locks
 from ..model.step import Actor
+from ..verdict.diagram import CLOSES, OPENS
 from ..verdict.run import Event, Frame, Run
 from .style import (
     CLEAR,
@@ -162,7 +163,7 @@ def _words(event: Event, indent: int) -> Iterator[Html]:
     yield breakable(call)
     if notes:
         yield quiet("  ", Html("&nbsp; "), "  ".join(notes))
-    if event.call.startswith(("kvm_mmu_invalidate_begin", "kvm_mmu_invalidate_end")):
+    if event.call.startswith((OPENS, CLOSES)):
         yield quiet(
             Html("&nbsp; "), "[window", Html("&nbsp;"), "opens]" if "begin" in event.call else "closes]"
         )

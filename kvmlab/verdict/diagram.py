@@ -8,12 +8,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import NamedTuple
 
+from ..design.calls import CALLS, with_role
+from ..kernel.locks import SPINNING, UNDO
 from ..machine.properties import BY_NAME, MEASURES
 from .run import Event, Run
 
 WIDTH = 75  # columns of a diagram: it is pasted into mails
-TAKES, DROPS = ("write_lock(mmu", "read_lock(mmu"), ("write_unlock(mmu", "read_unlock(mmu")
-OPENS, CLOSES = "kvm_mmu_invalidate_begin", "kvm_mmu_invalidate_end"
+_OF_MMU_LOCK = [call for call in CALLS if call.lock in SPINNING]
+TAKES = tuple(f"{call.name}({call.lock}" for call in _OF_MMU_LOCK if call.step in UNDO)
+DROPS = tuple(f"{call.name}({call.lock}" for call in _OF_MMU_LOCK if call.step in UNDO.values())
+OPENS, CLOSES = with_role("opens"), with_role("closes")
 
 
 def diagram(run: Run, code: str, width: int = WIDTH) -> str:
