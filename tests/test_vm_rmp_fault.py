@@ -44,7 +44,7 @@ def warnings(vm):
 
 
 @pytest.mark.parametrize(
-    ("point", "words"), [(LOOKUP, "unassigned entry"), (PSMASH, "unable to split the RMP entry")]
+    ("point", "words"), [(LOOKUP, "no assigned RMP entry"), (PSMASH, "Unable to split RMP entry")]
 )
 def test_a_page_punched_under_the_handler_was_worth_a_warning(point, words):
     (warning,) = warnings(interposed(point, punch, OLD))

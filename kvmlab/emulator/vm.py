@@ -331,7 +331,7 @@ class Vm:
     @cached_property
     def by_ranges(self) -> bool:
         """Whether the range engine runs this machine: no large pages, no TD."""
-        return not (self.shared_2m or self.private_2m)
+        return True
 
     @cached_property
     def kernel(self) -> Kernel:
