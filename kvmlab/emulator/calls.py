@@ -19,9 +19,8 @@ from ..kernel.failures import RMPUPDATE
 from ..machine.conf import Switches
 from ..model.step import Instr
 from .columns import Column
-from .events import KernelBug, PlatformError, RmpFault, VmError
+from .events import Deadlock, KernelBug, PlatformError, RmpFault, VmError
 from .large import Regions
-from .locks import Deadlock
 from .tdx_zap import Zap as PrivateZap
 
 if TYPE_CHECKING:

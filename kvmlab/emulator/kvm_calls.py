@@ -11,11 +11,13 @@ import errno
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..compile.pages import THREADS
 from ..design import Row
 from ..design.calls import INCLUSIVE
 from ..explore.ranges import Note
-from ..hw.snp import Rmpupdate
+from ..hw.snp import Npf, Rmpupdate
 from ..hw.snp.pages import PAGES_2M
 from ..kernel import directmap
 from ..kvm import attributes, gmem, lpage, mmu, sev, tdx
@@ -376,6 +378,19 @@ class Fault(Call):
         return [(self.gfn, self.gfn + self.n)]
 
 
+def run_fault(
+    vm: Vm, vcpu: int, gfn: int, n: int, private: bool, write: bool, code: int, kind: str = ""
+) -> tuple[str, int]:
+    """One nested fault (or `n` alike): DONE, RETRY or LEAVE, and how many pages it dealt with.
+
+    Raises MemoryFaultExit or MmioExit for what goes to userspace, VmErrno if KVM_RUN fails.
+    """
+    rmp = vm.has_rmp and bool(code & Npf.RMP)
+    bit = "SIZEM" if rmp and code & Npf.SIZEM else "RMP" if rmp else None
+    kind = kind or ("npf-rmp" if rmp else "npf")
+    return Fault(vm, vcpu, gfn, n, private, write).handle(kind, int(code), bit)
+
+
 class Punch(Call):
     """PUNCH_HOLE over pages [start, end) of a guest_memfd, which is also what closing it does.
 
@@ -414,10 +429,18 @@ class Punch(Call):
         """Without a memslot there is no kvm whose mmu_lock it could be, and nothing is invalidated."""
         row = instr.row
         if step is tdx.kvm_unmap_gfn_range:
-            if self.vm.in_place and any([self.vm.mmu.zap(lo, hi) for _, lo, hi in self.bound]):
+            if self.vm.in_place and any([self._unmap_shared(lo, hi) for _, lo, hi in self.bound]):
                 self.vm.mmu.flush()
             return self.zaps((lo, hi) for _, lo, hi in self.bound)
         return "" if row and not self.bound and (row.lock == "mmu_lock" or row.call in OF_MAPPINGS) else None
+
+    def _unmap_shared(self, lo: int, hi: int) -> bool:
+        """In-place a TD's shared root maps the same page."""
+        leaves = self.vm.mmu.leaves(lo, hi)
+        if count := int(np.count_nonzero(leaves)):
+            self.vm.log.add("zap", page=lo, times=count)
+            leaves[:] = 0
+        return bool(count)
 
     def happens(
         self, note: Note, column: Column | Regions | None, first: int, n: int, groups: Iterable[int] = ()
