@@ -122,7 +122,7 @@ def test_a_page_in_another_situation_ends_the_run(odd):
     if odd == "attribute":
         vm.attributes.store(700, 701, True)
     elif odd == "leaf":
-        vm.mmu.install(700, 1, vm.pfn(700 * P, False), False)
+        vm.mmu.leaves(700, 701)[:] = vm.pfn(700 * P, False) + 1 << 1
     elif odd == "entry":
         vm.rmp.update(vm.pfn(700 * P, True), 1, 5)
     elif odd == "tlb":

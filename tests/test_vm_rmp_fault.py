@@ -6,13 +6,13 @@ import pytest
 
 from kvmlab.design import Design
 from kvmlab.emulator import GuestSpins, Vm
-from kvmlab.emulator.rmpfault import LOOKUP, PSMASH
 from kvmlab.emulator.vm import VmSwitches
+from kvmlab.hw.snp import PG_2M
 
 P, M2 = 4096, 1 << 21
 
 
-OLD = "psmash-against-punch"
+OLD, LOOKUP, PSMASH = "psmash-against-punch", "snp_lookup_rmpentry", "snp_rmptable_psmash"
 
 
 def handler(*rows):
@@ -44,7 +44,7 @@ def warnings(vm):
 
 
 @pytest.mark.parametrize(
-    ("point", "words"), [(LOOKUP, "unassigned entry"), (PSMASH, "unable to split the RMP entry")]
+    ("point", "words"), [(LOOKUP, "no assigned RMP entry"), (PSMASH, "Unable to split RMP entry")]
 )
 def test_a_page_punched_under_the_handler_was_worth_a_warning(point, words):
     (warning,) = warnings(interposed(point, punch, OLD))
@@ -70,13 +70,13 @@ def test_psmash_of_a_punched_page_fails_and_changes_nothing():
 
 
 def test_since_2026_an_unassigned_entry_that_nobody_invalidated_is_still_worth_a_warning():
-    vm = interposed(LOOKUP, lambda vm: vm.sev.make_shared(vm.pfn(0, True), 512, 0))
+    vm = interposed(LOOKUP, lambda vm: vm.rmp.update(vm.pfn(0, True), 512, None, PG_2M))
     assert warnings(vm) == ["RMP fault on an unassigned entry"]
 
 
 @pytest.mark.parametrize("point", [LOOKUP, PSMASH])
 def test_a_page_that_somebody_else_splits_meanwhile_needs_no_zap_and_no_warning(point):
-    vm = interposed(point, lambda vm: vm.sev.psmash(vm.pfn(0, True)))
+    vm = interposed(point, lambda vm: vm.rmp.psmash(vm.pfn(0, True)))
     assert warnings(vm) == [] and "zap" not in vm.counters
 
 
@@ -132,7 +132,7 @@ def test_without_sizem_v8s_handler_leaves_at_its_first_row():
 @pytest.mark.parametrize(("word", "expected"), [("", 1), ("recheck", 0), ("recheck_unassigned", 0)])
 def test_a_race_lost_to_another_psmash_is_a_warning_unless_the_text_looks_again(word, expected):
     def split(vm):
-        vm.sev.psmash(vm.pfn(0, True))
+        vm.rmp.psmash(vm.pfn(0, True))
 
     vm = interposed(PSMASH, split, handler("snp_lookup_rmpentry()", f"psmash({word})", "kvm_zap_gfn_range()"))
     assert len(warnings(vm)) == expected
@@ -150,9 +150,9 @@ def test_an_ordinary_access_that_fails_for_its_size_reaches_v8s_psmash_only_if_i
     vm = Vm("snp", 512, "v8-post-hook", private_2m=True, switches=VmSwitches(access_sets_sizem=switch))
     vm.guest().set_memory_encrypted(0, M2)
     vm.guest().write(0, b"2M")
-    vm.mmu.zap(0, 1)
+    vm.mmu.leaves(0, 512)[:] = 0
     vm.mmu.flush()
-    vm.mmu.install(0, 1, vm.pfn(0, True), False)  # a 4K leaf over a 2M entry
+    vm.mmu.leaves(0, 1)[:] = vm.pfn(0, True) + 1 << 1  # a 4K leaf over a 2M entry
     with contextlib.suppress(GuestSpins):
         vm.guest().write(0, b"4K")
     assert vm.counters.get("psmash", 0) == psmashes

@@ -4,7 +4,7 @@ import pytest
 
 from kvmlab.design import Design
 from kvmlab.emulator import GuestSpins, PlatformError, Vm
-from kvmlab.emulator.locks import Deadlock
+from kvmlab.emulator.events import Deadlock
 from kvmlab.emulator.switches import VmSwitches
 from kvmlab.emulator.tdx_load import batching
 from kvmlab.hw.tdx import Leaf

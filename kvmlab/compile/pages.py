@@ -11,18 +11,20 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from ..design import Design, Row
 from ..design.tree import Condition
+from ..guest.access import Access
 from ..hw.memory import Gfn
 from ..hw.snp import PG_2M, PG_4K, RmpEntry
 from ..kernel import locks
 from ..kernel.failures import RMPUPDATE
 from ..kvm import sev
 from ..machine.cells import build_layout, with_usage
-from ..machine.conf import ADDS, DELETES, DISCARDS, MEMSLOTS, RESERVED, Conf, Switches
+from ..machine.conf import ADDS, DELETES, DISCARDS, FOLIO_2M, LARGE, MEMSLOTS, RESERVED, Conf, Switches
 from ..machine.properties import FATAL
-from ..model.state import Field, Layout, View
+from ..model.state import Cell, Field, Layout, ModelError, View
 from ..model.step import Actor, Model
 from .assemble import Draft, assemble, without_markers
 from .programs import _unwound, fault_paths, inverted, punch_drafts
@@ -31,9 +33,12 @@ from .section import KINDS, Section
 THREADS = tuple(f"T{level}" for level in range(6))  # a call inside a call inside ...
 PARTS = frozenset({DISCARDS, MEMSLOTS, ADDS, DELETES, RESERVED, RMPUPDATE})
 OTHER = "other"  # a leaf to a page that is neither backing
+ELSEWHERE = Gfn(99)  # the gfn of an RMP entry that is for another page
+MOST_PLACES, MOST_CHILDREN = 1024, 16
 OF_A_PAGE = frozenset(
     {"attr", "reserved", "npt", "tlb", "rmp", "directmap", "directmap_2m", "gmem", "slot", "uptodate",
-     "invalidate_range", "failures_left"}
+     "invalidate_range", "failures_left", "memory", "guest", "checked", "npt_large", "mixed", "tlb_2m",
+     "sept", "mirror", "entry_lock", "ptlb", "pamt", "bepoch"}
 )  # fmt: skip
 
 
@@ -50,33 +55,56 @@ class PageModel:
     rows: Mapping[str, tuple[Row, ...]]
 
 
+class Shape(NamedTuple):
+    """How many gfns a model has, all of one 2M page if more than one: they stand for its 512.
+
+    The first is the page's first; the others are one for each situation that is met there.  `request` are those that
+    a call is about; `folio`: guest_memfd has one 2M folio for them; `large_shared`: so has the shared memory.
+    """
+
+    children: int = 1
+    request: tuple[Gfn, ...] = (Gfn(0),)
+    folio: bool = False
+    large_shared: bool = False
+
+
+ONE_PAGE = Shape()
+
+
 @lru_cache(None)
-def rmp_entries() -> tuple[RmpEntry, ...]:
-    """Every RMP entry that a page can have, its GPA 0 for the page's own gfn and 1 for another."""
+def rmp_entries(gfn: Gfn) -> tuple[RmpEntry, ...]:
+    """Every RMP entry that the page of a gfn can have, for this gfn or for another."""
     flags = (False, True)
     rest = [
         (size, immutable, vmsa, validated)
         for size in (PG_4K, PG_2M) for immutable in flags for vmsa in flags for validated in flags
     ]  # fmt: skip
-    owners = [(False, None), (True, Gfn(0)), (True, Gfn(1))]
+    owners = [(False, None), (True, gfn), (True, ELSEWHERE)]
     return tuple(
         RmpEntry(assigned, asid, gpa, *more) for assigned, gpa in owners for asid in range(4) for more in rest
     )
 
 
 @lru_cache(256)
-def page_model(design: Design, platform: str, backing: str, switches: Switches) -> PageModel:
-    """Compile the page model of a design."""
+def page_model(
+    design: Design, platform: str, backing: str, switches: Switches, shape: Shape = ONE_PAGE
+) -> PageModel:
+    """Compile the page model of a design.  What is not per page lies at the same bits whatever the shape is."""
+    parts = PARTS if platform == "snp" else PARTS - {RMPUPDATE}
+    parts |= {LARGE} if shape.children > 1 else set()
+    parts |= {FOLIO_2M} if shape.folio else set()
     conf = Conf(
-        platform, backing == "in-place", (Gfn(0),), KINDS[::-1], THREADS[0], THREADS, correct_guest=False,
-        parts=PARTS if platform == "snp" else PARTS - {RMPUPDATE}, auto_convert=True, linux=design.version,
-        switches=switches,
+        platform, backing == "in-place", tuple(map(Gfn, range(shape.children))), KINDS[::-1], THREADS[0], THREADS,
+        correct_guest=False, parts=parts, auto_convert=True, linux=design.version, switches=switches,
+        children=shape.children, request=shape.request, large_shared=shape.large_shared,
     )  # fmt: skip
     compiler = _Compiler(design, conf)
     program = assemble(without_markers(compiler.compile()))
+    if len(program) > MOST_PLACES or shape.children > MOST_CHILDREN:
+        raise ModelError(f"a page model has at most {MOST_PLACES} places and {MOST_CHILDREN} gfns")
     programs = dict.fromkeys(THREADS, program)
     conf = replace(with_usage(conf, programs), inverted=inverted(frozenset(compiler.nests)), many=4)
-    layout = _widened(build_layout(conf, programs))
+    layout = _arranged(build_layout(conf, programs))
     actors = tuple(Actor(key, "thread", program) for key in THREADS)
     title = f"one page of {design.name} on {platform}, {backing}"
     model = Model(layout, actors, layout.pack({}), conf, FATAL, None, title)
@@ -96,19 +124,38 @@ def ends(s: View, me: str, how: str) -> None:
     """Where a call is over."""
 
 
-def _widened(layout: Layout) -> Layout:
-    """The same cells with what only a real machine holds: leaves to any page, RMP entries of any kind."""
-
-    def domain(name: str, key: Hashable, values: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
-        more: dict[str, tuple[Hashable, ...]] = {
-            "npt": (OTHER,), "rmp": rmp_entries(), "slot": ("invalid",), "fault_slot": ("invalid",)
-        }  # fmt: skip
-        return tuple(dict.fromkeys((*values, *more.get(name, ()))))
-
-    return Layout(
-        Field(cell.name, domain(cell.name, cell.key, cell.domain), None if cell.key is None else (cell.key,))
-        for cell in layout.cells
+def of_a_page(cell: Cell) -> bool:
+    """Whether a cell belongs to the page and not to KVM as a whole."""
+    return cell.name in OF_A_PAGE or (
+        cell.name == "folio_ref" and cell.key not in [(thread, 0) for thread in THREADS]
     )
+
+
+def _arranged(layout: Layout) -> Layout:
+    """The same cells, KVM's before the page's, with what only a real machine holds besides."""
+    accesses = (None, *(Access(kind, "write", Gfn(gfn), 0) for kind in KINDS for gfn in range(MOST_CHILDREN)))
+    instead: dict[str, tuple[Hashable, ...]] = {"pc": tuple(range(MOST_PLACES)), "acc": accesses}
+    more: dict[str, tuple[Hashable, ...]] = {
+        "npt": (OTHER,),
+        "slot": ("invalid",),
+        "fault_slot": ("invalid",),
+    }
+
+    def domain(cell: Cell) -> tuple[Hashable, ...]:
+        if cell.name == "rmp":
+            return rmp_entries(Gfn(int(str(cell.key)[1:])))
+        if (
+            cell.name == "failures_left" and cell.bits
+        ):  # which gfn's RMPUPDATE is made to fail, counted from 1
+            return tuple(range(MOST_CHILDREN + 1))
+        if cell.fixed:
+            return cell.domain
+        return instead.get(cell.name) or tuple(dict.fromkeys((*cell.domain, *more.get(cell.name, ()))))
+
+    def field(cell: Cell) -> Field:
+        return Field(cell.name, domain(cell), None if cell.key is None else (cell.key,), cell.fixed)
+
+    return Layout(field(cell) for cell in sorted(layout.cells, key=of_a_page))
 
 
 class _Compiler:
@@ -143,7 +190,7 @@ class _Compiler:
 
     def _implied(self, name: str) -> list[Draft]:
         """What KVM does by itself: a notifier zaps what is shared, with a window; a memslot that goes, both kinds."""
-        section = Section(self.conf, "punch", "private", name, (Gfn(0),), self.design)
+        section = Section(self.conf, "punch", "private", name, self.conf.converted, self.design)
         window = name == "notifier"
         lock, unlock = (Row(call, lock="mmu_lock") for call in ("write_lock", "write_unlock"))
         zap, flush = Row("kvm_unmap_gfn_range"), Row("kvm_flush_remote_tlbs", when=(Condition("flush", ""),))
@@ -170,7 +217,7 @@ class _Compiler:
 
     def _ioctl(self, kind: str) -> list[Draft]:
         name = f"ioctl {kind}"
-        section = Section(self.conf, "ioctl", kind, name, (Gfn(0),), self.design)
+        section = Section(self.conf, "ioctl", kind, name, self.conf.converted, self.design)
         rows = self.design.rows("ioctl", to=kind, platform=self.conf.platform)
         section.compile(rows)
         self.nests |= section.nests
@@ -179,7 +226,7 @@ class _Compiler:
 
     def _punch(self) -> list[Draft]:
         """A page that cannot be made shared is leaked, and the punch goes on."""
-        drafts, nests = punch_drafts(self.design, self.conf, "punch", (Gfn(0),))
+        drafts, nests = punch_drafts(self.design, self.conf, "punch", self.conf.converted)
         self.nests |= nests
         for draft in drafts:
             if draft.step is sev.rmpupdate:

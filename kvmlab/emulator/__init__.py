@@ -2,14 +2,15 @@
 
 switches                   what sources leave open, and what later kernels fixed
 arguments                  what each public call takes, looked at in one place
-events locks costs         errors, log and counters; who holds what; published figures
+events costs               errors, log and counters; published figures
 memory                     bytes in DRAM and the stand-in cipher
 caches rmp                 dirty lines by C-bit; RMP arrays under the rules of hw/
-sev                        RMPUPDATE in ranges, the directmap
+directmap                  which pages the kernel's directmap has
 gmem slots regions lpage   guest_memfd; memslots, their ioctl, their large pages
 mmu                        attributes, NPT, TLBs
-ioctl faults rmpfault      the rows of `ioctl:`, `fault:` and `rmp_fault:`
-punch                      the rows of `punch:`
+columns large              arrays as cells of the page model, and back; 2M pages
+calls kvm_calls            the programs of a design run on columns: ioctl, fault, punch, zap
+ioctl                      the ioctl's input
 access guest psc alike     a vCPU; page state changes; runs of requests that are alike
 linux                      what a Linux guest does
 host vmm                   the host kernel and userspace
@@ -24,6 +25,7 @@ vm workloads               the public Vm; a boot-like load
 from __future__ import annotations
 
 from .events import (
+    Deadlock,
     Event,
     GpFault,
     GuestSpins,
@@ -49,7 +51,6 @@ from .events import (
     VmError,
     VmplFault,
 )
-from .locks import Deadlock
 from .switches import VmSwitches
 from .vm import Vm
 

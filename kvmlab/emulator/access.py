@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..hw.snp import VC_NOT_VALIDATED_CODE
 from ..hw.snp import pages as snp_pages
 from .events import GuestSpins, MemoryFaultExit, VcFault, VmplFault
-from .faults import LEAVE, RETRY, run_fault
+from .kvm_calls import LEAVE, RETRY, run_fault
 from .memory import PAGE, U8, U32, prefix
 
 if TYPE_CHECKING:

@@ -12,29 +12,36 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from ..compile.pages import THREADS, page_model
+from ..compile.pages import ONE_PAGE, THREADS, Shape, page_model
 from ..design import Design, Row
-from ..explore.ranges import FOR_ALL, Note, Pass, Ranges
+from ..explore.ranges import FOR_ALL, Note, Pass, Ranges, same_row
 from ..kernel.failures import RMPUPDATE
 from ..machine.conf import Switches
 from ..model.step import Instr
 from .columns import Column
-from .events import KernelBug, PlatformError, RmpFault, VmError
-from .locks import Deadlock
+from .events import Deadlock, KernelBug, PlatformError, RmpFault, VmError
+from .large import Regions
 from .tdx_zap import Zap as PrivateZap
 
 if TYPE_CHECKING:
     from .vm import Vm
 
 Step = Callable[..., Any]
-MODEL_NAME = re.compile(r"\b(?:([PS])0|gfn 0)\b")
+MODEL_NAME = re.compile(r"\b(?:([PS])|gfn )(\d+)\b")
 BY_PFN = frozenset({"rmpupdate", "directmap-unmap", "directmap-map", "directmap-split"})
 
 
 @lru_cache(256)
-def ranges(design: Design, platform: str, backing: str, switches: Switches, stops: frozenset[Step]) -> Ranges:
+def ranges(
+    design: Design,
+    platform: str,
+    backing: str,
+    switches: Switches,
+    stops: frozenset[Step],
+    shape: Shape = ONE_PAGE,
+) -> Ranges:
     """The range engine of a design; machines alike share what it knows."""
-    return Ranges(page_model(design, platform, backing, switches), stops)
+    return Ranges(page_model(design, platform, backing, switches, shape), stops)
 
 
 class Held:
@@ -50,7 +57,8 @@ class Kernel:
     def __init__(self, vm: Vm, stops: Iterable[Step]) -> None:
         self.vm = vm
         switches = Switches(**{name: getattr(vm.switches, name) for name in Switches.__dataclass_fields__})
-        self.ranges = ranges(vm.design, vm.platform, vm.backing, switches, frozenset(stops))
+        self.shaped = partial(ranges, vm.design, vm.platform, vm.backing, switches, frozenset(stops))
+        self.ranges = self.shaped(ONE_PAGE)
         self.x = self.ranges.model.initial & ~self.ranges.page_mask
         self.depth = 0
         self.names = ["nobody"] * len(THREADS)
@@ -73,23 +81,49 @@ class Call:
         self.vm, self.kernel, self.name, self.entry = vm, vm.kernel, name, entry
         self.ranges, self.a = vm.kernel.ranges, vm.kernel.depth
         self.text(section)
-        self.columns: list[Column] = []
-        self.parts: list[Column] = []  # of the column that a loop is at
+        self.columns: list[Column | Regions] = []
+        self.parts: list[Column | Regions] = []  # of the column that a loop is at
         self.slot_state = "none"
-        self.in_progress, self.failing = self.ranges.cell("in_progress"), self.ranges.cell("failures_left", RMPUPDATE)
+        self.in_progress, self.failing = (
+            self.ranges.cell("in_progress"),
+            self.ranges.cell("failures_left", RMPUPDATE),
+        )
         self.first_pc = self.ranges.program[self.ranges.pages.entries[entry]].next
 
     def text(self, section: str) -> None:
         """The rows that are reached from here on."""
-        self.rows, self.reached, self.next_row = (
-            self.ranges.pages.rows[section],
-            self.ranges.reached(section),
-            0,
-        )
+        self.section, self.next_row = section, 0
+        self.rows, self.reached = self.ranges.pages.rows[section], self.ranges.reached(section)
+
+    def adopt(self, engine: Ranges) -> None:
+        """Go on in a machine of another shape."""
+        if engine is self.ranges:
+            return
+        entry, ahead = engine.pages.entries[self.entry], self.ranges.at(self.kernel.x, self.a)
+        ahead -= self.ranges.pages.entries[self.entry]
+        self.ranges, self.first_pc = engine, engine.program[entry].next
+        self.goto(max(entry, entry + ahead))
+        self.rows, self.reached = engine.pages.rows[self.section], engine.reached(self.section)
+
+    def aside(self, column: Regions, row: Row) -> None:
+        """A row for which 4K pages have no step, done to 2M ones."""
+        before, found = self.kernel.x, dict[Note, list[int]]()
+        for group, value in enumerate(column.load()):
+            engine = column.engine(group)
+            if (at := engine.place(self.entry, [row], in_loop=False)) is None:
+                continue
+            self.goto(at)
+            done = engine.go(self.global_state(value), self.a, True)
+            column.values[group] = done.after & engine.page_mask
+            for note in done.notes:
+                found.setdefault(note, []).append(group)
+            self.judge(done, column, group, engine)
+        self._log(column, found)
+        self.kernel.x = before
 
     # What a subclass says.
 
-    def select(self, instr: Instr, step: Step) -> list[Column]:
+    def select(self, instr: Instr, step: Step) -> list[Column | Regions]:
         """The columns that a loop over pages works on."""
         return self.columns
 
@@ -107,20 +141,20 @@ class Call:
         """The gfns that the window is widened to."""
         return [(column.lo, column.lo + column.n) for column in self.columns if column.lo is not None]
 
-    def injected(self, column: Column, group: int) -> bool:
+    def injected(self, column: Column | Regions, group: int) -> bool:
         """RMPUPDATE of a page was made to fail; whether the loop ends there."""
         return True
 
     # Running.
 
-    def run(self, kind: str = "private", rmp_bit: str | None = None) -> str:
+    def run(self, kind: str = "private", rmp_bit: str | None = None, gfn: int = 0) -> str:
         """Run to an end, and name it."""
         kernel, ranges = self.kernel, self.ranges
         if self.a >= len(THREADS):
             raise VmError(f"{self.name}: more than {len(THREADS)} calls inside one another")
         kernel.depth += 1
         kernel.names[self.a] = self.name
-        kernel.x = ranges.begin(kernel.x, self.a, self.entry, kind, rmp_bit)
+        kernel.x = ranges.begin(kernel.x, self.a, self.entry, kind, rmp_bit, gfn)
         try:
             return self._run()
         except BaseException:
@@ -131,9 +165,10 @@ class Call:
             kernel.depth -= 1
 
     def _run(self) -> str:
-        ranges, begun = self.ranges, False
+        begun = False
         self.goto(self.first_pc)
         while True:
+            ranges = self.ranges
             pc = ranges.at(self.kernel.x, self.a)
             if pc == self.first_pc:
                 if begun:  # tdx: a private fault that is sent back begins again inside KVM
@@ -221,9 +256,10 @@ class Call:
         cell = self.in_progress
         return self.kernel.x & ~cell.mask | min(self.vm.mmu.in_progress, 3) << cell.shift | page
 
-    def _go(self, page: int) -> Pass:
-        done = self.ranges.go(self.global_state(page), self.a, self.single)
-        self.kernel.x = done.after & ~self.ranges.page_mask
+    def _go(self, page: int, engine: Ranges | None = None) -> Pass:
+        engine = engine or self.ranges
+        done = engine.go(self.global_state(page), self.a, self.single)
+        self.kernel.x = done.after & ~engine.page_mask
         return done
 
     def _once(self) -> None:
@@ -239,100 +275,85 @@ class Call:
         start, ends = self.kernel.x, set[int]()
         columns, reserved = self.select(instr, step), self.ranges.cell("reserved", 0)
         for column in columns:
-            for value in column.load():
+            for group, value in enumerate(column.load()):
                 self.kernel.x = start
+                engine = column.engine(group)
+                if engine is not self.ranges:
+                    at = engine.place(self.entry, [instr.row] if instr.row else [], in_loop=False) or 0
+                    self.goto(at)
+                    self.judge(self._go(value, engine), None, 0, engine)
+                    no = engine.at(self.kernel.x, self.a) == engine.program[at].next
+                    self.kernel.x = start
+                    self.goto(instr.next if no else instr.jumps["done"])
+                    ends.add(self.kernel.x)
+                    continue
                 if len(columns) == column.n == 1:  # xa_load() of one entry never returns a reserved one
                     value = self.ranges.set(value, reserved, False)
                 self.judge(self._go(value), None, 0)
                 ends.add(self.kernel.x)
-        no = [x for x in ends if self.ranges.at(x, self.a) == instr.next]
-        self.kernel.x = (no or list(ends) or [start])[0]
+        stays = [x for x in ends if self.ranges.at(x, self.a) == instr.next]
+        self.kernel.x = (stays or list(ends) or [start])[0]
 
     def loop(self, pc: int, instr: Instr, step: Step) -> None:
         """A loop over pages, on each column by itself."""
-        after = pc
+        after, rows = pc, list[Row]()
         while self.ranges.program[after].loop == instr.loop:
+            rows += filter(None, [self.ranges.program[after].row])
             after += 1
         for column in self.select(instr, step):
-            parts = [column]
-            if self.single and column.n > 1:
-                parts = list(column.split(1))
-            self.parts = parts
-            for part in parts:
-                self.goto(pc)
-                if not self._column(part, instr.loop):
+            self.parts = list(column.split(1)) if self.single and column.units > 1 else [column]
+            for part in self.parts:
+                if not self._column(part, pc, rows):
                     break
             for part in self.parts:
                 part.store()
             self.parts = []
         self.goto(after)
 
-    def _column(self, column: Column, loop: int) -> bool:
-        """One column; whether no page ended the loop."""
-        start = self.kernel.x
-        found: dict[Note, list[tuple[int, int]]] = {}
+    def _column(self, column: Column | Regions, pc: int, rows: list[Row]) -> bool:
+        """The rows of a loop on one column; whether no page ended the loop."""
+        found: dict[Note, list[int]] = {}
         for group, value in enumerate(column.load()):
-            if group:
-                self.goto(self.ranges.at(start, self.a))
-            n, first = column.count(group), column.first(group)
-            spent = False
+            engine, spent = column.engine(group), False
+            begin = pc if engine is self.ranges else engine.place(self.entry, rows)
+            if begin is None:
+                continue
+            self.goto(begin)
             while True:
-                done = self._go(value)
-                after = done.after & self.ranges.page_mask
+                done = self._go(value, engine)
+                after = done.after & engine.page_mask
                 column.values[group] = after
                 for note in done.notes:
-                    if note.kind != "zap" or self._maps(value):
-                        found.setdefault(note, []).append((group, n))
-                spent = spent or bool((value ^ after) & self.failing.mask)
+                    if group not in found.setdefault(note, []):
+                        found[note].append(group)
+                spent = spent or bool((value ^ after) & engine.cell("failures_left", RMPUPDATE).mask)
                 if done.violations or done.blocked:
                     self._log(column, found)
-                    self.judge(done, column, first)
-                    found = {}
+                    self.judge(done, column, group, engine)
                 value = after
-                at = self.ranges.at(self.kernel.x, self.a)
-                if self.ranges.program[at].loop != loop:
+                at = engine.program[engine.at(self.kernel.x, self.a)]
+                if not (at.loop and at.row and any(same_row(at.row, row) for row in rows)):
                     break
-                self.reach(at)
+                if engine is self.ranges:
+                    self.reach(engine.at(self.kernel.x, self.a))
                 if not column.loaded:
                     value = column.load()[group]
             if spent and self.injected(column, group):
                 self._log(column, found)
-                self._ends_at(column, group, first)
+                column.behind(column.unit(group))
                 return False
         self._log(column, found)
         return True
 
-    def _ends_at(self, column: Column, group: int, first: int) -> None:
-        """Pages behind the first of a group were not begun: they are as they were."""
-        was = list(column.old)
-        behind = column.which
-        if behind is None:
-            now = column.values[group]
-            if column.n > 1:
-                import numpy as np
-
-                column.which = np.ones(column.n, np.uint16)
-                column.which[0] = 0
-                column.values, column.old = [now, was[0]], [was[0], was[0]]
-            return
-        k = len(column.values)
-        behind[first + 1 :] += k
-        column.values, column.old = column.values + was, column.old + was
-
-    def _maps(self, value: int) -> bool:
-        """Whether the page has a leaf."""
-        return self.ranges.cell("npt", 0).get(value) is not None
-
-    def _log(self, column: Column, found: dict[Note, list[tuple[int, int]]]) -> None:
+    def _log(self, column: Column | Regions, found: dict[Note, list[int]]) -> None:
         """Note what happened, row by row; pages alike in one event."""
         for note in sorted(found, key=lambda note: note.pc):
-            groups = found[note]
-            first = min(column.first(group) for group, _ in groups)
-            self.happens(note, column, first, sum(n for _, n in groups), [group for group, _ in groups])
+            where = [column.pages_of(group, note) for group in found[note]]
+            self.happens(note, column, min(where)[0], sum(n for _, n in where), found[note])
         found.clear()
 
     def happens(
-        self, note: Note, column: Column | None, first: int, n: int, groups: Iterable[int] = ()
+        self, note: Note, column: Column | Regions | None, first: int, n: int, groups: Iterable[int] = ()
     ) -> None:
         """What a step noted: the numbers of the window, the flush, and the log."""
         vm, kind = self.vm, note.kind
@@ -352,41 +373,41 @@ class Call:
         elif kind == "directmap-split":
             self._splits(column, groups)
         else:
-            base = column.pfn if kind in BY_PFN else column.lo
+            base = column.pfn if kind in BY_PFN else column.start
             vm.log.add(kind, note.text, None if base is None else base + first, n, note.code)
             if kind == "rmpupdate" and column.pfn is not None:
-                self._updated(column, groups)
+                self._updated(column, groups, note.gfn or 0)
 
     def _widen(self, note: Note) -> None:
         for lo, hi in self.covers(self.ranges.program[note.pc]):
             self.vm.mmu.range_add(lo, hi)
 
-    def _splits(self, column: Column, groups: Iterable[int]) -> None:
+    def _splits(self, column: Column | Regions, groups: Iterable[int]) -> None:
         """2M entries of the directmap, each once."""
         assert column.pfn is not None
         for lo, hi in sorted(span for group in groups for span in column.spans(group)):
             if count := self.vm.directmap.split_to_4k(column.pfn + lo, hi - lo):
                 self.vm.log.add("directmap-split", page=column.pfn + lo, times=count)
 
-    def _updated(self, column: Column, groups: Iterable[int]) -> None:
+    def _updated(self, column: Column | Regions, groups: Iterable[int], gfn: int) -> None:
         """RMPUPDATE resets the permissions of VMPLs, unless it changes nothing."""
-        assert column.pfn is not None
-        permissions, cell = self.vm.rmp.permissions, self.ranges.cell("rmp", "P0")
-        if not permissions:
-            return
-        for group in groups:
+        permissions = self.vm.rmp.permissions
+        for group in groups if permissions else ():
+            cell = column.engine(group).cell("rmp", f"P{gfn}")
             same = (column.old[group] ^ column.values[group]) & cell.mask == 0 and self.vm.rmp.keeps
             for lo, hi in [] if same else column.spans(group):
-                for pfn in [pfn for pfn in permissions if lo <= pfn - column.pfn < hi]:
+                for pfn in [pfn for pfn in permissions if lo <= pfn - (column.pfn or 0) < hi]:
                     del permissions[pfn]
 
-    def judge(self, done: Pass, column: Column | None, first: int) -> None:
+    def judge(
+        self, done: Pass, column: Column | Regions | None, group: int, engine: Ranges | None = None
+    ) -> None:
         """What was violated: noted, or raised where the run ends; Deadlock where the thread waits for ever."""
         if not done.violations and not done.blocked:
             return
         vm = self.vm
         for name, why in done.violations:
-            text = self._real(why, column, first)
+            text = self._real(why, column, group)
             if name not in self.ranges.model.fatal:
                 vm.log.violate(name, text)
                 continue
@@ -394,26 +415,27 @@ class Call:
             if name == "kernel-bug":
                 raise KernelBug(text)
             if name == "host-rmp-fault":
-                raise RmpFault((column.pfn or 0) + first if column else 0, text)
+                raise RmpFault((column.pfn or 0) + column.first(group) if column else 0, text)
             raise PlatformError(text, next((n.code for n in done.notes[::-1] if n.code), 0))
         if done.blocked:
             self.store()
-            raise Deadlock(self._waits())
+            raise Deadlock(self._waits(engine or self.ranges))
 
-    def _real(self, text: str, column: Column | None, first: int) -> str:
+    def _real(self, text: str, column: Column | Regions | None, group: int) -> str:
         """The text with numbers for the model's names."""
         if column is None:
             return text
 
         def number(match: re.Match[str]) -> str:
-            base = {"P": column.pfn, "S": column.shared, None: column.lo}[match[1]]
-            return f"{'PFN' if match[1] else 'gfn'} {(base or 0) + first:#x}"
+            base = {"P": column.pfn, "S": column.shared, None: column.start}[match[1]]
+            where = (base or 0) + column.page_of(group, int(match[2]))
+            return f"{'PFN' if match[1] else 'gfn'} {where:#x}"
 
         return MODEL_NAME.sub(number, text)
 
-    def _waits(self) -> str:
+    def _waits(self, engine: Ranges) -> str:
         """Whom the thread waits for."""
-        instr = self.ranges.program[self.ranges.at(self.kernel.x, self.a)]
+        instr = engine.program[engine.at(self.kernel.x, self.a)]
         lock = instr.args[0] if instr.args and isinstance(instr.args[0], str) else ""
         others = [thread.name for thread in self.kernel.threads() if lock in thread.held]
         if others:

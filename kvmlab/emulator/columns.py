@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..compile.pages import OTHER
-from ..explore.ranges import Ranges
+from ..compile.pages import ELSEWHERE, OTHER
+from ..explore.ranges import Note, Ranges
 from ..hw import snp
+from ..hw.memory import Gfn
 from ..hw.snp.pages import PAGES_2M
 from ..kernel.failures import RMPUPDATE
 from ..model.state import Cell
@@ -141,6 +142,43 @@ class Column:
             for placed, codes in mixed:
                 value |= placed.bits(int(codes[at]))
             self.values.append(value)
+
+    @property
+    def start(self) -> int | None:
+        """The gfn of the first page."""
+        return self.lo
+
+    def page_of(self, group: int, gfn: int) -> int:
+        """The first page that a gfn of the model stands for."""
+        return self.first(group)
+
+    @property
+    def units(self) -> int:
+        """How many pages are run: each by itself."""
+        return self.n
+
+    def engine(self, group: int) -> Ranges:
+        """The machine that runs a group."""
+        return self.ranges
+
+    def unit(self, group: int) -> int:
+        """The first page of a group."""
+        return self.first(group)
+
+    def behind(self, unit: int) -> None:
+        """What is behind a page is as it was."""
+        if self.which is None:
+            self.which = np.zeros(self.n, np.uint16)
+        self.which[unit + 1 :] += np.uint16(len(self.values))
+        self.values, self.old = self.values + self.old, self.old * 2
+
+    def refused(self, group: int) -> tuple[int, int]:
+        """The page whose RMPUPDATE was made to fail, and how many pages that was about."""
+        return self.first(group), 1
+
+    def pages_of(self, group: int, note: Note) -> tuple[int, int]:
+        """Where something happened, and to how many pages of a group."""
+        return self.first(group), self.count(group)
 
     def first(self, group: int) -> int:
         """The first page of a group, counted from the column's."""
@@ -367,6 +405,11 @@ def _drop(c: Column, where: Where, value: str | None) -> None:
             c.vm.mmu.drop_pages(c.lo + lo, c.lo + hi)
 
 
+def owned(entry: snp.RmpEntry, gfn: int) -> snp.RmpEntry:
+    """The entry with the model's gfn for its own, or ELSEWHERE."""
+    return entry if entry.gpa is None else entry._replace(gpa=ELSEWHERE if entry.gpa else Gfn(gfn))
+
+
 def one_of(*values: Any) -> Callable[[Cell, int], Any]:
     """What gathered numbers mean, in order."""
     return lambda _, code: values[code]
@@ -377,7 +420,7 @@ FAMILIES = (
     Family("reserved", 0, one_of(False, True), _reserved, _set_reserved),
     Family("npt", 0, one_of(None, "S0", "P0", OTHER), _npt, _set_npt),
     Family("tlb", ("T0", 0), lambda cell, _: cell.domain[1], lambda c: 0, _drop),
-    Family("rmp", "P0", lambda _, code: decode(code), _rmp, _set_rmp),
+    Family("rmp", "P0", lambda cell, code: owned(decode(code), int(str(cell.key)[1:])), _rmp, _set_rmp),
     Family("directmap", "P0", one_of("present", "absent"), _absent, _set_absent),
     Family("directmap_2m", None, one_of(True, False), _split),
     Family("gmem", 0, one_of("free", "cached", "dying"), _gmem, _set_gmem),

@@ -16,6 +16,10 @@ class VmError(Exception):
     """What a Vm raises; the subclasses carry the errno, fault or status code that they stand for."""
 
 
+class Deadlock(VmError):
+    """A thread waits for a lock whose holder will not let go in this run."""
+
+
 class VmErrno(OSError, VmError):
     """A system call failed, with the errno that KVM gives."""
 

@@ -15,10 +15,8 @@ import numpy as np
 
 from . import kvm_calls
 from .arguments import BYTES, DATA, FLAG, NUMBER, takes, whole
-from .events import SigBus, VmErrno
-from .locks import Deadlock
+from .events import Deadlock, SigBus, VmErrno
 from .memory import LIMIT, PAGE, U8, runs
-from .punch import Punch
 
 if TYPE_CHECKING:
     from .slots import MemSlot
@@ -105,9 +103,7 @@ class GuestMemfd:
         self.bindings, self.closed = [], True
 
     def _punch(self, start: int, end: int) -> None:
-        if not self.vm.by_ranges:
-            Punch(self, start, end).run()
-        elif start < end:
+        if start < end:
             kvm_calls.Punch(self, start, end).run("shared")
 
     def take_out(self, start: int, end: int) -> list[tuple[int, int]]:
@@ -138,7 +134,7 @@ class GuestMemfd:
                 )
         self.vm.fail_allocation()
         for lo, hi in [(0, n)] if new == n else runs(self.present[start : start + n] == 0, 0, n):
-            self.vm.sev.clear_highpage(self.base + start + lo, hi - lo)
+            self.vm.host.clear_highpage(self.base + start + lo, hi - lo)
         self.present[start : start + n] = 1
         self.vm.log.add("gmem-alloc", page=self.base + start, times=new)
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..hw import snp
 from ..hw.snp import PG_2M, PG_4K
+from ..hw.snp.pages import PAGES_2M
 from . import kvm_calls
 from .arguments import ADDRESS, BYTE, BYTES, DATA, FLAG, PAGE_ADDRESS, PAGES, PFN, takes, whole
 from .caches import CachedMemory
 from .events import KernelBug, RmpFault, SigBus, VmError
 from .gmem import pagewise
-from .memory import PAGE, runs
+from .memory import PAGE, runs, without
 from .slots import MemSlot
 from .tdx_memory import LINE, TdMemory
 
@@ -89,16 +91,7 @@ class Host:
         if sum(hi - lo for _, lo, hi in pieces) * PAGE < size:
             raise VmError(f"not all of gpa {gpa:#x}, size {size:#x} is in memslots: the VMM has nothing mapped there")
         for slot, lo, hi in pieces:
-            if vm.by_ranges:
-                kvm_calls.Zap(vm, "MMU notifier", "notifier", slot, lo, hi).run()
-            else:
-                thread = vm.new_thread("MMU notifier")
-                thread.take("mmu_lock")
-                vm.mmu.begin((lo, hi))
-                if vm.zap(thread, lo, hi, shared=True, private=False):
-                    vm.mmu.flush()
-                vm.mmu.end()
-                thread.drop("mmu_lock")
+            kvm_calls.Zap(vm, "MMU notifier", "notifier", slot, lo, hi).run()
             for a, b in runs(slot.user.present, lo - slot.base, hi - slot.base):
                 slot.user.present[a:b] = 0
                 vm.memory.zero(slot.user.base + a, b - a)
@@ -132,6 +125,29 @@ class Host:
             self.vm.log.add("host-rmp-fault", "kernel", pfn)
             where = "its 2M entry covers an assigned page" if large else "the page is assigned"
             raise RmpFault(pfn, f"{where}; snp_dump_hva_rmpentry(), then the oops")
+
+    def clear_highpage(self, pfn: int, n: int) -> None:
+        """Zero new pages through the directmap: KernelBug where it has none, RmpFault where the RMP forbids it.
+
+        Pages that were leaked are let be: the kernel would take others.
+        """
+        for lo, hi in without(pfn, pfn + n, self.vm.leaked):
+            if self.vm.directmap.absent[lo:hi].any():
+                self.vm.directmap.oops_if_absent(np.arange(lo, hi, dtype=np.uint32), "clear_highpage()")
+            if self.vm.has_rmp and (wrong := self._not_writable(lo, hi - lo)) is not None:
+                self.may_write(wrong)
+            self.vm.memory.zero(lo, hi - lo)
+
+    def _not_writable(self, pfn: int, n: int) -> int | None:
+        """The first PFN of `n` at which the RMP may stop a kernel store: assigned, or mapped with such a page."""
+        head = pfn - pfn % PAGES_2M
+        assigned = self.vm.rmp.assigned(head, pfn + n + -(pfn + n) % PAGES_2M - head)
+        if not assigned.any():
+            return None
+        regions: NDArray[np.bool_] = np.any(assigned.reshape(-1, PAGES_2M), axis=1)
+        whole = self.vm.directmap.split[head // PAGES_2M :][: len(regions)] == 0
+        suspect = (assigned | np.repeat(regions & whole, PAGES_2M))[pfn - head :][:n]
+        return pfn + int(suspect.argmax()) if suspect.any() else None
 
     @takes(pfn=PFN, data=DATA, offset=whole(0, PAGE - 1, "an offset in the page, from 0 to 4095"))
     def partial_write(self, pfn: int, data: bytes, offset: int = 0) -> None:

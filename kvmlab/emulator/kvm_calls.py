@@ -11,11 +11,14 @@ import errno
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..compile.pages import THREADS
 from ..design import Row
 from ..design.calls import INCLUSIVE
 from ..explore.ranges import Note
-from ..hw.snp import Rmpupdate
+from ..hw.snp import Npf, Rmpupdate
+from ..hw.snp.pages import PAGES_2M
 from ..kernel import directmap
 from ..kvm import attributes, gmem, lpage, mmu, sev, tdx
 from ..kvm.memslots import visits
@@ -23,6 +26,7 @@ from ..model.step import Instr
 from .calls import Call, Step
 from .columns import Column
 from .events import MEMORY_EXIT_FLAG_PRIVATE, InternalError, MemoryFaultExit, MmioExit, PlatformError, VmErrno
+from .large import Regions, columns_of
 from .lpage import hull, update_mixed
 from .memory import PAGE, prefix
 from .slots import MemSlot
@@ -65,7 +69,7 @@ class SetAttributes(Call):
         for slot, lo, hi in self.pieces:
             if at < lo:
                 self.columns.append(Column.of_hole(vm, self.ranges, at, lo))
-            self.columns.append(Column.of_slot(vm, self.ranges, slot, lo, hi))
+            self.columns += columns_of(vm, self.ranges, self.kernel.shaped, slot, lo, hi)
             at = max(at, hi)
         if at < end:
             self.columns.append(Column.of_hole(vm, self.ranges, at, end))
@@ -106,7 +110,7 @@ class SetAttributes(Call):
                         errno.EAGAIN, f"page at offset {page * PAGE:#x} (gpa {gfn * PAGE:#x}) is held"
                     )
 
-    def select(self, instr: Instr, step: Step) -> list[Column]:
+    def select(self, instr: Instr, step: Step) -> list[Column | Regions]:
         """The request, or what memslots have of it; nothing is done for what was not stored."""
         if step in WHOLE:
             return self.columns
@@ -179,24 +183,24 @@ class SetAttributes(Call):
             return [(self.start, self.end)]
         return [(lo, hi) for _, lo, hi in self.pieces]
 
-    def injected(self, column: Column, group: int) -> bool:
+    def injected(self, column: Column | Regions, group: int) -> bool:
         """v8: a rate-limited warning, and the ioctl succeeds; since v6.8 there is no way back."""
-        assert column.pfn is not None and column.lo is not None
-        first = column.first(group)
-        code, vm = self.vm.rmp.failures[column.pfn + first], self.vm
-        refused(self, column, first, "private" if self.private else "shared")
+        assert column.start is not None
+        vm, gfn = self.vm, column.start + column.refused(group)[0]
+        code = refused(self, column, group, "private" if self.private else "shared")
         if vm.merged:
-            raise PlatformError(f"RMPUPDATE at gfn {column.lo + first:#x} = {code.name}", int(code))
-        vm.log.add("warn", f"update_mem_attr failed: {code.name}", column.lo + first, code=int(code))
+            raise PlatformError(f"RMPUPDATE at gfn {gfn:#x} = {code.name}", int(code))
+        vm.log.add("warn", f"update_mem_attr failed: {code.name}", gfn, code=int(code))
         return True
 
 
-def refused(call: Call, column: Column, first: int, to: str) -> Rmpupdate:
+def refused(call: Call, column: Column | Regions, group: int, to: str) -> Rmpupdate:
     """Log an RMPUPDATE that was made to fail; rmpupdate() repeats FAIL_OVERLAP without end."""
     assert column.pfn is not None
-    pfn = column.pfn + first
+    page, pages = column.refused(group)
+    pfn = column.pfn + page
     code = call.vm.rmp.failures[pfn]
-    call.vm.log.add("rmpupdate", f"{to} 4K = {code.name}", pfn, 1, int(code))
+    call.vm.log.add("rmpupdate", f"{to} {'4K' if pages == 1 else '2M'} = {code.name}", pfn, 1, int(code))
     if code == Rmpupdate.FAIL_OVERLAP and call.vm.merged:
         raise PlatformError(f"rmpupdate() repeats for ever: PFN {pfn:#x} = FAIL_OVERLAP", int(code))
     return code
@@ -217,25 +221,27 @@ class Fault(Call):
         super().__init__(vm, f"vCPU {vcpu}", f"fault {word}", f"fault {word}")
         self.gfn, self.n, self.private, self.write, self.word = gfn, n, private, write, word
         self.answer, self.event, self.taken, self.root, self.pfn = DONE, -1, 1, vm.mmu.root, -1
-        self.slot, self.handles = vm.slots.find(gfn), False
+        self.slot, self.handles, self.seq = vm.slots.find(gfn), False, 0
 
     def handle(self, kind: str, code: int, rmp_bit: str | None) -> tuple[str, int]:
         """DONE, RETRY or LEAVE, and how many pages that was; what goes to userspace is raised."""
         vm = self.vm
         self.event = vm.log.add(kind, self.word, self.gfn, 1, code)
         self._find()
-        if self.single:
-            self.n = 1
-            self.columns = [self.columns[0].split(1)[0]]
-        column = self.columns[0]
+        column, gfn = self.columns[0], 0
         column.load()
-        if column.which is not None:
+        if isinstance(column, Regions):
+            self.adopt(column.engine(0))
+            gfn = column.faulting(column.groups[0].kinds)
+        elif column.which is not None:
             self.n = prefix(column.which == 0)
             self.columns = [column.split(self.n)[0]]
-            self.columns[0].load()
         try:
-            end = self.run(self.word, rmp_bit)
-            self.taken = self.n if end == "guest" and self.answer == DONE else 1
+            end = self.run(self.word, rmp_bit, gfn)
+            if end == "guest" and self.answer == DONE:
+                self._maps_large()
+            else:
+                self.taken = 1
         finally:
             vm.log.amend(self.event, self.taken)
         if end == "killed":
@@ -254,24 +260,57 @@ class Fault(Call):
             raise InternalError("KVM_EXIT_INTERNAL_ERROR: the VM has no memory")
         if slot is None or (self.private and slot.gmem is None):
             self.n = 1
-            column = Column.of_hole(vm, self.ranges, self.gfn, self.gfn + 1)
+            column: Column | Regions = Column.of_hole(vm, self.ranges, self.gfn, self.gfn + 1)
         else:
-            self.n = min(self.n, slot.end - self.gfn)
-            column = Column.of_slot(vm, self.ranges, slot, self.gfn, self.gfn + self.n)
+            self.n = 1 if self.single else min(self.n, slot.end - self.gfn)
+            column = self._large(slot) or Column.of_slot(vm, self.ranges, slot, self.gfn, self.gfn + self.n)
         self.columns = [column]
+
+    def _large(self, slot: MemSlot) -> Regions | None:
+        """The 2M page around the fault, if it matters that it is one; else only pages inside it fault together."""
+        found = [
+            c
+            for c in columns_of(self.vm, self.kernel.ranges, self.kernel.shaped, slot, self.gfn, self.gfn + 1)
+            if isinstance(c, Regions)
+        ]
+        if not found or (self.vm.tdx and self.private):  # KVM maps private memory of a TD in 4K pages only
+            return None
+        (region,) = found
+        if self.vm.huge(self.private):
+            self.n = min(self.n, PAGES_2M - self.gfn % PAGES_2M)
+        if region.plain(self.private):
+            self.n = min(self.n, PAGES_2M - self.gfn % PAGES_2M)
+            return None
+        region.apart, region.private, self.n = region.asked[0], self.private, 1
+        return region
+
+    def _maps_large(self) -> None:
+        """How many faults it was, and how many pages are mapped now."""
+        column, slot = self.columns[0], self.slot
+        self.taken = self.n
+        if isinstance(column, Regions) and slot and column.is_large():
+            head = self.gfn - self.gfn % PAGES_2M
+            self.vm.touch_backing(slot, head, PAGES_2M, self.private)
+            self.taken, self.n = 1, head + PAGES_2M - self.gfn
 
     def _once(self) -> None:
         """All steps of a fault are about its pages."""
         column = self.columns[0]
-        page = column.load()[0]
-        done = self._go(page)
+        column.load()
+        if isinstance(column, Regions):
+            self.adopt(column.engine(0))
+            acc = self.ranges.cell("acc", THREADS[self.a])
+            now = acc.get(self.kernel.x)._replace(gfn=column.faulting(column.groups[0].kinds))
+            self.kernel.x = self.ranges.set(self.kernel.x, acc, now)
+        done = self._go(column.values[0])
         column.values[0] = done.after & self.ranges.page_mask
         for note in done.notes:
-            self.happens(note, column, 0, self.n, (0,))
+            first, n = column.pages_of(0, note)
+            self.happens(note, column, first, n, (0,))
         self.judge(done, column, 0)
 
     def happens(
-        self, note: Note, column: Column | None, first: int, n: int, groups: Iterable[int] = ()
+        self, note: Note, column: Column | Regions | None, first: int, n: int, groups: Iterable[int] = ()
     ) -> None:
         """Ends of a fault; the first that is sent back is the only one that was begun."""
         kind = note.kind
@@ -297,6 +336,8 @@ class Fault(Call):
         elif point := POINTS.get(step):
             if vm.on_point is not None:
                 self.hook(lambda: vm.at_point(point))
+            if step is sev.snp_lookup_rmpentry:
+                self._lost_page(instr)
         elif step is mmu.is_page_fault_stale and self.root != vm.mmu.root:
             snapshot = self.ranges.cell("snapshot", THREADS[self.a])
             self.kernel.x = self.ranges.set(self.kernel.x, snapshot, "moved")
@@ -304,9 +345,18 @@ class Fault(Call):
     def reach(self, pc: int) -> None:
         """The rows of the handler come after those of the fault."""
         if not self.handles and self.ranges.program[pc].section == "rmp_fault":
-            self.handles = True
+            self.handles, self.seq = True, self.vm.mmu.seq
             self.text(f"rmp_fault {self.word}")
         super().reach(pc)
+
+    def _lost_page(self, instr: Instr) -> None:
+        """acafcf32c83e: whoever unassigned the page has invalidated the gfn since; else it is worth a warning."""
+        vm, slot = self.vm, self.slot
+        if (instr.row and instr.row.target == "warn") or not (slot and slot.gmem):
+            return  # the step warns by itself
+        lost = vm.attributes.is_private(self.gfn) and not vm.rmp.assigned(slot.private_pfn(self.gfn))[0]
+        if lost and not vm.mmu.retry(self.gfn, self.seq):
+            vm.log.add("warn", "RMP fault on an unassigned entry", self.gfn)
 
     def outside(self, instr: Instr, step: Step) -> str | None:
         """A private leaf of a TD: by the rows of the section aug."""
@@ -328,6 +378,19 @@ class Fault(Call):
         return [(self.gfn, self.gfn + self.n)]
 
 
+def run_fault(
+    vm: Vm, vcpu: int, gfn: int, n: int, private: bool, write: bool, code: int, kind: str = ""
+) -> tuple[str, int]:
+    """One nested fault (or `n` alike): DONE, RETRY or LEAVE, and how many pages it dealt with.
+
+    Raises MemoryFaultExit or MmioExit for what goes to userspace, VmErrno if KVM_RUN fails.
+    """
+    rmp = vm.has_rmp and bool(code & Npf.RMP)
+    bit = "SIZEM" if rmp and code & Npf.SIZEM else "RMP" if rmp else None
+    kind = kind or ("npf-rmp" if rmp else "npf")
+    return Fault(vm, vcpu, gfn, n, private, write).handle(kind, int(code), bit)
+
+
 class Punch(Call):
     """PUNCH_HOLE over pages [start, end) of a guest_memfd, which is also what closing it does.
 
@@ -345,18 +408,17 @@ class Punch(Call):
         self.columns = self._pages(start, end)
         self.slot_state = "valid" if self.bound else "none"
 
-    def _pages(self, start: int, end: int) -> list[Column]:
-        found, at = list[Column](), start
+    def _pages(self, start: int, end: int) -> list[Column | Regions]:
+        found, at = list[Column | Regions](), start
         for lo, hi, offset, slot in sorted(self.file.slots(start, end), key=lambda bound: bound[0]):
             if at < lo:
                 found.append(Column.of_file(self.vm, self.ranges, self.file, at, lo))
-            found.append(
-                Column.of_slot(self.vm, self.ranges, slot, lo - offset + slot.base, hi - offset + slot.base)
-            )
+            gfns = (lo - offset + slot.base, hi - offset + slot.base)
+            found += columns_of(self.vm, self.ranges, self.kernel.shaped, slot, *gfns)
             at = hi
         return [*found, *([Column.of_file(self.vm, self.ranges, self.file, at, end)] if at < end else [])]
 
-    def select(self, instr: Instr, step: Step) -> list[Column]:
+    def select(self, instr: Instr, step: Step) -> list[Column | Regions]:
         """The bound gfns for what is about mappings, else the pages; one more where the text says so."""
         if step is mmu.kvm_unmap_gfn_range:
             return [column for column in self.columns if column.lo is not None]
@@ -367,13 +429,21 @@ class Punch(Call):
         """Without a memslot there is no kvm whose mmu_lock it could be, and nothing is invalidated."""
         row = instr.row
         if step is tdx.kvm_unmap_gfn_range:
-            if self.vm.in_place and any([self.vm.mmu.zap(lo, hi) for _, lo, hi in self.bound]):
+            if self.vm.in_place and any([self._unmap_shared(lo, hi) for _, lo, hi in self.bound]):
                 self.vm.mmu.flush()
             return self.zaps((lo, hi) for _, lo, hi in self.bound)
         return "" if row and not self.bound and (row.lock == "mmu_lock" or row.call in OF_MAPPINGS) else None
 
+    def _unmap_shared(self, lo: int, hi: int) -> bool:
+        """In-place a TD's shared root maps the same page."""
+        leaves = self.vm.mmu.leaves(lo, hi)
+        if count := int(np.count_nonzero(leaves)):
+            self.vm.log.add("zap", page=lo, times=count)
+            leaves[:] = 0
+        return bool(count)
+
     def happens(
-        self, note: Note, column: Column | None, first: int, n: int, groups: Iterable[int] = ()
+        self, note: Note, column: Column | Regions | None, first: int, n: int, groups: Iterable[int] = ()
     ) -> None:
         """What is made shared leaves the caches (wbinvd_on_all_cpus() or CLFLUSH, sev_gmem_invalidate())."""
         super().happens(note, column, first, n, groups)
@@ -391,15 +461,21 @@ class Punch(Call):
         """Row by row, too, where some rows are left out."""
         return super().single or not self.bound
 
-    def injected(self, column: Column, group: int) -> bool:
+    def injected(self, column: Column | Regions, group: int) -> bool:
         """A page that cannot be made shared is leaked (snp_leak_pages()), and the next one is begun."""
         assert column.pfn is not None
-        for first in [page for lo, hi in column.spans(group) for page in range(lo, hi)]:
-            pfn, code = column.pfn + first, refused(self, column, first, "shared")
-            self.vm.log.add("warn", f"rmp_make_shared() = {code.name}: page leaked", pfn)
-            self.vm.leaked.add(pfn)
-            self._clflush(pfn, 1)
+        code, (page, pages) = refused(self, column, group, "shared"), column.refused(group)
+        pfn = column.pfn + page
+        self.vm.log.add("warn", f"rmp_make_shared() = {code.name}: page leaked", pfn)
+        self.vm.leaked.update(range(pfn, pfn + pages))
+        self._clflush(pfn, pages)
         return False
+
+    def skipped(self, row: Row) -> None:
+        """psmash(): 2M entries of which only a part goes."""
+        for column in self.columns if row.call == "psmash" and self.vm.has_rmp else ():
+            if isinstance(column, Regions):
+                self.aside(column, row)
 
     def covers(self, instr: Instr) -> list[tuple[int, int]]:
         """From the first bound gfn to the last, or each memslot's."""
@@ -415,7 +491,7 @@ class Zap(Call):
     def __init__(self, vm: Vm, name: str, entry: str, slot: MemSlot, lo: int, hi: int) -> None:
         super().__init__(vm, name, entry, entry)
         self.lo, self.hi = lo, hi
-        self.columns = [Column.of_slot(vm, self.ranges, slot, lo, hi)]
+        self.columns = columns_of(vm, self.ranges, self.kernel.shaped, slot, lo, hi)
 
     def outside(self, instr: Instr, step: Step) -> str | None:
         """Private leaves of a TD."""

@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..hw.memory import Gfn
-from ..kvm import versions
 from ..kvm.attributes import hull, must_retry
-from .events import KernelBug, VmErrno
+from .events import VmErrno
 from .memory import LIMIT, U8, U32, grown
 
 if TYPE_CHECKING:
@@ -152,32 +151,9 @@ class Mmu:
         """kvm_mmu_invalidate_range_add(): one hull for all invalidations in progress."""
         self.window = hull(self.window, (lo, hi))
 
-    def end(self) -> None:
-        """kvm_mmu_invalidate_end(): the sequence count moves first."""
-        self.seq += 1
-        if self.in_progress == 0:
-            raise KernelBug("BUG_ON(mmu_invalidate_in_progress < 0)")
-        self.in_progress -= 1
-
     def retry(self, gfn: int, snapshot: int | None) -> bool:
         """mmu_invalidate_retry_gfn()."""
         return must_retry(self.window if self.in_progress else None, Gfn(gfn), snapshot not in (None, self.seq))
-
-    def zap(self, lo: int, hi: int) -> bool:
-        """Remove the leaves that overlap [lo, hi), large ones whole; whether there was any."""
-        view = self.leaves(lo, hi)
-        if len(view) and view[0] & 1:
-            lo -= lo % 512
-        if len(view) and view[-1] & 1:
-            hi += -hi % 512
-        view = self.leaves(lo, hi)
-        there = view != 0
-        large = int(np.count_nonzero(view[there] & 1)) // 512
-        count = int(np.count_nonzero(there)) - 511 * large
-        if count:
-            view[:] = 0
-            self.log.add("zap", page=lo, times=count)
-        return bool(count)
 
     def flush(self) -> None:
         """kvm_flush_remote_tlbs(): one IPI a vCPU, counted as if every vCPU were in the guest."""
@@ -193,39 +169,3 @@ class Mmu:
         for tlb in self.tlbs:
             if tlb.leaves:
                 tlb.drop(lo, hi)
-
-    def install(self, gfn: int, n: int, pfn: int, large: bool) -> None:
-        """kvm_tdp_mmu_map() of `n` gfns; what a present leaf of that level with another PFN means: kvm/versions.py.
-
-        A 4K leaf inside a 2M one splits that first; a 2M leaf takes the place of a table of 4K ones.
-        """
-        view = self.leaves(gfn, gfn + n)
-        new = (np.arange(pfn + 1, pfn + n + 1, dtype=np.uint32) << np.uint32(1)) | np.uint32(large)
-        if view.any():
-            if split := not large and bool((view & 1).any()):
-                self._split(gfn, n)
-            if large and ((view != 0) & (view & 1 == 0)).any():
-                self.zap(gfn, gfn + n)
-                self.flush()
-            there = (view != 0) & ((view & 1) == large)
-            wrong: NDArray[np.bool_] = there & (view != new)
-            if wrong.any():
-                at = int(wrong.argmax())
-                old = f"{(int(view[at]) >> 1) - 1:#x}"
-                if self.linux < versions.SPURIOUS_SINCE:
-                    raise KernelBug(
-                        f"BUG(): TDP MMU replaces present leaf of gfn {gfn + at:#x}: {old} by {pfn + at:#x}"
-                    )
-                if self.linux >= versions.WARNS_SINCE:
-                    warned = f"a spurious fault at gfn {gfn + at:#x} wants {pfn + at:#x}, but {old} is present"
-                    self.log.violate("warning", f"WARN_ON_ONCE(): {warned}")
-                new = np.where(wrong, view, new)
-            if there.any() and not split:
-                self.log.add("spurious-npf", page=gfn, times=1 if large else int(np.count_nonzero(there)))
-        view[:] = new
-
-    def _split(self, gfn: int, n: int) -> None:
-        """tdp_mmu_split_huge_page() of every 2M leaf that these gfns touch."""
-        self.log.add("npt-split", page=gfn)
-        around = self.leaves(gfn - gfn % 512, gfn + n + -(gfn + n) % 512)
-        around &= ~np.uint32(1)

@@ -103,12 +103,23 @@ def _snp(vm: Vm, gfn: int, n: int, state: str) -> None:
     """The RMP entry: the guest's PVALIDATE, there (whose fault assigns the page) and back; or RMPUPDATE alone."""
     now, slot = placed(vm, gfn)[0], vm.slots.find(gfn)
     if state in ATTRIBUTES and now not in ATTRIBUTES and slot:
-        vm.sev.make_shared(slot.private_pfn(gfn), n, gfn)
+        _take_back(vm, slot.private_pfn(gfn), n, gfn)
     elif state not in ATTRIBUTES and now != state:
         if now != VALIDATED:
             _pvalidate(vm, gfn, n, True)
         if state == ASSIGNED:
             _pvalidate(vm, gfn, n, False)
+
+
+def _take_back(vm: Vm, pfn: int, n: int, gfn: int) -> None:
+    """RMPUPDATE alone, by 4K."""
+    for head in range(pfn - pfn % PAGES_2M, pfn + n, PAGES_2M):
+        if vm.rmp.big(head)[0]:
+            vm.rmp.psmash(head)
+            vm.log.add("psmash", "OK", head, 1, 0)
+    done, code = vm.rmp.update(pfn, n, None)
+    vm.log.add("rmpupdate", "shared 4K", pfn, done, int(code))
+    vm.mmu.drop_pages(gfn, gfn + n)
 
 
 def _pvalidate(vm: Vm, gfn: int, n: int, validate: bool) -> None:

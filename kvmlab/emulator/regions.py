@@ -105,14 +105,7 @@ def delete(vm: Vm, as_id: int, number: int) -> None:
 
 def _zap(vm: Vm, slot: MemSlot) -> None:
     """Both kinds go with the memslot."""
-    if vm.by_ranges:
-        kvm_calls.Zap(vm, "memslot deletion", "delete", slot, slot.base, slot.end).run()
-        return
-    thread = vm.new_thread("memslot deletion")
-    thread.take("mmu_lock")
-    if vm.zap(thread, slot.base, slot.end, shared=True, private=True):
-        vm.mmu.flush()
-    thread.drop("mmu_lock")
+    kvm_calls.Zap(vm, "memslot deletion", "delete", slot, slot.base, slot.end).run()
 
 
 def _check(vm: Vm, as_id: int, number: int, gpa: int, size: int, flags: int) -> None:

@@ -12,7 +12,7 @@ from ..hw import tdx
 from ..hw.tdx import sept as tdx_sept
 from . import access
 from .events import GuestSpins, MemoryFaultExit, VeFault
-from .faults import LEAVE, RETRY, run_fault
+from .kvm_calls import LEAVE, RETRY, run_fault
 from .memory import PAGE, U8, U32, prefix
 from .tdx_kvm import TdxKvm
 

@@ -17,14 +17,13 @@ from ..hw import tdx
 from ..hw.tdx import Leaf, Status
 from ..hw.tdx import tlb as tdx_tlb
 from ..kvm import versions
-from .locks import Deadlock
+from .events import Deadlock
 from .memory import U32, prefix, runs
 from .tdx_kvm import FROZEN, TdxKvm
 from .tdx_module import U64, spans
 
 if TYPE_CHECKING:
     from .calls import Call
-    from .locks import Thread
     from .vm import Vm
 
 LEAVES = {
@@ -39,7 +38,7 @@ RETRIES = 1000  # of a busy SEAMCALL: in one run nobody will ever make way
 class Zap:
     """The zap of private leaves under mmu_lock held for write."""
 
-    def __init__(self, vm: Vm, td: TdxKvm, thread: Thread | Call) -> None:
+    def __init__(self, vm: Vm, td: TdxKvm, thread: Call) -> None:
         self.vm, self.td, self.thread = vm, td, thread
         self.rows = vm.rows("zap", False)
         erratum = vm.switches.partial_write_erratum
@@ -103,7 +102,6 @@ class Zap:
             self._row(row, gfn, n)
 
     def _row(self, row: Row, gfn: int, n: int) -> None:
-        sev = self.vm.sev
         if row.call == "tdh_do_no_vcpus":
             self._no_vcpus(row.target or "", gfn, n)
         elif row.call in LEAVES:
@@ -115,9 +113,14 @@ class Zap:
         elif row.call == "tdx_clear_page":
             self._clear(self.pfns)
         else:
-            work = sev.unmap_directmap if row.call == "kvm_unmap_directmap" else sev.map_directmap
-            for pfn in self.pfns.tolist():
-                work(self.thread, pfn, 1)
+            self._directmap(row.call == "kvm_unmap_directmap")
+
+    def _directmap(self, absent: bool) -> None:
+        """set_direct_map_invalid_noflush() or set_direct_map_default_noflush(); may sleep."""
+        self.thread.might_sleep("directmap update takes a mutex")
+        self.vm.directmap.absent[self.pfns] = absent
+        kind = "directmap-unmap" if absent else "directmap-map"
+        self.vm.log.add(kind, page=int(self.pfns[0]), times=len(self.pfns))
 
     def _clear(self, pfns: U32) -> None:
         """MOVDIR64B of zeros through the directmap, where the kernel still does that (kvm/versions.py)."""

@@ -38,21 +38,19 @@ from .arguments import (
 from .caches import CachedMemory
 from .calls import Held, Kernel
 from .costs import Cost, TdxCost, estimate, estimate_tdx
+from .directmap import DirectMap
 from .events import Event, Log, VmErrno
 from .gmem import GuestMemfd
 from .guest import Guest, PageTable
 from .host import Host
-from .ioctl import PRIVATE, Remainder, SetAttributes, check_input
-from .locks import Thread
+from .ioctl import PRIVATE, Remainder, check_input
 from .memory import HOST_PAGES, LIMIT, PAGE, PhysicalMemory
 from .mmu import Attributes, Mmu
 from .place import ATTRIBUTES, place, placed
 from .rmp import Rmp
-from .sev import DirectMap, Sev
 from .slots import GUEST_MEMFD, MemSlot, MemSlots, UserMemory
 from .switches import VmSwitches
 from .tdx_kvm import CAN_BE_BUSY, TdxKvm
-from .tdx_zap import Zap
 from .vmm import DISCARDS, POLICIES, Policy, Vmm
 
 MEMORY = instance(UserMemory, "the `user` of another memslot")
@@ -108,7 +106,6 @@ class Vm:
         self.on_row: Callable[[Row], None] | None = None
         self.on_point: Callable[[str], None] | None = None
         self.failures: dict[str, int] = {}
-        self.lock_threads: list[Thread] = []
         self.leaked: set[int] = set()
         self.pending: Callable[[], bool] | None = None
         if zap_batch != 1 and platform != "tdx":
@@ -121,7 +118,7 @@ class Vm:
         self.directmap = DirectMap()
         self.attributes = Attributes()
         self.mmu = Mmu(self.log, vcpus, tlb_entries, self.design.version)
-        self.sev, self.host, self.vmm = Sev(self), Host(self), Vmm(self, vmm, discard)
+        self.host, self.vmm = Host(self), Vmm(self, vmm, discard)
         self._spaces = (MemSlots(), MemSlots())
         if platform == "tdx":
             self.tdx = TdxKvm(self, vcpus, tlb_entries, caches)
@@ -216,10 +213,8 @@ class Vm:
         in_files = sum(hi - lo for slot, lo, hi in self.slots.pieces(start, end) if slot.gmem)
         if self.gmem_attributes and in_files < end - start:
             raise VmErrno(errno.EINVAL, "the range is not all in a guest_memfd")
-        if self.by_ranges:
-            at, left = kvm_calls.SetAttributes(self, start, end, bool(value & PRIVATE)).answer()
-            return Remainder(at * PAGE, left * PAGE)
-        return SetAttributes(self, start, end, bool(value & PRIVATE)).run()
+        at, left = kvm_calls.SetAttributes(self, start, end, bool(value & PRIVATE)).answer()
+        return Remainder(at * PAGE, left * PAGE)
 
     @takes(size=NUMBER, flags=NUMBER)
     def create_guest_memfd(self, size: int, flags: int = 0) -> GuestMemfd:
@@ -329,19 +324,14 @@ class Vm:
         return any(row.lock == "invalidate_lock" for row in self.rows("ioctl", True)) and self.in_place
 
     @cached_property
-    def by_ranges(self) -> bool:
-        """Whether the range engine runs this machine: no large pages, no TD."""
-        return not (self.shared_2m or self.private_2m)
-
-    @cached_property
     def kernel(self) -> Kernel:
         """KVM as the range engine runs it."""
         return Kernel(self, kvm_calls.STOPS)
 
     @property
-    def threads(self) -> list[Thread | Held]:
+    def threads(self) -> list[Held]:
         """Who holds locks now."""
-        return [*self.lock_threads, *(self.kernel.threads() if self.by_ranges else ())]
+        return self.kernel.threads()
 
     def rows(self, section: str, private: bool) -> tuple[Row, ...]:
         """The design's rows for one direction on this platform."""
@@ -368,10 +358,6 @@ class Vm:
             finally:
                 self.on_point = call
 
-    def new_thread(self, name: str) -> Thread:
-        """A thread of control inside the kernel."""
-        return Thread(self, name)
-
     def new_pfns(self, n: int) -> int:
         """The first of `n` new consecutive PFNs, 2M aligned; what is left of the last 2M is the kernel's."""
         base = self.next_pfn
@@ -383,13 +369,6 @@ class Vm:
         if self.tdx:
             self.tdx.grow(self.next_pfn)
         return base
-
-    def zap(self, thread: Thread, lo: int, hi: int, *, shared: bool, private: bool) -> bool:
-        """kvm_unmap_gfn_range(): whether anything was mapped.  tdx has a root a kind; elsewhere there is one."""
-        if self.tdx is None:
-            return self.mmu.zap(lo, hi)
-        found = self.mmu.zap(lo, hi) if shared else False
-        return (Zap(self, self.tdx, thread).range(lo, hi) if private else False) or found
 
     def backing_pfn(self, slot: MemSlot, gfn: int, private: bool) -> int:
         """The PFN behind a gfn: two of them when split, one in-place."""

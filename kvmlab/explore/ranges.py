@@ -8,17 +8,17 @@ steps are run once for each distinct packed state; from then on the pass is look
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, NamedTuple
 
-from ..compile.pages import OF_A_PAGE, THREADS, PageModel
+from ..compile.pages import THREADS, PageModel, enters, of_a_page
 from ..design import Row
 from ..guest.access import Access
 from ..hw.memory import Gfn
 from ..kernel.failures import RMPUPDATE
 from ..kvm.attributes import kvm_range_has_memory_attributes
 from ..model.state import Cell
-from ..model.step import run_step
+from ..model.step import Instr, run_step
 
 MOST_TRIES = 1000  # of a step that says "again": nobody else will ever make way
 FOR_ALL = frozenset(
@@ -34,6 +34,7 @@ class Note(NamedTuple):
     kind: str
     text: str
     code: int | None
+    gfn: int | None = None
 
 
 class Pass(NamedTuple):
@@ -72,7 +73,7 @@ class Ranges:
         self.fields = layout.fields
         self.program = self.model.actors[0].program
         self.steps = [unwrapped(instr.step) for instr in self.program]
-        self.page_mask = sum(c.mask for c in layout.cells if c.name in OF_A_PAGE and c.bits)
+        self.page_mask = sum(c.mask for c in layout.cells if of_a_page(c))
         self.page = self.model.initial & self.page_mask
         self.pc = [layout.cell("pc", thread) for thread in THREADS]
         self.locks = self._locks()
@@ -131,12 +132,15 @@ class Ranges:
                 found.setdefault(thread, []).append(lock)
         return found
 
-    def begin(self, x: int, a: int, entry: str, kind: str = "private", rmp_bit: str | None = None) -> int:
+    def begin(
+        self, x: int, a: int, entry: str, kind: str = "private", rmp_bit: str | None = None, gfn: int = 0
+    ) -> int:
         """The state in which thread number `a` begins a call."""
         thread = THREADS[a]
         x = self.set(self.forget(x, a), self.pc[a], self.pages.entries[entry])
-        x = self.set(x, self.cell("acc", thread), Access(kind, "write", Gfn(0), 0))
-        return self.set(x, self.cell("rmp_bit", thread), rmp_bit) if rmp_bit else x
+        x = self.set(x, self.cell("acc", thread), Access(kind, "write", Gfn(gfn), 0))
+        seen = self.cell("rmp_bit", thread)
+        return self.set(x, seen, rmp_bit) if rmp_bit and seen.bits else x
 
     def forget(self, x: int, a: int) -> int:
         """Take back all that is the thread's own but for the locks that it holds."""
@@ -148,6 +152,28 @@ class Ranges:
             if thread == a and x & cell.mask == code:
                 x = x & ~cell.mask | self.model.initial & cell.mask
         return self.forget(x, a)
+
+    def _zapped(self, x: int, after: int, gfn: int | None) -> bool:
+        """Whether a leaf of its own, or the large one around it, is gone."""
+        large = self.fields.get("npt_large")
+        cells = [self.cell("npt", gfn), *(large.values() if isinstance(large, dict) else ())]
+        return any(cell.get(x) is not None and cell.get(after) is None for cell in cells)
+
+    def place(self, entry: str, rows: Sequence[Row], in_loop: bool = True) -> int | None:
+        """Where an entry's program comes to the first of these rows; None if it never does."""
+        start = self.pages.entries[entry]
+        for pc in range(start + 1, len(self.program)):
+            instr = self.program[pc]
+            if instr.step is enters:
+                break
+            if instr.row and bool(instr.loop) == in_loop and any(same_row(instr.row, row) for row in rows):
+                return pc
+        return None
+
+    def _gfn(self, x: int, a: int, instr: Instr) -> int:
+        """The gfn that a step is about."""
+        given = instr.args[0] if instr.args and instr.step is unwrapped(instr.step) else None
+        return given if isinstance(given, int) else self.cell("acc", THREADS[a]).get(x).gfn
 
     def at(self, x: int, a: int) -> int:
         """Where the thread is."""
@@ -172,14 +198,17 @@ class Ranges:
         before, tries = x, 0  # before the step that is being tried
         while True:
             pc = self.at(x, a)
-            view, enabled = run_step(self.model, actor, pc_cell, x, (1,) if failing.get(x) else ())
+            fails = failing.get(x)
+            prefix = (int(fails == 1 + self._gfn(x, a, self.program[pc])),) if fails else ()
+            view, enabled = run_step(self.model, actor, pc_cell, x, prefix)
             tries += 1
             if not enabled or tries > MOST_TRIES:
                 return Pass(before, tuple(notes), tuple(violations), blocked=True)
-            notes += [Note(pc, *note) for note in view.notes]
+            after = view.after
+            notes += [Note(pc, *n) for n in view.notes if n[0] != "zap" or self._zapped(x, after, n[3])]
             whys = [text for text in view.said if text.partition(":")[0] in view.violations]
             violations += [(why.partition(":")[0], why.partition(": ")[2]) for why in whys]
-            x = view.after
+            x = after
             if self.model.fatal.intersection(view.violations):
                 return Pass(x, tuple(notes), tuple(violations), fatal=True)
             to = self.at(x, a)

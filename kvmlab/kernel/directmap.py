@@ -26,7 +26,7 @@ def kvm_unmap_directmap(s: View, me: str, gfn: Gfn) -> None:
     might_sleep(s, me, "directmap update takes a mutex")
     _split(s)
     s.directmap[s.conf.backing["private", gfn]] = ABSENT
-    s.note("directmap-unmap")
+    s.note("directmap-unmap", gfn=gfn)
 
 
 def unmap_folio(s: View, me: str, gfn: Gfn) -> None:
@@ -40,7 +40,7 @@ def kvm_map_directmap(s: View, me: str, gfn: Gfn) -> None:
     """Restore the private PFN of `gfn` (set_direct_map_default_noflush()); never merges; may sleep."""
     might_sleep(s, me, "directmap update takes a mutex")
     s.directmap[s.conf.backing["private", gfn]] = PRESENT
-    s.note("directmap-map")
+    s.note("directmap-map", gfn=gfn)
 
 
 def adjust_direct_map(s: View, me: str, gfn: Gfn, request: tuple[Gfn, ...] = ()) -> None:

@@ -1,6 +1,6 @@
 """Large pages: their mixed flags (lpage_info), and the hull that is widened to them (arch/x86/kvm/mmu/mmu.c).
 
-A 2M page has two children here, and a 1G page three 2M pages; the emulator has 512 of each.
+A 2M page has two children in a scenario, and a 1G page three 2M pages; the emulator has 512 of each.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class LargePage(NamedTuple):
         return self.level, self.gfns[0]
 
 
-def large_pages(gfns: tuple[Gfn, ...]) -> tuple[LargePage, ...]:
-    """The large pages that consecutive gfns make up, 2M before 1G."""
-    small = tuple(LargePage("2M", gfns[n : n + 2]) for n in range(0, len(gfns), 2))
+def large_pages(gfns: tuple[Gfn, ...], children: int = 2) -> tuple[LargePage, ...]:
+    """The large pages that consecutive gfns make up, 2M before 1G; so many gfns are the children of a 2M page."""
+    small = tuple(LargePage("2M", gfns[n : n + children]) for n in range(0, len(gfns), children))
     return small if len(small) == 1 else (*small, LargePage("1G", gfns))
 
 

@@ -41,7 +41,7 @@ def kvm_unmap_gfn_range(s: View, me: str, gfn: Gfn, as_id: int = 0) -> None:
     assert_held(s, me, "kvm_unmap_gfn_range()")
     if leaf(s, gfn, as_id == SMM) is not None:
         s.flush = True
-    s.note("zap")
+    s.note("zap", gfn=gfn)
     if as_id == SMM:
         s.npt_smm[gfn] = None
         return
@@ -224,11 +224,12 @@ def _large_target(s: View, kind: str, gfn: Gfn) -> LargePage | None:
 
 
 def _is_backed(s: View, kind: str, gfn: Gfn) -> bool:
-    """Whether memory is large: shared always is here, private if its RMP entry is (sev_private_max_mapping_level)."""
+    """Whether memory is large: private if its folio and its RMP entry are (sev_private_max_mapping_level())."""
+    folio = s.conf.folio_2m
     if kind == "shared":
-        return not s.conf.folio_2m
-    entry = s.rmp[s.conf.backing["private", gfn]] if s.conf.folio_2m and s.conf.has_rmp else None
-    return bool(entry and entry.assigned and entry.size == "2M")
+        return bool(not folio if s.conf.large_shared is None else s.conf.large_shared)
+    entry = s.rmp[s.conf.backing["private", gfn]] if folio and s.conf.has_rmp else None
+    return bool(entry.assigned and entry.size == "2M") if entry else folio and not s.conf.has_rmp
 
 
 def _map_large(s: View, page: LargePage, kind: str) -> None:
@@ -244,6 +245,7 @@ def _map_large(s: View, page: LargePage, kind: str) -> None:
     if any(leaf(s, gfn) is not None for gfn in page.gfns):
         for gfn in page.gfns:
             s.npt[gfn] = None
+            s.note("zap", gfn=gfn)
             if smaller := large_leaf(s, gfn):
                 s.npt_large[smaller.key] = None
         kvm_flush_remote_tlbs(s, "")
@@ -261,4 +263,5 @@ def _split(s: View, page: LargePage) -> None:
     else:
         for gfn in page.gfns:
             s.npt[gfn] = s.conf.backing[was, gfn]
+    s.note("npt-split")
     s.say(f"[{page.level} leaf splits]")

@@ -38,10 +38,13 @@ def rmpupdate(s: View, me: str, gfn: Gfn, to: str, section: str, request: tuple[
     return None
 
 
-def _updated(s: View, pfn: Pfn, gfn: Gfn, code: snp.Rmpupdate, entry: snp.RmpEntry, to: str) -> None:
-    s.note("rmpupdate", f"{to} {entry.size}" + f" = {code.name}" * bool(code), int(code))
+def _updated(
+    s: View, pfn: Pfn, gfn: Gfn, code: snp.Rmpupdate, entry: snp.RmpEntry, to: str, size: str = snp.PG_4K
+) -> None:
+    s.note("rmpupdate", f"{to} {size}" + f" = {code.name}" * bool(code), int(code), gfn)
     if code != snp.Rmpupdate.OK:
-        s.violate("platform-error", f"RMPUPDATE({pfn}) = {code.name}")
+        again = ", and rmpupdate() repeats for ever" if code == snp.Rmpupdate.FAIL_OVERLAP else ""
+        s.violate("platform-error", f"RMPUPDATE({pfn}) = {code.name}{again}")
         return
     store_entry(s, pfn, entry)
     for cpu, g in s.tlb if s.conf.rmpupdate_flushes else ():
@@ -87,7 +90,7 @@ def _rmpupdate_sized(s: View, pfn: Pfn, gfn: Gfn, to: str, section: str, request
     if whole and code == snp.Rmpupdate.OK and to == "shared":
         for p in pages:
             s.rmp[p] = snp.HYPERVISOR
-    _updated(s, pfn, gfn, code, entry, to)
+    _updated(s, pfn, gfn, code, entry, to, snp.PG_2M if whole else snp.PG_4K)
 
 
 def rmp_fits(s: View, me: str, kind: str, of: str) -> str | None:

@@ -76,6 +76,8 @@ class Conf:
     stray: bool = False  # vCPUs may also write with the C-bit of the kind that the page no longer has
     auto_convert: bool = False  # the VMM answers KVM_EXIT_MEMORY_FAULT by converting to what was touched
     hostile: bool = False  # a careless guest that also rescinds at any time
+    children: int = 2  # of a 2M page: so many gfns stand for its 512
+    large_shared: bool | None = None  # whether shared memory is backed by 2M pages; None: where guest_memfd is not
     memslots: tuple[MemSlot, ...] = ()  # if not one over all gfns
     unused: tuple[Gfn, ...] = ()  # gfns that the guest leaves alone
     linux: tuple[int, int] = (6, 2)  # the kernel version of which the design speaks: kvm/versions.py
@@ -109,7 +111,7 @@ class Conf:
     @property
     def large(self) -> tuple[LargePage, ...]:
         """The large pages, 2M before 1G, where memory may be mapped so."""
-        return large_pages(self.gfns) if LARGE in self.parts else ()
+        return large_pages(self.gfns, self.children) if LARGE in self.parts else ()
 
     @property
     def folio_2m(self) -> bool:

@@ -243,9 +243,9 @@ class View:
         """Tell the reader of a trace what happened."""
         self.said.append(text)
 
-    def note(self, kind: str, text: str = "", code: int | None = None) -> None:
-        """Tell whoever keeps a log of events what happened, with its status code; it is no measure."""
-        self.notes.append((kind, text, code))
+    def note(self, kind: str, text: str = "", code: int | None = None, gfn: int | None = None) -> None:
+        """Tell whoever keeps a log of events what happened, with its status code, and to which gfn; no measure."""
+        self.notes.append((kind, text, code, gfn))
 
     @property
     def after(self) -> int:
