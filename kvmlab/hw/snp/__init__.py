@@ -1,4 +1,4 @@
-"""AMD SEV-SNP: every rule, wherever it is written (snp_entry.py: one RMP entry; snp_pages.py: sizes and VMPLs)."""
+"""AMD SEV-SNP: every rule, wherever it is written (entry.py: one RMP entry; pages.py: sizes and VMPLs)."""
 
 from .entry import *  # noqa: F403
 from .pages import *  # noqa: F403

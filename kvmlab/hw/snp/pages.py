@@ -1,6 +1,6 @@
 """SNP rules that need more than one RMP entry or page size: overlap, PVALIDATE's sizes, RMPADJUST and VMPLs.
 
-As in snp_entry.py, which names the sources: pure functions and tables, with what was not read by us said above each
+As in entry.py, which names the sources: pure functions and tables, with what was not read by us said above each
 row.  What the sources leave open is an argument here.
 """
 
