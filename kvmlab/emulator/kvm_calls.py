@@ -330,9 +330,10 @@ class Fault(Call):
         """Allocate what the fault maps; let a script act inside the handler; a root that went makes a fault stale."""
         vm = self.vm
         if step is gmem.kvm_gmem_get_pfn and self.slot and (self.slot.gmem or not self.private):
-            self.store()
-            vm.touch_backing(self.slot, self.gfn, self.n, self.private)
-            self.columns[0].loaded = False
+            if not vm.has_pages(self.slot, self.gfn, self.n, self.private):
+                self.store()
+                vm.touch_backing(self.slot, self.gfn, self.n, self.private)
+                self.columns[0].loaded = not (self.private or vm.in_place)
         elif point := POINTS.get(step):
             if vm.on_point is not None:
                 self.hook(lambda: vm.at_point(point))
