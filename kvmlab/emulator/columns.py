@@ -192,6 +192,12 @@ class Column:
         """The runs of pages of a group, counted from the column's first."""
         return [(0, self.n)] if self.which is None else runs(self.which == group, 0, self.n)
 
+    def allocated(self) -> None:
+        """All of its pages have just been allocated."""
+        cell = self.ranges.cell("gmem", 0)
+        self.values = self.old = [value & ~cell.mask | cell.code("cached") for value in self.values]
+        self.old = list(self.old)
+
     def store(self) -> None:
         """Write back what has changed."""
         if not self.loaded or self.values == self.old:

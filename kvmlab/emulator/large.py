@@ -21,6 +21,7 @@ from ..hw.snp.pages import PAGES_2M
 from ..kernel.failures import RMPUPDATE
 from ..model.state import Cell
 from .columns import FAMILIES, Codes, Column, Family, Placed
+from .memory import runs
 
 if TYPE_CHECKING:
     from .gmem import GuestMemfd
@@ -104,10 +105,13 @@ class Regions:
             assigned = vm.rmp.assigned(whole.pfn, PAGES_2M).any()
             if vm.rmp.big(whole.pfn, PAGES_2M).any():
                 return False
+        assigns = private and self.folio(0) and assigned is not None and not assigned
+        return not (self.maps(private) or assigns)
+
+    def maps(self, private: bool) -> bool:
+        """Whether the first 2M page may be mapped by one leaf."""
         possible = self.folio(0) if private else self.large_shared(0)
-        maps = possible and self.slot.allows(whole.lo, "2M")
-        assigns = private and possible and assigned is not None and not assigned
-        return not (maps or assigns)
+        return bool(possible and self.slot and self.whole.lo is not None and self.slot.allows(self.whole.lo, "2M"))
 
     def is_large(self) -> bool:
         """Whether the first of them is mapped by one leaf."""
@@ -154,11 +158,11 @@ class Regions:
                 size = int(codes.max()) + 1
                 key, most = key * np.uint32(size) + codes, most * size
         firsts, of = _numbered(key, most)
-        if self.apart is not None:
+        if self.apart:
             firsts, of = [*firsts, self.apart], of.copy()
             of[self.apart] = len(firsts) - 1
         kinds = [
-            Kind(tuple(at_page[:-3]), at_page[-3], bool(at_page[-2]), n == len(firsts) - 1 and self.apart is not None,
+            Kind(tuple(at_page[:-3]), at_page[-3], bool(at_page[-2]), bool(self.apart and n == len(firsts) - 1),
                  at_page[-1])
             for n, page in enumerate(firsts)
             for at_page in [[codes if isinstance(codes, int) else int(codes[page]) for codes in found]]
@@ -207,7 +211,7 @@ class Regions:
         split = 1 if whole.pfn is None else int(vm.directmap.split[(whole.pfn + at) // PAGES_2M])
         inside = bool(self.asked[0] < at + PAGES_2M and at < self.asked[1])
         window = vm.mmu.window if vm.mmu.in_progress else None
-        stale = window is not None and window[0] <= (whole.lo or 0) + (self.apart or 0) < window[1]
+        stale = window is not None and window[0] <= (whole.lo or 0) + at + (self.apart or 0) < window[1]
         stale = stale and self.apart is not None
         slot = 0 if self.slot is None or whole.gone() else 1 + self.slot.invalid
         folio, shared = self.folio(unit), self.large_shared(unit)
@@ -274,10 +278,16 @@ class Regions:
 
     def mask(self, group: int, gfn: int | None = None) -> NDArray[np.bool_]:
         """Which pages belong to a group, or to one gfn of it."""
-        found = np.repeat(self.which == group, PAGES_2M)
+        one = self.units == 1
+        found = np.ones(self.whole.n, bool) if one else np.repeat(self.which == group, PAGES_2M)
         if gfn is not None:
-            heads = np.arange(self.whole.n) % PAGES_2M == 0
-            found &= heads if gfn == 0 else ~heads & (self.of == self.groups[group].kinds[gfn])
+            if gfn:
+                found &= self.of == self.groups[group].kinds[gfn]
+                found[::PAGES_2M] = False
+            else:
+                heads = found[::PAGES_2M].copy()
+                found[:] = False
+                found[::PAGES_2M] = heads
         return found
 
     def first(self, group: int) -> int:
@@ -324,9 +334,25 @@ class Regions:
 
     def spans(self, group: int) -> list[tuple[int, int]]:
         """The runs of pages of a group."""
-        from .memory import runs
-
+        if self.units == 1:
+            return [(0, self.whole.n)]
         return runs(self.mask(group), 0, self.whole.n)
+
+    def allocated(self) -> None:
+        """The pages that the call is about have just been allocated: with a folio all of its 2M."""
+        if not self.folio(0):
+            self.loaded = False
+            return
+        for group, value in enumerate(self.values):
+            for cell in self._cells(group, "gmem"):
+                value = value & ~cell.mask | cell.code("cached")
+            self.values[group] = value
+        self.old = list(self.values)
+
+    def _cells(self, group: int, name: str) -> list[Cell]:
+        """The cells of one name, gfn by gfn."""
+        placed = [placed_pages(self.engine(group), gfn) for gfn in range(len(self.groups[group].kinds))]
+        return [found[name].cell for found in placed if name in found]
 
     def store(self) -> None:
         """Write back what has changed."""
@@ -339,9 +365,15 @@ class Regions:
 
     def _store(self, group: int, was: int, value: int) -> None:
         engine, kinds = self.groups[group]
+        dropped = [(was ^ value) & cell.mask for cell in self._cells(group, "tlb")]
+        if all(dropped) and self.whole.lo is not None:
+            for lo, hi in self.spans(group):
+                self.vm.mmu.drop_pages(self.whole.lo + lo, self.whole.lo + hi)
         for gfn in range(len(kinds)):
             mask: NDArray[np.bool_] | None = None
-            for placed in placed_pages(engine, gfn).values():
+            for name, placed in placed_pages(engine, gfn).items():
+                if name == "tlb" and all(dropped):
+                    continue
                 if placed.family.scatter and (was ^ value) & placed.cell.mask:
                     mask = self.mask(group, gfn) if mask is None else mask
                     placed.family.scatter(self.whole, mask, placed.cell.get(value))
