@@ -45,8 +45,8 @@ PRIVATE_PAGES = frozenset(
 )  # fmt: skip
 STOPS: frozenset[Step] = frozenset(
     {attributes.kvm_vm_set_region_attr, attributes.xa_reserve, gmem.hold_page, gmem.kvm_gmem_get_pfn,
-     lpage.kvm_update_lpage_mixed_flag, sev.snp_lookup_rmpentry, sev.psmash, tdx.kvm_unmap_gfn_range, tdx.freeze_spte,
-     mmu.is_page_fault_stale, attributes.kvm_range_has_memory_attributes}
+     lpage.kvm_update_lpage_mixed_flag, tdx.kvm_unmap_gfn_range, tdx.freeze_spte,
+     attributes.kvm_range_has_memory_attributes}
 )  # fmt: skip
 BEFORE_ANYTHING = ("xa_reserve", "kvm_range_has_memory_attributes")
 OF_MAPPINGS = frozenset(
