@@ -433,9 +433,6 @@ FAMILIES = (
     Family("uptodate", 0, lambda cell, _: True, lambda c: 0),  # whoever allocates a page here clears it
     Family("invalidate_range", None, one_of(None, (0, 1)), _window),
     Family("failures_left", RMPUPDATE, one_of(0, 1), _failing),
-    Family(
-        "slot",
-        None,
-        one_of("none", "valid", "invalid"),
+    Family("slot", None, one_of("none", "valid", "invalid"),
            lambda c: 0 if c.slot is None or c.gone() else 1 + c.slot.invalid),
 )  # fmt: skip
