@@ -149,3 +149,18 @@ def test_a_killing_vmm_raises_the_exit():
     vm.guest().set_private(0, True)
     with pytest.raises(MemoryFaultExit, match="flags=0x8"):
         vm.guest().pvalidate(0, True)
+
+
+def test_locks_nested_both_ways_are_seen_in_one_run_too():
+    vm = Vm("snp", 4, "locks-both-ways")
+    vm.guest().set_memory_encrypted(0, 4 * P)
+    vm.gmem.punch_hole(0, P)
+    assert {name for name, _ in vm.violations} == {"lock-misuse"}
+
+
+def test_an_ioctl_that_holds_mmu_lock_for_read_only_misuses_it_as_in_the_explorer():
+    text = Design.load("v8-post-hook").canonical().partition("\nexpect")[0]
+    ioctl, _, rest = text.partition("\nfault:")
+    vm = Vm("snp", 4, Design.parse(f"{ioctl.replace('write_', 'read_')}\nfault:{rest}"))
+    vm.set_memory_attributes(0, P, True)
+    assert "kvm_unmap_gfn_range() without mmu_lock for write" in [why for _, why in vm.violations]

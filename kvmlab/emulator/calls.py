@@ -186,7 +186,7 @@ class Call:
                 at = ranges.program[ranges.at(self.kernel.x, self.a)]
                 self.goto(at.jumps[jump] if jump else at.next)
                 continue
-            if step in ranges.stops:
+            if self.single or step in ranges.stops:
                 self.before(instr, step)
             if instr.loop:
                 self.loop(pc, instr, step)
@@ -233,7 +233,8 @@ class Call:
 
     def reach(self, pc: int) -> None:
         """Rows up to that of this place are reached: `vm.on_row` is told of each."""
-        self.reach_rows(self.reached[pc])
+        if self.next_row < self.reached[pc]:
+            self.reach_rows(self.reached[pc])
 
     def reach_rows(self, until: int) -> None:
         """The same for the first rows of the text."""
@@ -253,8 +254,9 @@ class Call:
 
     def global_state(self, page: int) -> int:
         """The state with a page's cells, and the numbers of the window as the model has them."""
-        cell = self.in_progress
-        return self.kernel.x & ~cell.mask | min(self.vm.mmu.in_progress, 3) << cell.shift | page
+        cell, now = self.in_progress, self.vm.mmu.in_progress
+        x = self.kernel.x & ~cell.mask | page
+        return x | min(now, 3) << cell.shift if now else x
 
     def _go(self, page: int, engine: Ranges | None = None) -> Pass:
         engine = engine or self.ranges

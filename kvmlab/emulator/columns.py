@@ -192,6 +192,12 @@ class Column:
         """The runs of pages of a group, counted from the column's first."""
         return [(0, self.n)] if self.which is None else runs(self.which == group, 0, self.n)
 
+    def allocated(self) -> None:
+        """All of its pages have just been allocated."""
+        cell = self.ranges.cell("gmem", 0)
+        self.values = self.old = [value & ~cell.mask | cell.code("cached") for value in self.values]
+        self.old = list(self.old)
+
     def store(self) -> None:
         """Write back what has changed."""
         if not self.loaded or self.values == self.old:
@@ -427,9 +433,6 @@ FAMILIES = (
     Family("uptodate", 0, lambda cell, _: True, lambda c: 0),  # whoever allocates a page here clears it
     Family("invalidate_range", None, one_of(None, (0, 1)), _window),
     Family("failures_left", RMPUPDATE, one_of(0, 1), _failing),
-    Family(
-        "slot",
-        None,
-        one_of("none", "valid", "invalid"),
+    Family("slot", None, one_of("none", "valid", "invalid"),
            lambda c: 0 if c.slot is None or c.gone() else 1 + c.slot.invalid),
 )  # fmt: skip

@@ -45,8 +45,8 @@ PRIVATE_PAGES = frozenset(
 )  # fmt: skip
 STOPS: frozenset[Step] = frozenset(
     {attributes.kvm_vm_set_region_attr, attributes.xa_reserve, gmem.hold_page, gmem.kvm_gmem_get_pfn,
-     lpage.kvm_update_lpage_mixed_flag, sev.snp_lookup_rmpentry, sev.psmash, tdx.kvm_unmap_gfn_range, tdx.freeze_spte,
-     mmu.is_page_fault_stale, attributes.kvm_range_has_memory_attributes}
+     lpage.kvm_update_lpage_mixed_flag, tdx.kvm_unmap_gfn_range, tdx.freeze_spte,
+     attributes.kvm_range_has_memory_attributes}
 )  # fmt: skip
 BEFORE_ANYTHING = ("xa_reserve", "kvm_range_has_memory_attributes")
 OF_MAPPINGS = frozenset(
@@ -268,11 +268,12 @@ class Fault(Call):
 
     def _large(self, slot: MemSlot) -> Regions | None:
         """The 2M page around the fault, if it matters that it is one; else only pages inside it fault together."""
-        found = [
-            c
-            for c in columns_of(self.vm, self.kernel.ranges, self.kernel.shaped, slot, self.gfn, self.gfn + 1)
-            if isinstance(c, Regions)
-        ]
+        vm, many = self.vm, 1  # 2M pages that fault at their first page, where nothing sends a fault back
+        if self.gfn % PAGES_2M == 0 and not (self.single or self.a or vm.mmu.in_progress):
+            many = max(1, min(self.n, slot.end - self.gfn) // PAGES_2M)
+        end = self.gfn + (1 if many == 1 else many * PAGES_2M)
+        columns = columns_of(vm, self.kernel.ranges, self.kernel.shaped, slot, self.gfn, end)
+        found = [column for column in columns if isinstance(column, Regions)]
         if not found or (self.vm.tdx and self.private):  # KVM maps private memory of a TD in 4K pages only
             return None
         (region,) = found
@@ -282,7 +283,11 @@ class Fault(Call):
             self.n = min(self.n, PAGES_2M - self.gfn % PAGES_2M)
             return None
         region.apart, region.private, self.n = region.asked[0], self.private, 1
-        return region
+        if many == 1 or not region.maps(self.private):
+            return region if region.units == 1 else region.split(1)[0]
+        region.load()
+        alike = prefix(region.which == 0)
+        return region if alike == region.units else region.split(alike)[0]
 
     def _maps_large(self) -> None:
         """How many faults it was, and how many pages are mapped now."""
@@ -290,8 +295,9 @@ class Fault(Call):
         self.taken = self.n
         if isinstance(column, Regions) and slot and column.is_large():
             head = self.gfn - self.gfn % PAGES_2M
-            self.vm.touch_backing(slot, head, PAGES_2M, self.private)
-            self.taken, self.n = 1, head + PAGES_2M - self.gfn
+            pages = column.units * PAGES_2M
+            self.vm.touch_backing(slot, head, pages, self.private)
+            self.taken, self.n = column.units, head + pages - self.gfn
 
     def _once(self) -> None:
         """All steps of a fault are about its pages."""
@@ -330,9 +336,11 @@ class Fault(Call):
         """Allocate what the fault maps; let a script act inside the handler; a root that went makes a fault stale."""
         vm = self.vm
         if step is gmem.kvm_gmem_get_pfn and self.slot and (self.slot.gmem or not self.private):
-            self.store()
-            vm.touch_backing(self.slot, self.gfn, self.n, self.private)
-            self.columns[0].loaded = False
+            if not vm.has_pages(self.slot, self.gfn, self.n, self.private):
+                self.store()
+                vm.touch_backing(self.slot, self.gfn, self.n, self.private)
+                if self.private or vm.in_place:
+                    self.columns[0].allocated()
         elif point := POINTS.get(step):
             if vm.on_point is not None:
                 self.hook(lambda: vm.at_point(point))

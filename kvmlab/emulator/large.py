@@ -20,7 +20,8 @@ from ..hw.snp import PG_2M
 from ..hw.snp.pages import PAGES_2M
 from ..kernel.failures import RMPUPDATE
 from ..model.state import Cell
-from .columns import FAMILIES, Column, Family, Placed
+from .columns import FAMILIES, Codes, Column, Family, Placed
+from .memory import runs
 
 if TYPE_CHECKING:
     from .gmem import GuestMemfd
@@ -104,10 +105,13 @@ class Regions:
             assigned = vm.rmp.assigned(whole.pfn, PAGES_2M).any()
             if vm.rmp.big(whole.pfn, PAGES_2M).any():
                 return False
+        assigns = private and self.folio(0) and assigned is not None and not assigned
+        return not (self.maps(private) or assigns)
+
+    def maps(self, private: bool) -> bool:
+        """Whether the first 2M page may be mapped by one leaf."""
         possible = self.folio(0) if private else self.large_shared(0)
-        maps = possible and self.slot.allows(whole.lo, "2M")
-        assigns = private and possible and assigned is not None and not assigned
-        return not (maps or assigns)
+        return bool(possible and self.slot and self.whole.lo is not None and self.slot.allows(self.whole.lo, "2M"))
 
     def is_large(self) -> bool:
         """Whether the first of them is mapped by one leaf."""
@@ -146,43 +150,43 @@ class Regions:
         columns = [family.gather(whole) for family in families_of_pages()]
         leaves = self.vm.mmu.leaves(whole.lo, whole.lo + n) if whole.lo is not None else np.zeros(n, np.uint32)
         self.leaves = leaves
-        small = _npt(whole, leaves)
-        asked = np.zeros(n, np.uint8)
-        asked[self.asked[0] : self.asked[1]] = 1
-        key = small.astype(np.uint32) * np.uint32(2) + asked
-        sizes = [4, 2]
-        for found in columns:
-            if isinstance(found, int):
-                sizes.append(0)
-                continue
-            size = int(found.max()) + 1
-            key = key * np.uint32(size) + found
-            sizes.append(size)
-        place = self._places()
-        key = key * np.uint32(3) + place
-        if self.apart is not None:
-            key = key * np.uint32(2)
-            key[self.apart] += 1
-        firsts, of = np.zeros(1, np.int64), np.zeros(n, np.int64)
-        if not (key == key[0]).all():
-            _, firsts, of = np.unique(key, return_index=True, return_inverse=True)
+        small, asked = _npt(whole, leaves), self._asked()
+        found = [_plain(codes) for codes in (*columns, small, asked, self._places())]
+        key, most = np.zeros(n, np.uint32), 1
+        for codes in found:
+            if not isinstance(codes, int):
+                size = int(codes.max()) + 1
+                key, most = key * np.uint32(size) + codes, most * size
+        firsts, of = _numbered(key, most)
+        if self.apart:
+            firsts, of = [*firsts, self.apart], of.copy()
+            of[self.apart] = len(firsts) - 1
         kinds = [
-            Kind(
-                tuple(found if isinstance(found, int) else int(found[at]) for found in columns),
-                int(small[at]), bool(asked[at]), int(at) == self.apart, int(place[at]),
-            )
-            for at in firsts.tolist()
+            Kind(tuple(at_page[:-3]), at_page[-3], bool(at_page[-2]), bool(self.apart and n == len(firsts) - 1),
+                 at_page[-1])
+            for n, page in enumerate(firsts)
+            for at_page in [[codes if isinstance(codes, int) else int(codes[page]) for codes in found]]
         ]  # fmt: skip
         # Those that the request is about come first, for it is one run of gfns.
         order = sorted(range(len(kinds)), key=lambda k: (not kinds[k].asked, kinds[k].place))
+        self.kinds = [kinds[k] for k in order]
         number = np.zeros(len(kinds), np.uint16)
         number[order] = np.arange(len(kinds), dtype=np.uint16)
-        self.kinds = [kinds[k] for k in order]
-        self.of: NDArray[np.uint16] = number[of.reshape(-1)]
+        self.of: NDArray[np.uint16] = number[of]
 
-    def _places(self) -> NDArray[np.uint32]:
+    def _asked(self) -> Codes:
+        """Which pages the call is about."""
+        if self.asked == (0, self.whole.n):
+            return 1
+        asked = np.zeros(self.whole.n, np.uint8)
+        asked[self.asked[0] : self.asked[1]] = 1
+        return asked
+
+    def _places(self) -> Codes:
         """0 before the first page of a 2M whose RMPUPDATE was made to fail, 1 there, 2 behind it."""
-        found, pfn = np.zeros(self.whole.n, np.uint32), self.whole.pfn
+        if not self.vm.rmp.failures:
+            return 0
+        found, pfn = np.zeros(self.whole.n, np.uint8), self.whole.pfn
         for page in sorted(self.vm.rmp.failures, reverse=True) if pfn is not None else ():
             at = page - (pfn or 0)
             if 0 <= at < self.whole.n:
@@ -207,7 +211,7 @@ class Regions:
         split = 1 if whole.pfn is None else int(vm.directmap.split[(whole.pfn + at) // PAGES_2M])
         inside = bool(self.asked[0] < at + PAGES_2M and at < self.asked[1])
         window = vm.mmu.window if vm.mmu.in_progress else None
-        stale = window is not None and window[0] <= (whole.lo or 0) + (self.apart or 0) < window[1]
+        stale = window is not None and window[0] <= (whole.lo or 0) + at + (self.apart or 0) < window[1]
         stale = stale and self.apart is not None
         slot = 0 if self.slot is None or whole.gone() else 1 + self.slot.invalid
         folio, shared = self.folio(unit), self.large_shared(unit)
@@ -274,10 +278,16 @@ class Regions:
 
     def mask(self, group: int, gfn: int | None = None) -> NDArray[np.bool_]:
         """Which pages belong to a group, or to one gfn of it."""
-        found = np.repeat(self.which == group, PAGES_2M)
+        one = self.units == 1
+        found = np.ones(self.whole.n, bool) if one else np.repeat(self.which == group, PAGES_2M)
         if gfn is not None:
-            heads = np.arange(self.whole.n) % PAGES_2M == 0
-            found &= heads if gfn == 0 else ~heads & (self.of == self.groups[group].kinds[gfn])
+            if gfn:
+                found &= self.of == self.groups[group].kinds[gfn]
+                found[::PAGES_2M] = False
+            else:
+                heads = found[::PAGES_2M].copy()
+                found[:] = False
+                found[::PAGES_2M] = heads
         return found
 
     def first(self, group: int) -> int:
@@ -324,9 +334,25 @@ class Regions:
 
     def spans(self, group: int) -> list[tuple[int, int]]:
         """The runs of pages of a group."""
-        from .memory import runs
-
+        if self.units == 1:
+            return [(0, self.whole.n)]
         return runs(self.mask(group), 0, self.whole.n)
+
+    def allocated(self) -> None:
+        """The pages that the call is about have just been allocated: with a folio all of its 2M."""
+        if not self.folio(0):
+            self.loaded = False
+            return
+        for group, value in enumerate(self.values):
+            for cell in self._cells(group, "gmem"):
+                value = value & ~cell.mask | cell.code("cached")
+            self.values[group] = value
+        self.old = list(self.values)
+
+    def _cells(self, group: int, name: str) -> list[Cell]:
+        """The cells of one name, gfn by gfn."""
+        placed = [placed_pages(self.engine(group), gfn) for gfn in range(len(self.groups[group].kinds))]
+        return [found[name].cell for found in placed if name in found]
 
     def store(self) -> None:
         """Write back what has changed."""
@@ -339,9 +365,15 @@ class Regions:
 
     def _store(self, group: int, was: int, value: int) -> None:
         engine, kinds = self.groups[group]
+        dropped = [(was ^ value) & cell.mask for cell in self._cells(group, "tlb")]
+        if all(dropped) and self.whole.lo is not None:
+            for lo, hi in self.spans(group):
+                self.vm.mmu.drop_pages(self.whole.lo + lo, self.whole.lo + hi)
         for gfn in range(len(kinds)):
             mask: NDArray[np.bool_] | None = None
-            for placed in placed_pages(engine, gfn).values():
+            for name, placed in placed_pages(engine, gfn).items():
+                if name == "tlb" and all(dropped):
+                    continue
                 if placed.family.scatter and (was ^ value) & placed.cell.mask:
                     mask = self.mask(group, gfn) if mask is None else mask
                     placed.family.scatter(self.whole, mask, placed.cell.get(value))
@@ -380,10 +412,28 @@ def _leaf_value(cell: Cell, leaf: str | None, gfn: int) -> str | None:
     return value if value in cell.codes else "other"
 
 
-def _npt(whole: Column, leaves: NDArray[np.uint32]) -> NDArray[np.uint8]:
+def _plain(codes: Codes) -> Codes:
+    """One number if it is the same for all pages."""
+    return codes if isinstance(codes, int) or not (codes == codes[0]).all() else int(codes[0])
+
+
+def _numbered(key: NDArray[np.uint32], most: int) -> tuple[list[int], NDArray[np.int64]]:
+    """The first pages of the distinct keys, and for each page the number of its key."""
+    if most == 1:
+        return [0], np.zeros(len(key), np.int64)
+    if most > 1 << 16:
+        _, firsts, of = np.unique(key, return_index=True, return_inverse=True)
+        return firsts.tolist(), of.reshape(-1)
+    distinct = np.flatnonzero(np.bincount(key))
+    lut = np.zeros(most, np.int64)
+    lut[distinct] = np.arange(len(distinct))
+    return [int((key == one).argmax()) for one in distinct.tolist()], lut[key]
+
+
+def _npt(whole: Column, leaves: NDArray[np.uint32]) -> Codes:
     """0 none or part of a 2M leaf, 1 the shared page, 2 the private one, 3 another."""
     if not leaves.any():
-        return np.zeros(whole.n, np.uint8)
+        return 0
     codes = np.where((leaves != 0) & (leaves & 1 == 0), 3, 0).astype(np.uint8)
     for code, base in ((1, whole.shared), (2, whole.pfn)):
         if base is not None:

@@ -376,6 +376,13 @@ class Vm:
             return slot.private_pfn(gfn)
         return slot.shared_pfn(gfn)
 
+    def has_pages(self, slot: MemSlot, gfn: int, n: int, private: bool) -> bool:
+        """Whether one backing is all there."""
+        if slot.gmem is not None and (private or self.in_place):
+            at = slot.offset + gfn - slot.base
+            return bool(slot.gmem.present[at : at + n].all())
+        return bool(slot.user.present[gfn - slot.base :][:n].all())
+
     def touch_backing(self, slot: MemSlot, gfn: int, n: int, private: bool) -> None:
         """Allocate (zeroed) what is missing of one backing."""
         if slot.gmem is not None and (private or self.in_place):
