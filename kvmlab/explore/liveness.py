@@ -176,7 +176,9 @@ class _Arrays:
         if len(roots):
             ends, first = np.concatenate([ends, roots]), np.append(first, len(ends) + len(roots))
         n = len(first) - 1
-        return csr_matrix((np.ones(len(ends)), ends.astype(np.int32, copy=False), first), shape=(n, n))
+        made = csr_matrix((np.ones(len(ends)), ends.astype(np.int32, copy=False), first), shape=(n, n))
+        made.sum_duplicates()  # scipy's search for strongly connected parts need not end where an edge stands twice
+        return made
 
     def reach(self, keep: Any, roots: Any = (0,)) -> Any:
         """For each state, whether it can be reached from `roots` over the kept edges."""
@@ -188,33 +190,53 @@ class _Arrays:
         reached[breadth_first_order(self.matrix(keep, roots), n, return_predecessors=False)] = True
         return reached[:n]
 
-    def parts(self, keep: Any) -> Any:
-        """For each state, the number of its strongly connected part over the kept edges."""
+    @cached_property
+    def part(self) -> Any:
+        """For each state, the number of its strongly connected part."""
         from scipy.sparse.csgraph import connected_components
 
-        return connected_components(self.matrix(keep), directed=True, connection="strong")[1]
+        return connected_components(self.matrix(self.dst != END), directed=True, connection="strong")[1]
 
-    def around(self, v: int, cell: Cell) -> Any:
-        """For each state, which part with a fault of `v` in it, within one pending access, it is in; -1 for none."""
+    def out(self, states: Any) -> tuple[Any, Any]:
+        """The edges out of some states, and for each the index of its source among them."""
         import numpy as np
 
-        access = self.bits(cell)
-        pending = self.of_source(access)
-        keep = access.take(self.dst) == pending
-        keep &= pending != 0
-        keep &= self.dst != END
-        mine = (self.actor == v).nonzero()[0]
-        label = self.label.take(mine)
-        keep[mine[self.counting(EXIT).take(label)]] = False
-        fault = mine[self.counting(FAULT).take(label) & keep.take(mine)]
-        if not len(fault):
-            return np.full(len(access), -1)
-        part = self.parts(keep)
-        found = part.take(np.searchsorted(self.start, fault, side="right") - 1)
-        found = np.unique(found[found == part.take(self.dst.take(fault))])
-        number = np.full(int(part.max()) + 1, -1)
+        degree = self.degree.take(states)
+        edge = np.repeat(self.start.take(states) - np.cumsum(degree) + degree, degree)
+        edge += np.arange(len(edge))
+        return edge, np.repeat(np.arange(len(states)), degree)
+
+    def around(self, v: int, cell: Cell) -> Any:
+        """For each state, which part with a fault of `v` in it, within one pending access, it is in; -1 for none.
+
+        Such a part lies within a part of the whole graph that has a fault of `v` in it; few states do.
+        """
+        import numpy as np
+        from scipy.sparse import csr_matrix
+        from scipy.sparse.csgraph import connected_components
+
+        inside = np.full(len(self.degree), -1)
+        faults = ((self.actor == v) & self.counting(FAULT).take(self.label) & (self.dst != END)).nonzero()[0]
+        around = self.part.take(np.searchsorted(self.start, faults, side="right") - 1)
+        wanted = np.zeros(len(self.degree), bool)
+        wanted[around[around == self.part.take(self.dst.take(faults))]] = True
+        members = wanted.take(self.part).nonzero()[0]
+        if not len(members):
+            return inside
+        inside[members] = np.arange(len(members))
+        edge, source = self.out(members)
+        end, access = inside.take(self.dst.take(edge)), self.bits(cell, members)
+        of_v, label = self.actor.take(edge) == v, self.label.take(edge)
+        keep = (self.dst.take(edge) != END) & (end >= 0) & ~(of_v & self.counting(EXIT).take(label))
+        keep &= (access.take(source) != 0) & (access.take(source) == access.take(end))
+        source, end, fault = source[keep], end[keep], (of_v & self.counting(FAULT).take(label))[keep]
+        matrix = csr_matrix((np.ones(len(end)), (source, end)), shape=(len(members), len(members)))
+        part = connected_components(matrix, directed=True, connection="strong")[1]
+        found = np.unique(part[source[fault & (part.take(source) == part.take(end))]])
+        number = np.full(len(members), -1)
         number[found] = np.arange(len(found))
-        return number.take(part)
+        inside[members] = number.take(part)
+        return inside
 
     def fair(self, v: int, cell: Cell) -> list[Cycle]:
         """The fair one among the parts with a fault of `v` that is nearest to the start, if there is one."""
@@ -234,14 +256,8 @@ class _Arrays:
         """For each part: is it fair to all but `v`?  For each (actor, part): does it owe a step all along?"""
         import numpy as np
 
-        model, degree = self.graph.model, self.degree.take(members)
-        edge = np.repeat(self.start.take(members) - np.cumsum(degree) + degree, degree)
-        edge += np.arange(len(edge))
-        source, actor, end = (
-            np.repeat(np.arange(len(members)), degree),
-            self.actor.take(edge),
-            self.dst.take(edge),
-        )
+        model, (edge, source) = self.graph.model, self.out(members)
+        actor, end = self.actor.take(edge), self.dst.take(edge)
         owes = np.zeros((len(model.actors), len(members)), bool)
         owes[actor, source] = True
         for a, cell in enumerate(self.graph.learner.pc):
@@ -349,7 +365,7 @@ def measures(graph: Graph, names: Iterable[str]) -> dict[str, dict[str, int | No
 
     arrays = _Arrays(graph)
     alive = arrays.dst != END
-    part = arrays.parts(alive)
+    part = arrays.part
     answer: dict[str, dict[str, int | None]] = {}
     for name in names:
         weight = np.array([label.counts.count(name) for label in graph.labels] or [0])[arrays.label]
