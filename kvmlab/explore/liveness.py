@@ -176,7 +176,8 @@ class _Arrays:
         if len(roots):
             ends, first = np.concatenate([ends, roots]), np.append(first, len(ends) + len(roots))
         n = len(first) - 1
-        return csr_matrix((np.ones(len(ends)), ends.astype(np.int32, copy=False), first), shape=(n, n))
+        # Of bools scipy makes numbers, and one edge of parallel ones; with those its search for parts may never end.
+        return csr_matrix((np.ones(len(ends), bool), ends.astype(np.int32, copy=False), first), shape=(n, n))
 
     def reach(self, keep: Any, roots: Any = (0,)) -> Any:
         """For each state, whether it can be reached from `roots` over the kept edges."""
