@@ -18,7 +18,7 @@ from kvmlab.hw.tdx import sept as tdx_sept
 from kvmlab.hw.tdx import td as tdx_td
 from kvmlab.hw.tdx import tlb as tdx_tlb
 from kvmlab.hw.tdx import words as tdx_words
-from kvmlab.hw.tdx.checks import Check, Told, answer, seamcall
+from kvmlab.hw.tdx.checks import Check, answer, seamcall, told
 from kvmlab.hw.tdx.entry import State
 from kvmlab.hw.tdx.locks import EXCLUSIVE, NONE, SHARED, EntryLock, Lock
 from kvmlab.hw.tdx.pamt import NDA, PageType, PamtEntry
@@ -395,7 +395,7 @@ def test_a_leaf_that_works_on_no_entry_is_refused_in_words(leaf):
 
 @pytest.mark.parametrize("state", tuple(State))
 def test_a_seamcall_walks_on_only_through_a_table_that_is_not_blocked(state):
-    found = answer(Leaf.PAGE_AUG, Told(above=(Level.PD, state)))
+    found = answer(Leaf.PAGE_AUG, told(above=(Level.PD, state)))
     assert found.rax == (0 if state == NL_MAPPED else 0xC0000B0000000001)
 
 
@@ -423,8 +423,8 @@ def test_demote_leaves_512_entries_that_are_not_blocked(state, then):
 
 
 def test_a_walk_that_fails_names_rcx_and_a_larger_page_its_level():
-    assert answer(Leaf.RANGE_BLOCK, Told(above=(Level.PDPT, FREE))).rax == 0xC0000B0000000001
-    assert answer(Leaf.ACCEPT, Told(above=(Level.PDPT, MAPPED))).rax == 0x00000B0A00000002
+    assert answer(Leaf.RANGE_BLOCK, told(above=(Level.PDPT, FREE))).rax == 0xC0000B0000000001
+    assert answer(Leaf.ACCEPT, told(above=(Level.PDPT, MAPPED))).rax == 0x00000B0A00000002
 
 
 # The life of a TD.
@@ -445,7 +445,7 @@ WITH_KEY = tdx_td.Lifecycle.KEYS_CONFIGURED
 )
 def test_an_op_state_lets_a_leaf_in_or_not(leaf, before, after):
     for op_state, let_in in ((INITIALIZED, before), (RUNNABLE, after), (tdx_td.OpState.UNINITIALIZED, False)):
-        found = answer(leaf, Told(td=TdState(op_state=op_state)))
+        found = answer(leaf, told(td=TdState(op_state=op_state)))
         assert found.rax == (0 if let_in else Status.OP_STATE_INCORRECT)
 
 
@@ -453,8 +453,8 @@ def test_an_op_state_lets_a_leaf_in_or_not(leaf, before, after):
 def test_without_its_key_a_td_lets_nothing_in_whatever_its_op_state(lifecycle):
     for op_state in tdx_td.OpState:
         td = TdState(lifecycle, op_state)
-        assert answer(Leaf.PAGE_AUG, Told(td=td)).rax == Status.TD_KEYS_NOT_CONFIGURED
-        assert answer(Leaf.PAGE_AUG, Told(td=td._replace(fatal=True))).rax == Status.TD_FATAL
+        assert answer(Leaf.PAGE_AUG, told(td=td)).rax == Status.TD_KEYS_NOT_CONFIGURED
+        assert answer(Leaf.PAGE_AUG, told(td=td._replace(fatal=True))).rax == Status.TD_FATAL
 
 
 @pytest.mark.parametrize(
@@ -510,7 +510,7 @@ def test_accept_answers_by_the_entry_that_it_finds_at_its_level(state, level, ou
     ],
 )
 def test_accept_answers_by_the_entry_that_stops_it_above_its_level(state, outcome):
-    found = answer(Leaf.ACCEPT, Told(above=(Level.PD, state)))
+    found = answer(Leaf.ACCEPT, told(above=(Level.PD, state)))
     assert outcome in (found.status, found.rax)
 
 

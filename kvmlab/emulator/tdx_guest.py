@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from ..errors import InputError
 from ..hw import tdx
 from ..hw.tdx import EXIT_REASON_EPT_VIOLATION, Leaf, Level, State
-from ..hw.tdx.checks import Check, Told, answer
+from ..hw.tdx.checks import Check, answer, told
 from ..hw.tdx.locks import EntryLock
 from ..hw.tdx.sept import LEVELS
 from . import alike
@@ -53,7 +53,7 @@ def accept(guest: Guest, td: TdxKvm, gpa: int, size: int) -> None:
     if named and gpa + size > LIMIT * PAGE:
         raise InputError(f"Guest.accept(gpa={gpa:#x}): the emulator holds 4 TiB of guest addresses")
     td.enter(guest.index)
-    found = answer(Leaf.ACCEPT, Told(named=named), (Check.NAMED,))
+    found = answer(Leaf.ACCEPT, told(named=named), (Check.NAMED,))
     if not found.ok:
         refuse(td, gpa, found.rax)
     if level == Level.PD:
@@ -73,7 +73,7 @@ def _accept_2m(guest: Guest, td: TdxKvm, gfn: int) -> None:
 
 def mismatch_2m(*, locked: bool = False) -> int:
     """RAX of a 2M ACCEPT where a table of 4K entries hangs, or where somebody holds the entry."""
-    return answer(Leaf.ACCEPT, Told(level=Level.PD, state=State.NL_MAPPED, entry_lock=EntryLock(locked))).rax
+    return answer(Leaf.ACCEPT, told(level=Level.PD, state=State.NL_MAPPED, entry_lock=EntryLock(locked))).rax
 
 
 def refuse(td: TdxKvm, gpa: int, rax: int) -> NoReturn:

@@ -19,7 +19,6 @@ from ..hw.tdx import lines as tdx_lines
 from ..hw.tdx import tlb as tdx_tlb
 from ..hw.tdx.checks import CHECKS, Check, Situation, answer, around
 from ..hw.tdx.locks import EXCLUSIVE, NONE, SHARED, EntryLock, Lock
-from ..hw.tdx.td import TdState
 from .events import GuestSpins, MachineCheck, PlatformError, ShutdownExit, TdxError, VmDead
 from .memory import U8, U32, grown
 from .mmu import Tlb
@@ -49,40 +48,6 @@ class TdVcpu:
     epoch: int = 0
     accepting: int = -1
     answer: Done | None = None
-
-
-class OnTd(Situation):
-    """What a leaf finds that asks about the TD, or for ACCEPT about its first page; a failure strikes when it can."""
-
-    def __init__(self, kvm: TdxKvm, leaf: Leaf, gfn: int = 0) -> None:
-        self.kvm, self.leaf, self.gfn = kvm, leaf, gfn
-
-    def td(self) -> TdState:
-        """How far the TD is in its life."""
-        return self.kvm.module.life
-
-    def held(self, lock: Lock) -> str:
-        """The tree's lock or the epoch's: held by nobody known, or the latter by a vCPU in VP.ENTER."""
-        if lock not in (Lock.TREE, Lock.EPOCH):
-            return NONE
-        if self.kvm.take_failure(self.leaf):
-            return EXCLUSIVE
-        entering = lock == Lock.EPOCH and any(vcpu.mode == ENTERING for vcpu in self.kvm.vcpus)
-        return SHARED if entering else NONE
-
-    def previous_inside(self) -> bool:
-        """Whether a vCPU is inside with the epoch before this one."""
-        return tdx_tlb.track(self.kvm.module.epochs)[0] != Status.SUCCESS
-
-    def above(self) -> tuple[Level, State]:
-        """The entry that the page's table hangs from, or would."""
-        self.kvm.module.walk(self.gfn, 1)
-        there = self.kvm.module.has_table(Level.PD, self.gfn, self.gfn + 1)[0]
-        return Level.PD, State.NL_MAPPED if there else State.FREE
-
-    def entry_lock(self) -> EntryLock:
-        """Another vCPU in ACCEPT there holds it."""
-        return EntryLock(taken=self.gfn in self.kvm.accepting or self.kvm.take_failure(self.leaf))
 
 
 class TdxKvm:
@@ -133,7 +98,7 @@ class TdxKvm:
         self.check_alive()
         if self.wait_for_sept_zap:
             raise GuestSpins(0, f"vCPU {index} may not enter: wait_for_sept_zap")
-        found = answer(Leaf.VP_ENTER, OnTd(self, Leaf.VP_ENTER))
+        found = answer(Leaf.VP_ENTER, self.situation(Leaf.VP_ENTER))
         if not found.ok:
             raise TdxError(Leaf.VP_ENTER, 0, found.rax)
         self.log.add(Leaf.VP_ENTER, f"vCPU {index}")
@@ -167,7 +132,7 @@ class TdxKvm:
 
     def accept(self, index: int, gfn: int, n: int) -> Done:
         """TDG.MEM.PAGE.ACCEPT of up to `n` 4K pages by a vCPU that is inside; `vm.on_point` with the lock held."""
-        found = answer(Leaf.ACCEPT, OnTd(self, Leaf.ACCEPT, gfn), BEFORE_LOCK)
+        found = answer(Leaf.ACCEPT, self.situation(Leaf.ACCEPT, gfn), BEFORE_LOCK)
         if not found.ok:
             return Done(0, found.rax)
         vcpu = self.vcpus[index]
@@ -191,6 +156,32 @@ class TdxKvm:
 
     # SEAMCALLs.
 
+    def situation(self, leaf: Leaf, gfn: int = 0) -> Situation:
+        """What a leaf finds that asks about the TD, or ACCEPT about its first page; a failure strikes when it can."""
+        module = self.module
+
+        def held(lock: Lock) -> str:
+            """The tree's lock and the epoch's are held by nobody known, or the latter by a vCPU in VP.ENTER."""
+            if lock not in (Lock.TREE, Lock.EPOCH):
+                return NONE
+            if self.take_failure(leaf):
+                return EXCLUSIVE
+            entering = lock == Lock.EPOCH and any(vcpu.mode == ENTERING for vcpu in self.vcpus)
+            return SHARED if entering else NONE
+
+        def above() -> tuple[Level, State]:
+            module.walk(gfn, 1)
+            there = module.has_table(Level.PD, gfn, gfn + 1)[0]
+            return Level.PD, State.NL_MAPPED if there else State.FREE
+
+        return Situation(
+            td=lambda: module.life,
+            held=held,
+            previous_inside=lambda: tdx_tlb.track(module.epochs)[0] != Status.SUCCESS,
+            above=above,
+            entry_lock=lambda: EntryLock(taken=gfn in self.accepting or self.take_failure(leaf)),
+        )
+
     def take_failure(self, leaf: Leaf) -> bool:
         """Whether a busy answer was injected for this leaf; never while wait_for_sept_zap is set."""
         return not self.wait_for_sept_zap and self.vm.take_failure(leaf) is not None
@@ -206,7 +197,7 @@ class TdxKvm:
 
     def _seamcall(self, leaf: Leaf, gfn: int, n: int, pfn: int) -> Done:
         module = self.module
-        found = answer(leaf, OnTd(self, leaf), CHECKS[leaf] if leaf == Leaf.TRACK else for_td_and_page(leaf)[0])
+        found = answer(leaf, self.situation(leaf), CHECKS[leaf] if leaf == Leaf.TRACK else for_td_and_page(leaf)[0])
         if not found.ok:
             return Done(0, found.rax)
         if leaf == Leaf.TRACK:

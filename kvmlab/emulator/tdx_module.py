@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..hw.tdx import Leaf, Level, Status, tlb
 from ..hw.tdx import pamt as tdx_pamt
 from ..hw.tdx import sept as tdx_sept
-from ..hw.tdx.checks import CHECKS, Check, Told, answer, around
+from ..hw.tdx.checks import CHECKS, Check, Situation, answer, around, told
 from ..hw.tdx.entry import State
 from ..hw.tdx.locks import EntryLock
 from ..hw.tdx.pamt import PageType, PamtEntry
@@ -62,9 +62,9 @@ def answers(leaf: Leaf) -> Answers:
     return found
 
 
-def _told(key: int) -> Told:
+def _told(key: int) -> Situation:
     """What a key says, as the checks ask for it."""
-    return Told(
+    return told(
         above=(Level.PD, State.FREE if key & NO_TABLE else State.NL_MAPPED),
         entry_lock=EntryLock(taken=bool(key & LOCKED)),
         state=tdx_sept.STATES[key & STATE_BITS],
@@ -144,7 +144,7 @@ class TdModule:
             for at in np.flatnonzero(view == 0).tolist():
                 pfn = self._table_page()
                 page = tdx_pamt.is_free(Level.PT, self.pamt_entry(pfn))
-                found = answer(Leaf.SEPT_ADD, Told(level=level, page=page), for_td_and_page(Leaf.SEPT_ADD)[1])
+                found = answer(Leaf.SEPT_ADD, told(level=level, page=page), for_td_and_page(Leaf.SEPT_ADD)[1])
                 if not found.ok:
                     return Done(count, found.rax)
                 view[at], count = 1, count + 1

@@ -17,7 +17,7 @@ from ..hw.tdx.checks import Check
 from ..kernel import keyids
 from ..kernel.keyids import HKID
 from ..kvm import memslots
-from ..kvm.tdx import OnEntry, answers_kick
+from ..kvm.tdx import answers_kick, on_entry
 from ..model.state import View
 from .access import Access
 
@@ -170,7 +170,7 @@ def _judge_read(s: View, acc: Access, pfn: Pfn, seen: tuple[str, object]) -> Non
 
 def _accept_begins(s: View, me: str, acc: Access) -> str:
     """TDG.MEM.PAGE.ACCEPT up to the entry's lock, which it takes whatever the entry's state is."""
-    found = checks.answer(Leaf.ACCEPT, OnEntry(s, acc.gfn), BEFORE_LOCK)
+    found = checks.answer(Leaf.ACCEPT, on_entry(s, acc.gfn), BEFORE_LOCK)
     if found.status == Guest.EXIT_ACCEPT:
         return _ept_violation(s, me, acc, "ACCEPT: no table")
     if not found.ok:
@@ -185,7 +185,7 @@ def _accept_ends(s: View, me: str, acc: Access) -> str:
     """The state decides: PENDING is zeroed and mapped; FREE and blocked leave the TD, and ACCEPT runs again."""
     s.entry_lock[acc.gfn] = None
     answers_kick(s, me)
-    found = checks.answer(Leaf.ACCEPT, OnEntry(s, acc.gfn), WITH_LOCK)
+    found = checks.answer(Leaf.ACCEPT, on_entry(s, acc.gfn), WITH_LOCK)
     if found.status == Guest.EXIT_ACCEPT:
         return _ept_violation(s, me, acc, f"ACCEPT: {s.sept[acc.gfn]}")
     if not found.ok:

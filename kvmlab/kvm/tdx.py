@@ -11,9 +11,8 @@ from ..hw import tdx
 from ..hw.memory import Gfn, Pfn
 from ..hw.tdx import Leaf, Level, Status, pamt, tlb
 from ..hw.tdx.checks import Answer, Situation, answer
-from ..hw.tdx.locks import EXCLUSIVE, NONE, SHARED, UNLOCKED, EntryLock, Lock
+from ..hw.tdx.locks import EXCLUSIVE, NONE, SHARED, EntryLock, Lock
 from ..hw.tdx.pamt import PageType, PamtEntry
-from ..hw.tdx.sept import State
 from ..hw.tdx.tlb import Age
 from ..kernel import keyids
 from ..kernel.failures import SEAMCALL, fails
@@ -87,75 +86,46 @@ def _injected(s: View) -> bool:
     return bool(s.failures_left[SEAMCALL]) and not s.wait_for_sept_zap and fails(s, SEAMCALL)
 
 
-class OnCells(Situation):
-    """What TRACK, and SEPT.ADD of the one table, find in the cells: one is read when a check asks for it.
+def on_cells(s: View) -> Situation:
+    """What TRACK finds in the cells, and SEPT.ADD of the one table, whose page is none of the guest's."""
 
-    The TD runs, and the page that SEPT.ADD takes is none of the guest's.
-    """
-
-    def __init__(self, s: View) -> None:
-        self.s = s
-
-    def held(self, lock: Lock) -> str:
-        """A lock that somebody holds: VP.ENTER the epoch's, or nobody known either of those that may strike."""
+    def held(lock: Lock) -> str:
+        """VP.ENTER holds the epoch's lock; the tree's and the epoch's may be held for no reason known."""
         if lock not in (Lock.TREE, Lock.EPOCH):
             return NONE
-        if _injected(self.s):
+        if _injected(s):
             return EXCLUSIVE
-        entering = lock == Lock.EPOCH and any(self.s.mode[cpu] == "entering" for cpu in self.s.conf.vcpus)
+        entering = lock == Lock.EPOCH and any(s.mode[cpu] == "entering" for cpu in s.conf.vcpus)
         return SHARED if entering else NONE
 
-    def state(self) -> State:
-        """The state of the entry that the table hangs from."""
-        state: State = self.s.sept_table
-        return state
-
-    def previous_inside(self) -> bool:
-        """Whether a vCPU is inside with the epoch before this one."""
-        return tlb.track_busy(ages_inside(self.s))
+    return Situation(
+        held=held,
+        state=lambda: s.sept_table,
+        previous_inside=lambda: tlb.track_busy(ages_inside(s)),
+    )
 
 
-class OnEntry(OnCells):
-    """What a leaf finds that names a gfn, whose entry is below the one table."""
-
-    def __init__(self, s: View, gfn: Gfn) -> None:
-        super().__init__(s)
-        self.gfn, self.pfn = gfn, s.conf.backing["private", gfn]
-
-    def above(self) -> tuple[Level, State]:
-        """The entry that the table hangs from."""
-        return Level.PD, self.s.sept_table
-
-    def entry_lock(self) -> EntryLock:
-        """A vCPU in ACCEPT holds it."""
-        return UNLOCKED if self.s.entry_lock[self.gfn] is None else EntryLock(taken=True)
-
-    def state(self) -> State:
-        """The state of the gfn's entry."""
-        state: State = self.s.sept[self.gfn]
-        return state
-
-    def tracked(self) -> bool:
-        """Whether tracking is done for the page's BEPOCH."""
-        return tlb.tracked_age(self.s.bepoch[self.pfn], ages_inside(self.s))
-
-    def page(self) -> Status:
-        """Whether the gfn's private page is free in the PAMT."""
-        return pamt.is_free(Level.PT, PamtEntry(PageType[self.s.pamt[self.pfn]]))
+def on_entry(s: View, gfn: Gfn) -> Situation:
+    """What a leaf finds that names a gfn, whose entry is below the one table; a vCPU in ACCEPT holds its lock."""
+    pfn = s.conf.backing["private", gfn]
+    return on_cells(s)._replace(
+        above=lambda: (Level.PD, s.sept_table),
+        entry_lock=lambda: EntryLock(taken=s.entry_lock[gfn] is not None),
+        state=lambda: s.sept[gfn],
+        tracked=lambda: tlb.tracked_age(s.bepoch[pfn], ages_inside(s)),
+        page=lambda: pamt.is_free(Level.PT, PamtEntry(PageType[s.pamt[pfn]])),
+    )
 
 
 def seamcall(s: View, leaf: Leaf, gfn: Gfn) -> Answer:
     """One host leaf on the entry of one gfn, or SEPT.ADD of the table above; done if it succeeds."""
-    if leaf == Leaf.SEPT_ADD:
-        found = answer(leaf, OnCells(s))
-        if found.ok:
-            s.sept_table = found.state
-        return found
-    at = OnEntry(s, gfn)
-    found = answer(leaf, at)
-    if found.ok:
+    table = leaf == Leaf.SEPT_ADD
+    found = answer(leaf, on_cells(s) if table else on_entry(s, gfn))
+    if found.ok and table:
+        s.sept_table = found.state
+    elif found.ok:
         s.sept[gfn] = found.state
-        _note(s, pamt.EFFECTS(leaf=leaf, of=pamt.OF_PAGE), at.pfn)
+        _note(s, pamt.EFFECTS(leaf=leaf, of=pamt.OF_PAGE), s.conf.backing["private", gfn])
     return found
 
 
@@ -171,7 +141,7 @@ def _note(s: View, change: pamt.Change, pfn: Pfn) -> None:
 
 def track(s: View) -> Answer:
     """TDH.MEM.TRACK: every epoch becomes one older, of vCPUs and of blocked pages."""
-    found = answer(Leaf.TRACK, OnCells(s))
+    found = answer(Leaf.TRACK, on_cells(s))
     if found.ok:
         for cpu in s.conf.vcpus:
             s.vcpu_epoch[cpu] = tlb.track_age(s.vcpu_epoch[cpu])
@@ -237,11 +207,10 @@ def let_vcpus(s: View, me: str) -> None:
 
 def tdh_phymem_page_wbinvd(s: View, me: str, gfn: Gfn) -> None:
     """Write back and invalidate the TD's lines of the page: legal only once the page is no longer TDX's."""
-    at = OnEntry(s, gfn)
     s.count("seamcalls")
-    found = answer(Leaf.PAGE_WBINVD, at)
+    found = answer(Leaf.PAGE_WBINVD, on_entry(s, gfn))
     if found.ok:
-        keyids.wbinvd(s, at.pfn)
+        keyids.wbinvd(s, s.conf.backing["private", gfn])
     else:
         _bug(s, "tdh_phymem_page_wbinvd", found)
 

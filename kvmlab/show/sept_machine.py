@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..errors import InputError
 from ..hw import tdx
-from ..hw.tdx import EXIT_REASON_EPT_VIOLATION, Guest, Leaf, Level, Status, Told, checks
+from ..hw.tdx import EXIT_REASON_EPT_VIOLATION, Guest, Leaf, Level, Situation, Status, checks, told
 from ..hw.tdx import pamt as tdx_pamt
 from ..hw.tdx import sept as tdx_sept
 from ..hw.tdx import tlb as tdx_tlb
@@ -143,9 +143,9 @@ def answer(at: BoardState, click: Click) -> Answer:
     return _DONE[click](at) if click in _DONE else _on_entry(at, click, found.state or at.entry)
 
 
-def _told(at: BoardState) -> Told:
+def _told(at: BoardState) -> Situation:
     """The place as the checks ask for it."""
-    return Told(
+    return told(
         td=TdState(op_state=at.op_state),
         state=at.entry,
         tracked=at.tracked,

@@ -1,8 +1,8 @@
 """What each leaf of the module asks before it acts, in the order in which it asks: `CHECKS`, one tuple a leaf.
 
 `answer` goes through the tuple and stops at the first check that refuses.  A check asks a `Situation`, and no more of
-it than it needs: whoever has the machine (an object, cells of a state, arrays) says in a subclass how each question
-is answered there.  Source: TDX module 1.5.01, one file a leaf; helpers.c (check_state_map_tdcs_and_lock(),
+it than it needs: whoever has the machine (an object, cells of a state, arrays) says how each question is answered
+there.  Source: TDX module 1.5.01, one file a leaf; helpers.c (check_state_map_tdcs_and_lock(),
 lock_sept_check_and_walk_private_gpa(), check_and_lock_free_range_hpa()), pamt_walk().
 """
 
@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import pamt, sept
 from .locks import (
     BUSY_OPERAND,
     COMPATIBLE,
     NONE,
-    UNLOCKED,
     EntryLock,
     Lock,
     acquire_entry,
@@ -31,96 +30,50 @@ from .td import BUILD, OP_STATE, TEARDOWN, OpState, TdState, running
 from .words import EXIT_REASON_EPT_VIOLATION, Guest, Leaf, Level, Operand, Status, with_operand
 
 
-class Situation:
-    """All that a leaf may ask about the machine that it meets.  Here nothing is in its way; subclasses know better.
+class Situation(NamedTuple):
+    """All that a leaf may ask about the machine that it meets; where nothing is said, nothing is in its way.
 
-    `answer` calls a method when a check asks it, so a method that reads is called only if its answer matters.
+    Each question is a function that answers it.  It is called when a check asks, so that what it reads is read only
+    if it matters, and it may do what asking does, as a failure that strikes whoever first tries a lock.
     """
 
-    def td(self) -> TdState:
-        """How far the TD is in its life."""
-        return TdState()
-
-    def held(self, lock: Lock) -> str:
-        """How others hold a lock: NONE, SHARED or EXCLUSIVE.  An S-EPT entry's lock is `entry_lock`."""
-        return NONE
-
-    def armed(self) -> bool:
-        """Whether the vCPU's zero-step mitigation has GPAs to look at."""
-        return False
-
-    def steps(self) -> bool:
-        """Whether one of those GPAs would raise an EPT violation again."""
-        return False
-
-    def named(self) -> bool:
-        """Whether level and GPA name an entry: the leaf takes the level, the GPA is private and aligned."""
-        return True
-
-    def level(self) -> Level:
-        """The level that the call names."""
-        return Level.PT
-
-    def above(self) -> tuple[Level, State] | None:
-        """The entry above the named one at which the walk ends, or the last one that it passes; None for none."""
-        return None
-
-    def entry_lock(self) -> EntryLock:
-        """The lock bits of the entry."""
-        return UNLOCKED
-
-    def state(self) -> State:
-        """The state of the entry."""
-        return FREE
-
-    def tracked(self) -> bool:
-        """Whether TLB tracking is done for the epoch in which the entry was blocked."""
-        return True
-
-    def form(self) -> Status:
-        """Whether the address that the call gives is a page's: aligned, and in a TDMR."""
-        return Status.SUCCESS
-
-    def page(self) -> Status:
-        """What the PAMT says of that page: of one that is to be free, `pamt.is_free`."""
-        return Status.SUCCESS
-
-    def child_locked(self) -> bool:
-        """Whether PROMOTE meets a locked entry in the table below before it meets one that does not fit."""
-        return False
-
-    def children(self) -> Children:
-        """What the 512 entries of the table below are."""
-        return Children.MIXED
-
-    def interrupted(self) -> bool:
-        """Whether an interrupt is pending on the processor."""
-        return False
-
-    def previous_inside(self) -> bool:
-        """Whether a vCPU is inside that has entered in the epoch before this one."""
-        return False
-
-    def ready(self) -> bool:
-        """Whether all is done that a leaf of the TD's life waits for (`td.TEARDOWN`, NOT_READY)."""
-        return True
+    td: Callable[[], TdState] = TdState  # how far the TD is in its life
+    held: Callable[[Lock], str] = lambda lock: NONE  # how others hold a lock, but for that of an S-EPT entry
+    armed: Callable[[], bool] = lambda: False  # the vCPU's zero-step mitigation has GPAs to look at
+    steps: Callable[[], bool] = lambda: False  # one of them would raise an EPT violation again
+    named: Callable[[], bool] = lambda: True  # level and GPA name an entry that the leaf takes
+    level: Callable[[], Level] = lambda: Level.PT  # the level that the call names
+    above: Callable[[], Above | None] = lambda: (
+        None
+    )  # the last entry that the walk comes to above the named one
+    entry_lock: Callable[[], EntryLock] = EntryLock  # of the named entry
+    state: Callable[[], State] = lambda: FREE  # of the named entry
+    tracked: Callable[[], bool] = lambda: True  # TLB tracking is done for the epoch in which it was blocked
+    form: Callable[[], Status] = lambda: (
+        Status.SUCCESS
+    )  # the address given is a page's: aligned, and in a TDMR
+    page: Callable[[], Status] = lambda: Status.SUCCESS  # what the PAMT says of that page (see pamt.is_free)
+    child_locked: Callable[[], bool] = lambda: False  # PROMOTE meets a locked entry below before an unfit one
+    children: Callable[[], Children] = lambda: Children.MIXED  # the 512 entries below
+    interrupted: Callable[[], bool] = lambda: False  # an interrupt is pending on the processor
+    previous_inside: Callable[[], bool] = lambda: (
+        False
+    )  # a vCPU is inside that entered in the epoch before this one
+    ready: Callable[[], bool] = lambda: (
+        True
+    )  # what a leaf of the TD's life waits for is done (TEARDOWN, NOT_READY)
 
 
-class Told(Situation):
-    """A situation that is told beforehand, as far as it matters: each question by its name, locks by `held`."""
-
-    def __init__(self, held: Mapping[Lock, str] | None = None, **told: object) -> None:
-        if unknown := told.keys() - vars(Situation).keys():
-            raise TypeError(f"no check asks for {', '.join(sorted(unknown))}")
-        self._held = held or {}
-        vars(self).update({question: partial(_say, said) for question, said in told.items()})
-
-    def held(self, lock: Lock) -> str:
-        """How others hold a lock, as told."""
-        return self._held.get(lock, NONE)
+Above = tuple[Level, State]
 
 
-def _say(said: object) -> object:
+def told(held: Mapping[Lock, str] | None = None, **answers: Any) -> Situation:
+    """A situation whose answers are known beforehand, each by the name of its question, locks by `held`."""
+    functions = {question: partial(_same, said) for question, said in answers.items()}
+    return Situation(held=lambda lock: (held or {}).get(lock, NONE), **functions)
+
+
+def _same(said: Any) -> Any:
     return said
 
 
@@ -383,7 +336,7 @@ def seamcall(
         raise ValueError(f"{leaf} works on no S-EPT entry; these do: {', '.join(sept.LEAVES)}")
     found = answer(
         leaf,
-        Told(
+        told(
             td=TdState(op_state=OpState.RUNNABLE if running else OpState.INITIALIZED),
             named=level is None or bool(sept.LEVELS(leaf=leaf, level=level, top=Level.PML5)),
             level=level or Level.PT,

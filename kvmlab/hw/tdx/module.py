@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from ..memory import PAGE, Gpa, Hpa, gpa_to_gfn
 from . import pamt, sept, tlb
-from .call import EntryCall, LifeCall, PageCall, ReclaimCall, TdCall, VcpuCall
-from .checks import Check, Told, answer, came_to
-from .entry import accept_chunk, accept_info
+from .call import EntryCall, on_page, on_reclaim, on_td, on_vcpu
+from .checks import Check, answer, came_to, told
+from .entry import NO_PAGE, accept_chunk, accept_info
 from .pamt import OF_CHILDREN, OF_PAGE, OF_TABLE
 from .platform import Platform
 from .structures import Entry, Result, Td, Vcpu
@@ -24,11 +24,11 @@ class Module(Platform):
     """A TDX module and its machine: TDs, PAMT, secure EPTs, locks (hold them by hand to see busy codes), epochs."""
 
     def _mem(
-        self, leaf: Leaf, td: Td, gpa: Gpa, level: Level, page: Hpa | None = None
+        self, leaf: Leaf, td: Td, gpa: Gpa, level: Level, page: Hpa = NO_PAGE
     ) -> tuple[Result, EntryCall]:
         """One TDH.MEM leaf up to the point where it cannot fail any more; the entry has its new state then."""
         call = EntryCall(self, leaf, td, gpa, level, page)
-        found = answer(leaf, call)
+        found = answer(leaf, call.situation)
         call.leave_locks(found)
         if found.by is None:
             call.entry.state = found.state or call.entry.state
@@ -78,7 +78,7 @@ class Module(Platform):
 
     def tdh_mem_track(self, td: Td) -> Result:
         """TDH.MEM.TRACK: start the next epoch."""
-        found = answer(Leaf.TRACK, TdCall(self, td))
+        found = answer(Leaf.TRACK, on_td(self, td))
         if found.ok:
             _, td.epochs = tlb.track(td.epochs)
         return Result(found.rax)
@@ -145,7 +145,7 @@ class Module(Platform):
             raise ValueError("the vCPU is inside already; end that with td_exit()")
         gpas = [Gpa(gpa) for gpa in vcpu.stepping.gpas if isinstance(gpa, int)]
         faulting = [gpa for gpa in gpas if self._access(td, gpa)[0] != Guest.DATA]
-        found = answer(Leaf.VP_ENTER, VcpuCall(self, td, vcpu, faulting))
+        found = answer(Leaf.VP_ENTER, on_vcpu(self, td, vcpu, faulting))
         if not came_to(Leaf.VP_ENTER, Check.EPOCH, found):
             return Result(found.rax)
         new, vcpu.associated = not vcpu.associated, True
@@ -208,7 +208,7 @@ class Module(Platform):
         if not vcpu.inside:
             raise ValueError("only a vCPU that is inside executes TDCALL; vp_enter() first")
         call = EntryCall(self, Leaf.ACCEPT, td, gpa, level)
-        found = answer(Leaf.ACCEPT, call)
+        found = answer(Leaf.ACCEPT, call.situation)
         if found.status == Guest.EXIT_ACCEPT:
             lost = self.td_exit(td, vcpu, progress=False)
             if lost.rax:
@@ -233,14 +233,14 @@ class Module(Platform):
 
     def tdh_mr_finalize(self, td: Td) -> Result:
         """TDH.MR.FINALIZE: the TD may run, and TLB tracking counts from now on."""
-        found = answer(Leaf.MR_FINALIZE, LifeCall(self, td, ready=bool(td.vcpus)))
+        found = answer(Leaf.MR_FINALIZE, on_td(self, td)._replace(ready=lambda: bool(td.vcpus)))
         if found.ok:
             td.op_state = OpState.RUNNABLE
         return Result(found.rax)
 
     def tdh_vp_flush(self, td: Td, vcpu: Vcpu) -> Result:
         """TDH.VP.FLUSH: take the vCPU off its processor."""
-        found = answer(Leaf.VP_FLUSH, LifeCall(self, td, ready=vcpu.associated))
+        found = answer(Leaf.VP_FLUSH, on_td(self, td)._replace(ready=lambda: vcpu.associated))
         if found.ok:
             vcpu.associated = False
             vcpu.tlb.clear()
@@ -256,22 +256,22 @@ class Module(Platform):
         waiting = [td for td in self.tds.values() if td.lifecycle == Lifecycle.BLOCKED]
         for td in waiting:
             td.cache_written_back = True
-        return Result(answer(Leaf.CACHE_WB, Told(ready=bool(waiting))).rax)
+        return Result(answer(Leaf.CACHE_WB, told(ready=bool(waiting))).rax)
 
     def tdh_mng_key_freeid(self, td: Td) -> Result:
         """TDH.MNG.KEY.FREEID: the HKID is free, the TD's pages may be reclaimed."""
         return self._end(Leaf.MNG_KEY_FREEID, td, td.cache_written_back, Lifecycle.TEARDOWN)
 
     def _end(self, leaf: Leaf, td: Td, ready: bool, then: Lifecycle) -> Result:
-        found = answer(leaf, LifeCall(self, td, ready=ready))
+        found = answer(leaf, on_td(self, td)._replace(ready=lambda: ready))
         if found.ok:
             td.lifecycle = then
         return Result(found.rax)
 
     def tdh_phymem_page_reclaim(self, hpa: Hpa) -> Result:
         """TDH.PHYMEM.PAGE.RECLAIM of a page of a TD in teardown, the TDR's last; RCX type, RDX owner, R8 size."""
-        call = ReclaimCall(self, hpa)
-        found, size, entry = answer(Leaf.PAGE_RECLAIM, call), call.key[0], call.entry
+        found, (size, first) = answer(Leaf.PAGE_RECLAIM, on_reclaim(self, hpa)), self.walk_pamt(hpa, Level.PT)
+        entry = self.pamt_of(first, size)
         if (
             not came_to(Leaf.PAGE_RECLAIM, Check.PAGE, found)
             or found.status == Status.PAGE_METADATA_INCORRECT
@@ -287,11 +287,11 @@ class Module(Platform):
 
     def tdh_phymem_page_wbinvd(self, hpa: Hpa) -> Result:
         """TDH.PHYMEM.PAGE.WBINVD of a free page; the HKID in the address's upper bits is left to lines.py."""
-        return Result(answer(Leaf.PAGE_WBINVD, PageCall(self, hpa)).rax)
+        return Result(answer(Leaf.PAGE_WBINVD, on_page(self, hpa)).rax)
 
     def tdh_phymem_page_rdmd(self, hpa: Hpa) -> Result:
         """TDH.PHYMEM.PAGE.RDMD: RCX type, RDX owner, R8 size of the page's PAMT entry."""
-        found = answer(Leaf.PAGE_RDMD, PageCall(self, hpa))
+        found = answer(Leaf.PAGE_RDMD, on_page(self, hpa))
         if not found.ok:
             return Result(found.rax)
         size, first = self.walk_pamt(hpa, Level.PT)

@@ -85,7 +85,11 @@ class Platform:
 
     def pamt_of(self, hpa: Hpa, size: Level = Level.PT) -> PamtEntry:
         """Return the PAMT entry of a page."""
-        return self.pamt.get((size, hpa), NDA)
+        return self.pamt_at((size, hpa))
+
+    def pamt_at(self, key: PamtKey) -> PamtEntry:
+        """Return the PAMT entry of a key."""
+        return self.pamt.get(key, NDA)
 
     def create_td(self, tdr: Hpa, hkid: int, *, ve_disable: bool = True, top: Level = Level.PML4) -> Td:
         """Create a TD whose root page is `tdr`, before finalize; ValueError if the page is taken."""
@@ -125,23 +129,23 @@ class Platform:
 
     def walk_pamt(self, hpa: Hpa, size: Level) -> PamtKey:
         """Where pamt_walk() for a page ends: at the entry of its size, or above at one that is PT_REG."""
-        larger = (key for key in _parents(size, hpa) if self.pamt_of(key[1], key[0]).type == PageType.REG)
+        larger = (key for key in _parents(size, hpa) if self.pamt_at(key).type == PageType.REG)
         return next(larger, (size, hpa))
 
     def pamt_held(self, size: Level, hpa: Hpa) -> str:
         """How others hold a PAMT entry; a TDR's goes by the name of Lock.TDR."""
         if size == Level.PT and hpa in self.tds:
-            return self.tdr_held(self.tds[hpa])
+            return self.td_held(self.tds[hpa], Lock.TDR)
         return self.held.get((Lock.PAMT, (size, hpa)), NONE)
 
     def parents_held(self, size: Level, hpa: Hpa) -> str:
         """How others hold the PAMT entries above one: EXCLUSIVE if one of them is."""
         return EXCLUSIVE if EXCLUSIVE in (self.pamt_held(*key) for key in _parents(size, hpa)) else NONE
 
-    def tdr_held(self, td: Td) -> str:
-        """How others hold a TD's TDR: each vCPU inside holds it shared."""
-        inside = SHARED if any(vcpu.inside for vcpu in td.vcpus) else NONE
-        return self.held.get((Lock.TDR, td.tdr), inside)
+    def td_held(self, td: Td, lock: Lock) -> str:
+        """How others hold a lock of a TD: each vCPU inside holds the TDR shared."""
+        inside = lock == Lock.TDR and any(vcpu.inside for vcpu in td.vcpus)
+        return self.held.get((lock, td.tdr), SHARED if inside else NONE)
 
 
 def _parents(size: Level, hpa: Hpa) -> list[PamtKey]:
