@@ -34,7 +34,7 @@ from kvmlab import (
     VmError,
 )  # fmt: skip
 from kvmlab.design import shipped
-from kvmlab.emulator.gmem import FLAG_INIT_SHARED, FLAG_MMAP, GuestMemfd, Mapping
+from kvmlab.emulator.guest_memfd import FLAG_INIT_SHARED, FLAG_MMAP, GuestMemfd, Mapping
 from kvmlab.emulator.place import STATES
 from kvmlab.errors import shown
 from kvmlab.hw.snp import Rmpupdate

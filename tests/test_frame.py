@@ -20,10 +20,10 @@ import kvmlab
 from kvmlab import address
 
 # Low to high, as drawn: a module may import what stands in its own line or above.  A folder means all its modules.
-ROOMS = [line[4:28].replace("/", " ").split() for line in str(kvmlab.__doc__).splitlines() if line[:4] == " " * 4]
+ROOMS = [
+    line[4:28].replace("/", " ").split() for line in str(kvmlab.__doc__).splitlines() if line[:4] == " " * 4
+]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
-# The one room in which modules may still import each other in a circle.
-UNDER_REPAIR = "kvmlab.emulator."
 HEAVY = {"IPython", "anywidget", "ipywidgets", "jupyterlab", "matplotlib", "numpy", "scipy"}
 HEAVY_MODULES = {
     "kvmlab.explore.arrays",
@@ -33,6 +33,7 @@ HEAVY_MODULES = {
     "kvmlab.show.plots",
     "kvmlab.show.widget",
 }
+
 
 def modules(package: Path) -> dict[str, Path]:
     """Every module of the package by its dotted name; a folder's own file by the folder's."""
@@ -84,23 +85,17 @@ def upward_imports(package: Path) -> list[str]:
             if LEVEL.get(room(other), 0) > LEVEL[room(name)]:
                 found.append(f"{name}:{line} imports {other}, which is higher")
     for name, path in modules(package).items():
-        if name != "kvmlab" and re.search(r"\b(import_module|__import__)\b", path.read_text(encoding="utf-8")):
+        if name != "kvmlab" and re.search(
+            r"\b(import_module|__import__)\b", path.read_text(encoding="utf-8")
+        ):
             found.append(f"{name} imports by a name made at run time")
     return found
 
 
-def circle(package: Path, under_repair: str | None = UNDER_REPAIR) -> list[str]:
-    """Modules that import each other in a circle; empty if there are none but in the room under repair."""
-    graph = {
-        name: [
-            other
-            for other in theirs
-            if not (under_repair and name.startswith(under_repair) and other.startswith(under_repair))
-        ]
-        for name, theirs in imports(package).items()
-    }
+def circle(package: Path) -> list[str]:
+    """Modules that import each other in a circle; empty if there are none."""
     try:
-        TopologicalSorter(graph).prepare()
+        TopologicalSorter(imports(package)).prepare()
     except CycleError as found:
         return list(found.args[1])
     return []
@@ -132,13 +127,18 @@ def test_nothing_imports_upward(root: Path) -> None:
     ],
 )
 def test_an_upward_import_is_found(tmp_path: Path, statement: str) -> None:
-    plant(tmp_path, {"__init__.py": "", "show/html.py": "", "cli/__init__.py": "", "verdict/report.py": statement})
+    plant(
+        tmp_path,
+        {"__init__.py": "", "show/html.py": "", "cli/__init__.py": "", "verdict/report.py": statement},
+    )
     assert len(upward_imports(tmp_path)) == 1
 
 
 def test_a_module_without_a_room_is_found(tmp_path: Path) -> None:
     (tmp_path / "helpers.py").touch()
-    assert upward_imports(tmp_path) == ["kvmlab.helpers has no room: add it to the list in kvmlab/__init__.py"]
+    assert upward_imports(tmp_path) == [
+        "kvmlab.helpers has no room: add it to the list in kvmlab/__init__.py"
+    ]
 
 
 def test_a_downward_import_is_allowed(tmp_path: Path) -> None:
@@ -149,10 +149,6 @@ def test_a_downward_import_is_allowed(tmp_path: Path) -> None:
 
 def test_no_modules_import_each_other_in_a_circle(root: Path) -> None:
     assert circle(root / "kvmlab") == []
-
-
-def test_the_room_under_repair_still_needs_its_exception(root: Path) -> None:
-    assert circle(root / "kvmlab", under_repair=None), "delete UNDER_REPAIR"
 
 
 @pytest.mark.parametrize(

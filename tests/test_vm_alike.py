@@ -95,7 +95,7 @@ def test_a_request_as_a_range_is_the_buffer_of_its_entries():
     for gfn, count, private, large in ((0, 64, True, False), (512, 3, True, True), (7, 9, False, False)):
         buffer = psc.entries(gfn, count, private, large)
         one.guest().psc_buffer(0, count - 1, buffer)
-        assert psc.request(other, gfn, count * (512 if large else 1), private) == 0
+        assert psc.request(other.vmm, gfn, count * (512 if large else 1), private) == 0
     assert one.counters == other.counters
     assert np.array_equal(one.attributes.get(0, 2048), other.attributes.get(0, 2048))
 
@@ -129,4 +129,4 @@ def test_a_page_in_another_situation_ends_the_run(odd):
         vm.mmu.tlbs[0].leaves[700] = 1234 << 1
     else:
         vm.fail("xa_reserve")
-    assert alike._alike(vm, 0, 1024) == (0 if odd == "failure" else 700)
+    assert alike._alike(vm.vmm, 0, 1024) == (0 if odd == "failure" else 700)

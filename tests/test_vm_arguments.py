@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kvmlab import DesignError, InputError, Switches, Vm, VmErrno, VmError, VmSwitches
-from kvmlab.emulator.gmem import FLAG_INIT_SHARED, FLAG_MMAP
+from kvmlab.emulator.guest_memfd import FLAG_INIT_SHARED, FLAG_MMAP
 from kvmlab.hw.snp import Rmpupdate
 
 P, M2, T4 = 4096, 1 << 21, 1 << 42

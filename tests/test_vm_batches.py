@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from kvmlab.emulator import Vm, VmError, access
+from kvmlab.emulator import Vm, VmError, walk
 from kvmlab.hw.snp import PG_2M, PG_4K
 
 P, PAGES = 4096, 1200
@@ -63,8 +63,8 @@ CASES = [
 @pytest.mark.parametrize(("platform", "design", "more"), CASES)
 def test_runs_of_pages_do_what_single_pages_do(monkeypatch, platform, design, more, seed):
     fast, said = play(seed, platform, design, **more)
-    monkeypatch.setattr(access, "SMALLEST", 1)
-    monkeypatch.setattr(access, "LARGEST", 1)
+    monkeypatch.setattr(walk, "SMALLEST", 1)
+    monkeypatch.setattr(walk, "LARGEST", 1)
     slow, said_slow = play(seed, platform, design, **more)
     assert said == said_slow
     assert state(fast) == state(slow)

@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from kvmlab.emulator import Deadlock, GuestSpins, RmpFault, SigBus, Vm, VmErrno
-from kvmlab.emulator.gmem import FLAG_INIT_SHARED, FLAG_MMAP
+from kvmlab.emulator.guest_memfd import FLAG_INIT_SHARED, FLAG_MMAP
 
 P, M2 = 4096, 1 << 21
 

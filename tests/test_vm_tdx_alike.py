@@ -7,7 +7,7 @@ import pytest
 from test_vm_selftests import G4, M2, RANGES, SIZE, Conversions
 
 from kvmlab.design import shipped
-from kvmlab.emulator import KernelBug, SetMemoryFailed, Vm, VmError, access, alike, tdx_zap
+from kvmlab.emulator import KernelBug, SetMemoryFailed, Vm, VmError, alike, tdx_zap, walk
 from kvmlab.emulator.costs import ACCEPT_SECONDS, REMOVAL_SECONDS
 from kvmlab.emulator.workloads import boot
 
@@ -85,7 +85,7 @@ def test_zapped_leaves_alike_do_as_one_what_they_do_one_by_one(monkeypatch, more
 
 @pytest.mark.parametrize("seed", range(3))
 def test_runs_of_pages_do_what_single_pages_do(monkeypatch, seed):
-    patches = [(alike, "MOST", 1), (access, "SMALLEST", 1), (access, "LARGEST", 1)]
+    patches = [(alike, "MOST", 1), (walk, "SMALLEST", 1), (walk, "LARGEST", 1)]
     compare(20 + seed, monkeypatch, patches)
 
 

@@ -10,17 +10,15 @@ TLBs hold what they would.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..hw.tdx import Level
 from .memory import U8, U32, prefix
-
-if TYPE_CHECKING:
-    from .slots import MemSlot
-    from .tdx_kvm import TdxKvm
-    from .vm import Vm
+from .slots import MemSlot
+from .tdx_kvm import TdxKvm
+from .vm_state import VmState
+from .vmm import Vmm
 
 MOST = 1 << 18  # pages that are looked at and run as one
 ONCE_A_REQUEST = ("psc-buffer", "exit-map-gpa-range", "set-attributes", "flush")
@@ -31,10 +29,11 @@ NOT_PLAIN = (
 Request = Callable[[int, int], None]  # first gfn, pages
 
 
-def run(vm: Vm, gfn: int, end: int, step: int, request: Request) -> None:
+def run(vmm: Vmm, gfn: int, end: int, step: int, request: Request) -> None:
     """`request` for each `step` pages of [gfn, end) in turn, runs of alike ones as one."""
+    vm = vmm.vm
     while gfn < end:
-        many = _alike(vm, gfn, end) // step if end - gfn > 2 * step else 1
+        many = _alike(vmm, gfn, end) // step if end - gfn > 2 * step else 1
         before = _seen(vm)
         request(gfn, min(step, end - gfn))
         gfn += step
@@ -45,11 +44,11 @@ def run(vm: Vm, gfn: int, end: int, step: int, request: Request) -> None:
             gfn += step
 
 
-def _seen(vm: Vm) -> list[int]:
+def _seen(vm: VmState) -> list[int]:
     return [vm.log.counters[kind] for kind in NOT_PLAIN]
 
 
-def _as_one(vm: Vm, gfn: int, step: int, times: int, request: Request) -> None:
+def _as_one(vm: VmState, gfn: int, step: int, times: int, request: Request) -> None:
     """One request over `times` of them; what comes once a request is counted `times` times."""
     log, mmu, mark = vm.log, vm.mmu, vm.log.mark()
     before = {kind: log.counters[kind] for kind in (*ONCE_A_REQUEST, "ipi")}
@@ -62,10 +61,11 @@ def _as_one(vm: Vm, gfn: int, step: int, times: int, request: Request) -> None:
     mmu.seq = seq + (mmu.seq - seq) * times
 
 
-def _alike(vm: Vm, gfn: int, end: int) -> int:
+def _alike(vmm: Vmm, gfn: int, end: int) -> int:
     """How many pages from `gfn` on are in the same situation; 0 if it is no plain one."""
+    vm = vmm.vm
     slot = vm.slots.find(gfn)
-    if slot is None or slot.gmem is None or not _quiet(vm, slot):
+    if slot is None or slot.gmem is None or not _quiet(vmm, slot):
         return 0
     n = min(end, slot.end, gfn + MOST) - gfn
     attributes = vm.attributes.get(gfn, gfn + n)
@@ -75,16 +75,17 @@ def _alike(vm: Vm, gfn: int, end: int) -> int:
     return _entries_alike(vm, slot, gfn, n) if n else 0
 
 
-def _quiet(vm: Vm, slot: MemSlot) -> bool:
+def _quiet(vmm: Vmm, slot: MemSlot) -> bool:
     """Nobody looks on or acts as somebody else, no failure waits, and no request depends on its neighbours."""
+    vm = vmm.vm
     alone = vm.on_row is None and vm.on_point is None and not vm.threads and not vm.mmu.in_progress
     failing = vm.failures or vm.rmp.failures or vm.attributes.reserved.any()
     pinned = slot.gmem is not None and slot.gmem.pinned
-    plain = vm.vmm.discard == "none" and not vm.huge(True) and 512 % vm.zap_batch == 0
+    plain = vmm.discard == "none" and not vm.huge(True) and 512 % vm.zap_batch == 0
     return bool(alone and not failing and not pinned and plain)
 
 
-def _leaves_alike(vm: Vm, gfn: int, leaves: U32) -> int:
+def _leaves_alike(vm: VmState, gfn: int, leaves: U32) -> int:
     """How many gfns have no leaf, or 4K leaves of consecutive PFNs."""
     first = int(leaves[0])
     if first & 1:
@@ -94,7 +95,7 @@ def _leaves_alike(vm: Vm, gfn: int, leaves: U32) -> int:
     return prefix(leaves == 0)
 
 
-def _until_a_tlb(vm: Vm, gfn: int, n: int) -> int:
+def _until_a_tlb(vm: VmState, gfn: int, n: int) -> int:
     """How many of `n` gfns no TLB knows: what it knows may be old, and keeps its place in the queue."""
     private = [vcpu.tlb for vcpu in vm.tdx.vcpus] if vm.tdx else []
     for tlb in (*vm.mmu.tlbs, *private):
@@ -105,7 +106,7 @@ def _until_a_tlb(vm: Vm, gfn: int, n: int) -> int:
     return n
 
 
-def _entries_alike(vm: Vm, slot: MemSlot, gfn: int, n: int) -> int:
+def _entries_alike(vm: VmState, slot: MemSlot, gfn: int, n: int) -> int:
     """How many pages have RMP entries in one state, for this gfn or for none; the shared side's are nobody's."""
     if vm.tdx:
         return _septs_alike(vm.tdx, gfn, n, slot.private_pfn(gfn))

@@ -37,11 +37,11 @@ def takes(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
         places = [(list(parameters).index(name), name, check) for name, check in checks.items()]
         ranges = checks.get("gpa") in (ADDRESS, PAGE_ADDRESS)
         extent = next((name for name in EXTENTS if ranges and name in checks), "")
-        title = call.__qualname__.removesuffix(".__init__")
 
         @wraps(call)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
             given: list[Any] = list(args)
+            title = f"{type(given[0]).__name__}.{call.__name__}".removesuffix(".__init__")
             seen: dict[str, Any] = {}
             for at, name, check in places:
                 if at < len(given) and name in kwargs:

@@ -9,75 +9,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from functools import partial
 
-from ..compile.pages import ONE_PAGE, THREADS, Shape, page_model
-from ..design import Design, Row
+from ..compile.pages import THREADS
+from ..design import Row
 from ..explore.ranges import FOR_ALL, Note, Pass, Ranges, same_row
 from ..kernel.failures import RMPUPDATE
-from ..machine.conf import Switches
 from ..model.step import Instr
 from .columns import Column
 from .events import Deadlock, KernelBug, PlatformError, RmpFault, VmError
+from .kvm_state import Step
 from .large import Regions
 from .tdx_zap import Zap as PrivateZap
+from .vm_state import VmState
 
-if TYPE_CHECKING:
-    from .vm import Vm
-
-Step = Callable[..., Any]
 MODEL_NAME = re.compile(r"\b(?:([PS])|gfn )(\d+)\b")
 BY_PFN = frozenset({"rmpupdate", "directmap-unmap", "directmap-map", "directmap-split"})
-
-
-@lru_cache(256)
-def ranges(
-    design: Design,
-    platform: str,
-    backing: str,
-    switches: Switches,
-    stops: frozenset[Step],
-    shape: Shape = ONE_PAGE,
-) -> Ranges:
-    """The range engine of a design; machines alike share what it knows."""
-    return Ranges(page_model(design, platform, backing, switches, shape), stops)
-
-
-class Held:
-    """A thread that holds locks."""
-
-    def __init__(self, name: str, held: list[str]) -> None:
-        self.name, self.held = name, held
-
-
-class Kernel:
-    """What of KVM is not per page: who holds which lock, snapshots of faults, who is where in its program."""
-
-    def __init__(self, vm: Vm, stops: Iterable[Step]) -> None:
-        self.vm = vm
-        switches = Switches(**{name: getattr(vm.switches, name) for name in Switches.__dataclass_fields__})
-        self.shaped = partial(ranges, vm.design, vm.platform, vm.backing, switches, frozenset(stops))
-        self.ranges = self.shaped(ONE_PAGE)
-        self.x = self.ranges.model.initial & ~self.ranges.page_mask
-        self.depth = 0
-        self.names = ["nobody"] * len(THREADS)
-
-    def threads(self) -> list[Held]:
-        """Who holds locks now."""
-        return [Held(self.names[a], held) for a, held in sorted(self.ranges.held(self.x).items())]
-
-    def wait_for(self, name: str, lock: str) -> None:
-        """Deadlock if somebody has a lock that another thread asks for, for a moment."""
-        for thread in self.threads():
-            if lock in thread.held:
-                raise Deadlock(f"{name} waits for {lock}, held by {thread.name}")
 
 
 class Call:
     """One call; the subclasses say which pages a loop is done to, and what bytes and numbers follow from a step."""
 
-    def __init__(self, vm: Vm, name: str, entry: str, section: str) -> None:
+    def __init__(self, vm: VmState, name: str, entry: str, section: str) -> None:
         self.vm, self.kernel, self.name, self.entry = vm, vm.kernel, name, entry
         self.ranges, self.a = vm.kernel.ranges, vm.kernel.depth
         self.text(section)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,8 @@ from ..kernel.failures import RMPUPDATE
 from ..model.state import Cell
 from .memory import LIMIT, U8, U32, grown, runs
 from .rmp import SAME, decode, encode
-
-if TYPE_CHECKING:
-    from .gmem import GuestMemfd
-    from .slots import MemSlot
-    from .vm import Vm
+from .slots import File, MemSlot
+from .vm_state import VmState
 
 Where = slice | NDArray[np.bool_]
 Codes = int | NDArray[Any]
@@ -41,8 +38,8 @@ class Column:
     """
 
     def __init__(
-        self, vm: Vm, ranges: Ranges, n: int, *, lo: int | None, pfn: int | None, shared: int | None,
-        slot: MemSlot | None = None, file: GuestMemfd | None = None, at: int = 0,
+        self, vm: VmState, ranges: Ranges, n: int, *, lo: int | None, pfn: int | None, shared: int | None,
+        slot: MemSlot | None = None, file: File | None = None, at: int = 0,
     ) -> None:  # fmt: skip
         self.vm, self.ranges, self.n, self.lo, self.pfn, self.shared = vm, ranges, n, lo, pfn, shared
         self.slot, self.file, self.at = slot, file, at
@@ -53,7 +50,7 @@ class Column:
         self.families = families(ranges)
 
     @classmethod
-    def of_slot(cls, vm: Vm, ranges: Ranges, slot: MemSlot, lo: int, hi: int) -> Column:
+    def of_slot(cls, vm: VmState, ranges: Ranges, slot: MemSlot, lo: int, hi: int) -> Column:
         """Gfns [lo, hi) of a memslot."""
         shared = vm.backing_pfn(slot, lo, False)
         pfn = slot.private_pfn(lo) if slot.gmem else (shared if vm.in_place else None)
@@ -61,12 +58,12 @@ class Column:
         return cls(vm, ranges, hi - lo, lo=lo, pfn=pfn, shared=shared, slot=slot, file=slot.gmem, at=at)
 
     @classmethod
-    def of_hole(cls, vm: Vm, ranges: Ranges, lo: int, hi: int) -> Column:
+    def of_hole(cls, vm: VmState, ranges: Ranges, lo: int, hi: int) -> Column:
         """Gfns [lo, hi) that no memslot has."""
         return cls(vm, ranges, hi - lo, lo=lo, pfn=None, shared=None)
 
     @classmethod
-    def of_file(cls, vm: Vm, ranges: Ranges, file: GuestMemfd, lo: int, hi: int) -> Column:
+    def of_file(cls, vm: VmState, ranges: Ranges, file: File, lo: int, hi: int) -> Column:
         """Pages [lo, hi) of a guest_memfd that no memslot is bound to."""
         return cls(vm, ranges, hi - lo, lo=None, pfn=file.base + lo, shared=None, file=file, at=lo)
 

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import InputError
-from ..hw import snp
-from ..hw.snp import PG_2M, PG_4K
-from ..hw.snp.pages import PAGES_2M
 from . import kvm_calls
 from .arguments import ADDRESS, BYTE, BYTES, DATA, FLAG, PAGE_ADDRESS, PAGES, PFN, takes, whole
 from .caches import CachedMemory
-from .events import KernelBug, RmpFault, SigBus, VmError
-from .gmem import pagewise
-from .memory import PAGE, runs, without
+from .events import KernelBug, SigBus, VmError
+from .memory import PAGE, pagewise, runs
 from .slots import MemSlot
 from .tdx_memory import LINE, TdMemory
-
-if TYPE_CHECKING:
-    from .vm import Vm
+from .vm_state import VmState
 
 
 class Host:
@@ -30,7 +21,7 @@ class Host:
     InputError for an address, a PFN or a length that does not exist, VmError for what has no meaning on this Vm.
     """
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: VmState) -> None:
         self.vm = vm
 
     @takes(gpa=ADDRESS, n=BYTES)
@@ -42,14 +33,8 @@ class Host:
     def write(self, gpa: int, data: bytes) -> None:
         """Store through the userspace mapping; RmpFault if it is the guest's page (in-place)."""
         for at, step in pagewise(gpa, len(data)):
-            self.user_write(self._page(at), at % PAGE, data[at - gpa : at - gpa + step])
-
-    def user_write(self, pfn: int, offset: int, data: bytes) -> None:
-        """A store of the VMM to a page that it has mapped."""
-        if self.vm.has_rmp and self._check(pfn, self.vm.huge(False)) != snp.OK:
-            self.vm.log.add("host-rmp-fault", "user", pfn)
-            raise RmpFault(pfn, "from user mode (SIGBUS in older patches)", 1 << 31 | 7)
-        self.vm.memory.write(pfn, offset, data)
+            part, large = data[at - gpa : at - gpa + step], self.vm.huge(False)
+            self.vm.user_write(self._page(at), at % PAGE, part, large=large)
 
     @takes(gpa=ADDRESS, n=BYTES, byte=BYTE)
     def fill(self, gpa: int, n: int, byte: int) -> None:
@@ -112,42 +97,8 @@ class Host:
     def directmap_write(self, pfn: int, data: bytes = b"host") -> None:
         """A kernel store to the beginning of a page through the directmap; RmpFault or KernelBug (an oops)."""
         _within(pfn, 0, len(data), PAGE, "page")
-        self.may_write(pfn)
+        self.vm.may_write(pfn)
         self.vm.memory.write(pfn, 0, data)
-
-    def may_write(self, pfn: int) -> None:
-        """The check of a kernel store; RmpFault or KernelBug."""
-        directmap = self.vm.directmap
-        if directmap.absent[pfn]:
-            raise KernelBug(f"oops: PFN {pfn:#x} is not present in the directmap")
-        large = not directmap.split[pfn // 512]
-        if self.vm.has_rmp and self._check(pfn, large) != snp.OK:
-            self.vm.log.add("host-rmp-fault", "kernel", pfn)
-            where = "its 2M entry covers an assigned page" if large else "the page is assigned"
-            raise RmpFault(pfn, f"{where}; snp_dump_hva_rmpentry(), then the oops")
-
-    def clear_highpage(self, pfn: int, n: int) -> None:
-        """Zero new pages through the directmap: KernelBug where it has none, RmpFault where the RMP forbids it.
-
-        Pages that were leaked are let be: the kernel would take others.
-        """
-        for lo, hi in without(pfn, pfn + n, self.vm.leaked):
-            if self.vm.directmap.absent[lo:hi].any():
-                self.vm.directmap.oops_if_absent(np.arange(lo, hi, dtype=np.uint32), "clear_highpage()")
-            if self.vm.has_rmp and (wrong := self._not_writable(lo, hi - lo)) is not None:
-                self.may_write(wrong)
-            self.vm.memory.zero(lo, hi - lo)
-
-    def _not_writable(self, pfn: int, n: int) -> int | None:
-        """The first PFN of `n` at which the RMP may stop a kernel store: assigned, or mapped with such a page."""
-        head = pfn - pfn % PAGES_2M
-        assigned = self.vm.rmp.assigned(head, pfn + n + -(pfn + n) % PAGES_2M - head)
-        if not assigned.any():
-            return None
-        regions: NDArray[np.bool_] = np.any(assigned.reshape(-1, PAGES_2M), axis=1)
-        whole = self.vm.directmap.split[head // PAGES_2M :][: len(regions)] == 0
-        suspect = (assigned | np.repeat(regions & whole, PAGES_2M))[pfn - head :][:n]
-        return pfn + int(suspect.argmax()) if suspect.any() else None
 
     @takes(pfn=PFN, data=DATA, offset=whole(0, PAGE - 1, "an offset in the page, from 0 to 4095"))
     def partial_write(self, pfn: int, data: bytes, offset: int = 0) -> None:
@@ -183,14 +134,6 @@ class Host:
         if not isinstance(memory, CachedMemory):
             raise VmError("this Vm keeps its caches coherent: Vm(..., caches=True)")
         return memory.evict(pfn, key if private and self.vm.encrypts else 0)
-
-    def _check(self, pfn: int, large: bool) -> str:
-        return snp.host_access(
-            "write",
-            mapping=PG_2M if large else PG_4K,
-            page=self.vm.rmp.entry(pfn),
-            region_assigned=large and self.vm.rmp.region_assigned(pfn),
-        )
 
 
 def _within(pfn: int, offset: int, n: int, size: int, what: str) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from . import kvm_calls
 from .events import VmErrno
+from .gfn_arrays import PRIVATE
 from .memory import PAGE
+from .vm_state import VmState
 
-if TYPE_CHECKING:
-    from .vm import Vm
-
-PRIVATE = 1 << 3  # KVM_MEMORY_ATTRIBUTE_PRIVATE
 MASK64 = (1 << 64) - 1
 
 
@@ -22,8 +21,23 @@ class Remainder(NamedTuple):
     size: int
 
 
-def check_input(vm: Vm, gpa: int | None, size: int, attributes: int, flags: int) -> None:
-    """The input checks of kvm_vm_ioctl_set_mem_attributes(), in their order."""
+def set_memory_attributes(
+    vm: VmState, gpa: int | None, size: int, private: bool, *, flags: int = 0, attributes: int | None = None
+) -> Remainder:
+    """The ioctl, or its guest_memfd form if the design locks that; `attributes` is what userspace says instead."""
+    if vm.tdx:
+        vm.tdx.check_alive()
+    value = attributes if attributes is not None else PRIVATE * private
+    start, end = _checked(vm, gpa, size, value, flags)
+    in_files = sum(hi - lo for slot, lo, hi in vm.slots.pieces(start, end) if slot.gmem)
+    if vm.gmem_attributes and in_files < end - start:
+        raise VmErrno(errno.EINVAL, "the range is not all in a guest_memfd")
+    at, left = kvm_calls.SetAttributes(vm, start, end, bool(value & PRIVATE)).answer()
+    return Remainder(at * PAGE, left * PAGE)
+
+
+def _checked(vm: VmState, gpa: int | None, size: int, attributes: int, flags: int) -> tuple[int, int]:
+    """The input checks of kvm_vm_ioctl_set_mem_attributes(), in their order; the gfns."""
     if gpa is None:
         raise VmErrno(errno.EFAULT, "struct kvm_memory_attributes is not readable")
     if flags:
@@ -34,3 +48,4 @@ def check_input(vm: Vm, gpa: int | None, size: int, attributes: int, flags: int)
         raise VmErrno(errno.EINVAL, f"size {size:#x} is 0 or wraps")
     if gpa % PAGE or size % PAGE:
         raise VmErrno(errno.EINVAL, f"not page aligned: {gpa:#x}, {size:#x}")
+    return gpa // PAGE, (gpa + size) // PAGE

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,18 +22,16 @@ from ..kernel import directmap
 from ..kvm import attributes, gmem, lpage, mmu, sev, tdx
 from ..kvm.memslots import visits
 from ..model.step import Instr
-from .calls import Call, Step
+from .calls import Call
 from .columns import Column
 from .events import MEMORY_EXIT_FLAG_PRIVATE, InternalError, MemoryFaultExit, MmioExit, PlatformError, VmErrno
+from .kvm_state import Step
 from .large import Regions, columns_of
-from .lpage import hull, update_mixed
 from .memory import PAGE, prefix
-from .slots import MemSlot
+from .mixed_pages import hull, update_mixed
+from .slots import File, MemSlot
 from .tdx_aug import Aug
-
-if TYPE_CHECKING:
-    from .gmem import GuestMemfd
-    from .vm import Vm
+from .vm_state import VmState
 
 WHOLE = frozenset(
     {attributes.kvm_vm_set_region_attr, attributes.xa_reserve, attributes.kvm_range_has_memory_attributes}
@@ -58,7 +55,7 @@ POINTS = {sev.snp_lookup_rmpentry: "snp_lookup_rmpentry", sev.psmash: "snp_rmpta
 class SetAttributes(Call):
     """KVM_SET_MEMORY_ATTRIBUTES over gfns [start, end) towards private or shared, once its input is checked."""
 
-    def __init__(self, vm: Vm, start: int, end: int, private: bool) -> None:
+    def __init__(self, vm: VmState, start: int, end: int, private: bool) -> None:
         word = "private" if private else "shared"
         super().__init__(vm, "ioctl", f"ioctl {word}", f"ioctl {word}")
         self.start, self.end, self.private, self.stored = start, end, private, end
@@ -216,7 +213,7 @@ class Fault(Call):
     Pages fault one after another; those in the situation of the first are dealt with at once, and `n` says how many.
     """
 
-    def __init__(self, vm: Vm, vcpu: int, gfn: int, n: int, private: bool, write: bool) -> None:
+    def __init__(self, vm: VmState, vcpu: int, gfn: int, n: int, private: bool, write: bool) -> None:
         word = "private" if private else "shared"
         super().__init__(vm, f"vCPU {vcpu}", f"fault {word}", f"fault {word}")
         self.gfn, self.n, self.private, self.write, self.word = gfn, n, private, write, word
@@ -387,7 +384,7 @@ class Fault(Call):
 
 
 def run_fault(
-    vm: Vm, vcpu: int, gfn: int, n: int, private: bool, write: bool, code: int, kind: str = ""
+    vm: VmState, vcpu: int, gfn: int, n: int, private: bool, write: bool, code: int, kind: str = ""
 ) -> tuple[str, int]:
     """One nested fault (or `n` alike): DONE, RETRY or LEAVE, and how many pages it dealt with.
 
@@ -406,8 +403,7 @@ class Punch(Call):
     directmap on its pages.
     """
 
-    def __init__(self, file: GuestMemfd, start: int, end: int) -> None:
-        vm = file.vm
+    def __init__(self, vm: VmState, file: File, start: int, end: int) -> None:
         super().__init__(vm, "punch hole", "punch", "punch")
         self.file, self.start, self.end, self.behind = file, start, end, None
         self.bound = [
@@ -496,7 +492,7 @@ class Punch(Call):
 class Zap(Call):
     """What KVM does by itself to gfns [lo, hi): an MMU notifier, or the deletion of a memslot."""
 
-    def __init__(self, vm: Vm, name: str, entry: str, slot: MemSlot, lo: int, hi: int) -> None:
+    def __init__(self, vm: VmState, name: str, entry: str, slot: MemSlot, lo: int, hi: int) -> None:
         super().__init__(vm, name, entry, entry)
         self.lo, self.hi = lo, hi
         self.columns = columns_of(vm, self.ranges, self.kernel.shaped, slot, lo, hi)

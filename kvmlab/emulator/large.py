@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,8 @@ from ..kernel.failures import RMPUPDATE
 from ..model.state import Cell
 from .columns import FAMILIES, Codes, Column, Family, Placed
 from .memory import runs
-
-if TYPE_CHECKING:
-    from .gmem import GuestMemfd
-    from .slots import MemSlot
-    from .vm import Vm
+from .slots import MemSlot
+from .vm_state import VmState
 
 # What is not of each page, or is looked at another way.
 OF_2M = frozenset({"directmap_2m", "slot", "invalidate_range", "failures_left", "npt"})
@@ -57,7 +54,7 @@ class Regions:
     """
 
     def __init__(
-        self, vm: Vm, shaped: Callable[[Shape], Ranges], whole: Column, asked: tuple[int, int],
+        self, vm: VmState, shaped: Callable[[Shape], Ranges], whole: Column, asked: tuple[int, int],
         apart: int | None = None, private: bool = True,
     ) -> None:  # fmt: skip
         self.vm, self.shaped, self.whole, self.asked = vm, shaped, whole, asked
@@ -461,7 +458,7 @@ def placed_pages(engine: Ranges, gfn: int) -> dict[str, Placed]:
 
 
 def columns_of(
-    vm: Vm, base: Ranges, shaped: Callable[[Shape], Ranges], slot: MemSlot, lo: int, hi: int
+    vm: VmState, base: Ranges, shaped: Callable[[Shape], Ranges], slot: MemSlot, lo: int, hi: int
 ) -> list[Column | Regions]:
     """Gfns [lo, hi) of a memslot: 2M pages where its memory may be large, 4K pages elsewhere."""
     head, end = slot.base + -slot.base % PAGES_2M, slot.end - slot.end % PAGES_2M
@@ -478,10 +475,3 @@ def columns_of(
     if last < hi:
         found.append(Column.of_slot(vm, base, slot, last, hi))
     return found
-
-
-def of_file(
-    vm: Vm, base: Ranges, shaped: Callable[[Shape], Ranges], file: GuestMemfd, lo: int, hi: int
-) -> list[Column | Regions]:
-    """Pages [lo, hi) of a file that no memslot is bound to."""
-    return [Column.of_file(vm, base, file, lo, hi)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 from ..hw.snp import Pvalidate
 from ..hw.snp.pages import PAGES_2M
@@ -16,15 +15,13 @@ from . import alike, psc, tdx_linux
 from .caches import CachedMemory
 from .events import GuestTerminated, InstructionError, PscError
 from .memory import PAGE
-
-if TYPE_CHECKING:
-    from .guest import Guest
+from .vcpu import Vcpu
 
 BATCH = 64  # VMGEXIT_PSC entries that Linux puts into one buffer
 TERM_PSC, TERM_PVALIDATE = 1, 2
 
 
-def set_memory_decrypted(guest: Guest, gpa: int, size: int) -> None:
+def set_memory_decrypted(guest: Vcpu, gpa: int, size: int) -> None:
     """Private to shared: rescind validation, ask for the change, clear the C-bit, flush."""
     if guest.vm.tdx:
         tdx_linux.set_memory_decrypted(guest, guest.vm.tdx, gpa, size)
@@ -43,7 +40,7 @@ def set_memory_decrypted(guest: Guest, gpa: int, size: int) -> None:
     guest.vm.log.add("guest-flush")
 
 
-def set_memory_encrypted(guest: Guest, gpa: int, size: int) -> None:
+def set_memory_encrypted(guest: Vcpu, gpa: int, size: int) -> None:
     """Shared to private: set the C-bit, flush, ask for the change, validate."""
     if guest.vm.tdx:
         tdx_linux.set_memory_encrypted(guest, guest.vm.tdx, gpa, size)
@@ -54,7 +51,7 @@ def set_memory_encrypted(guest: Guest, gpa: int, size: int) -> None:
     accept(guest, gpa, size)
 
 
-def accept(guest: Guest, gpa: int, size: int, *, large: bool = True) -> None:
+def accept(guest: Vcpu, gpa: int, size: int, *, large: bool = True) -> None:
     """Ask for private and validate, batch by batch: also what accepting memory at boot is.
 
     tdx: ACCEPT without asking, for there memory is private when the guest starts.
@@ -73,7 +70,7 @@ def accept(guest: Guest, gpa: int, size: int, *, large: bool = True) -> None:
         guest.map_gpa_range(gpa, size, True)
 
 
-def flush_caches(guest: Guest, gpa: int, size: int) -> None:
+def flush_caches(guest: Vcpu, gpa: int, size: int) -> None:
     """CLFLUSH through the mapping of the old kind, which a part that keeps the C-bits coherent does not need."""
     vm = guest.vm
     if isinstance(vm.memory, CachedMemory) and vm.switches.guest_flushes_caches:
@@ -84,26 +81,26 @@ def flush_caches(guest: Guest, gpa: int, size: int) -> None:
             vm.memory.flush(pfn, 1)
 
 
-def batches(guest: Guest, gpa: int, size: int, large: bool, call: Callable[[int, int, bool], None]) -> None:
+def batches(guest: Vcpu, gpa: int, size: int, large: bool, call: Callable[[int, int, bool], None]) -> None:
     """The PSC buffers of a range in turn: `call` with first gfn, pages, and whether the entries are 2M ones."""
     for gfn, count, big in psc.plan(gpa // PAGE, (gpa + size) // PAGE, large):
         unit = PAGES_2M if big else 1
-        alike.run(guest.vm, gfn, gfn + count * unit, BATCH * unit, partial(_batch, call, big))
+        alike.run(guest.vmm, gfn, gfn + count * unit, BATCH * unit, partial(_batch, call, big))
 
 
 def _batch(call: Callable[[int, int, bool], None], large: bool, gfn: int, pages: int) -> None:
     call(gfn, pages, large)
 
 
-def _ask(guest: Guest, gfn: int, pages: int, private: bool) -> None:
+def _ask(guest: Vcpu, gfn: int, pages: int, private: bool) -> None:
     try:
-        if code := psc.request(guest.vm, gfn, pages, private):
+        if code := psc.request(guest.vmm, gfn, pages, private):
             raise PscError(code)
     except PscError as refused:
         raise GuestTerminated(TERM_PSC, refused) from refused
 
 
-def pvalidate(guest: Guest, gfn: int, pages: int, large: bool, validate: bool) -> None:
+def pvalidate(guest: Vcpu, gfn: int, pages: int, large: bool, validate: bool) -> None:
     """PVALIDATE the entries of one batch; a size mismatch goes on with 512 of 4K."""
 
     def large_pages(head: int, n: int) -> None:
@@ -118,7 +115,7 @@ def pvalidate(guest: Guest, gfn: int, pages: int, large: bool, validate: bool) -
 
     try:
         if large:
-            alike.run(guest.vm, gfn, gfn + pages, PAGES_2M, large_pages)
+            alike.run(guest.vmm, gfn, gfn + pages, PAGES_2M, large_pages)
         else:
             guest.pvalidate_range(gfn * PAGE, pages * PAGE, validate)
     except InstructionError as wrong:

@@ -6,7 +6,7 @@ is there so that a wrong key, or the same key at another address, gives bytes th
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -101,3 +101,12 @@ def without(start: int, end: int, holes: Collection[int]) -> list[tuple[int, int
     out = sorted(page for page in holes if start <= page < end)
     pieces = zip([start, *(page + 1 for page in out)], [*out, end], strict=True)
     return [(lo, hi) for lo, hi in pieces if lo < hi]
+
+
+def pagewise(start: int, n: int) -> Iterator[tuple[int, int]]:
+    """The pieces of [start, start + n) that lie in one page each: where it starts, how long it is."""
+    end = start + n
+    while start < end:
+        step = min(end - start, PAGE - start % PAGE)
+        yield start, step
+        start += step

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from ..errors import InputError, shown
 from ..hw.snp.pages import PAGES_2M
@@ -18,13 +17,13 @@ from ..hw.tdx import Leaf
 from ..hw.tdx.entry import State
 from . import linux, psc
 from .events import TdxError, VmError
+from .guest import Guest
+from .ioctl import set_memory_attributes
 from .memory import PAGE, prefix
 from .rmp import OURS
+from .tdx_kvm import TdxKvm
 from .tdx_walk import TdWalker
-
-if TYPE_CHECKING:
-    from .tdx_kvm import TdxKvm
-    from .vm import Vm
+from .vm_state import VmState
 
 SHARED, PRIVATE, ASSIGNED, VALIDATED = "shared", "private", "assigned", "validated"
 ATTRIBUTES = (PRIVATE, SHARED)
@@ -48,8 +47,9 @@ CHAIN = (State.FREE, State.PENDING, State.MAPPED)  # in which a TD's page gets o
 BEFORE_BLOCK: dict[str, State] = {State.BLOCKED: State.MAPPED, State.PENDING_BLOCKED: State.PENDING}
 
 
-def place(vm: Vm, gpa: int, state: str, size: int, attribute: str | None) -> None:
+def place(guest: Guest, gpa: int, state: str, size: int, attribute: str | None) -> None:
     """Bring pages into a state, each run of pages that are alike by the same calls."""
+    vm = guest.vm
     known = STATES[vm.platform]
     if state not in known:
         raise InputError(f"Vm.place(state={shown(state)}): on {vm.platform} there are: {', '.join(known)}")
@@ -58,7 +58,7 @@ def place(vm: Vm, gpa: int, state: str, size: int, attribute: str | None) -> Non
         raise InputError(f"Vm.place(gpa={gpa:#x}, size={size:#x}): not all of it is a memslot with a guest_memfd")
     for _, run in groupby(range(lo, hi), key=lambda gfn: placed(vm, gfn)):
         gfns = list(run)
-        _run(vm, gfns[0], len(gfns), state)
+        _run(guest, gfns[0], len(gfns), state)
         for gfn in gfns:
             if (now := placed(vm, gfn)) != (state, SHARED if state == SHARED else PRIVATE):
                 raise VmError(f"{vm.design.name} brings gpa {gfn * PAGE:#x} to {' and '.join(now)}, not to {state}")
@@ -66,7 +66,7 @@ def place(vm: Vm, gpa: int, state: str, size: int, attribute: str | None) -> Non
         vm.attributes.store(lo, hi, attribute == PRIVATE)
 
 
-def placed(vm: Vm, gfn: int) -> tuple[str, str]:
+def placed(vm: VmState, gfn: int) -> tuple[str, str]:
     """The state of a page, and its attribute; "foreign": assigned to others (firmware, too), or at another gfn."""
     attribute = PRIVATE if vm.attributes.is_private(gfn) else SHARED
     if vm.tdx:
@@ -81,37 +81,40 @@ def placed(vm: Vm, gfn: int) -> tuple[str, str]:
     return (VALIDATED if found.validated else ASSIGNED), attribute
 
 
-def _run(vm: Vm, gfn: int, n: int, state: str) -> None:
+def _run(guest: Guest, gfn: int, n: int, state: str) -> None:
     """Pages alike: the conversion, then what the platform has beyond it; what is shared is read."""
+    vm = guest.vm
     if vm.tdx:
-        _tdx(vm, vm.tdx, gfn, n, state)
+        _tdx(guest, vm.tdx, gfn, n, state)
     else:
-        _convert(vm, gfn, n, state != SHARED)
+        _convert(guest, gfn, n, state != SHARED)
     if vm.has_rmp:
-        _snp(vm, gfn, n, state)
+        _snp(guest, gfn, n, state)
     if state == SHARED:
-        vm.guest().touch(gfn * PAGE, n * PAGE, "read")
+        guest.touch(gfn * PAGE, n * PAGE, "read")
 
 
-def _convert(vm: Vm, gfn: int, n: int, private: bool) -> None:
+def _convert(guest: Guest, gfn: int, n: int, private: bool) -> None:
+    vm = guest.vm
     if vm.has_rmp or vm.attributes.is_private(gfn) != private:  # v8's assigns, whatever the attribute said before
-        vm.set_memory_attributes(gfn * PAGE, n * PAGE, private)
-    vm.guest().set_private(gfn * PAGE, private, n * PAGE)
+        set_memory_attributes(vm, gfn * PAGE, n * PAGE, private)
+    guest.set_private(gfn * PAGE, private, n * PAGE)
 
 
-def _snp(vm: Vm, gfn: int, n: int, state: str) -> None:
+def _snp(guest: Guest, gfn: int, n: int, state: str) -> None:
     """The RMP entry: the guest's PVALIDATE, there (whose fault assigns the page) and back; or RMPUPDATE alone."""
+    vm = guest.vm
     now, slot = placed(vm, gfn)[0], vm.slots.find(gfn)
     if state in ATTRIBUTES and now not in ATTRIBUTES and slot:
         _take_back(vm, slot.private_pfn(gfn), n, gfn)
     elif state not in ATTRIBUTES and now != state:
         if now != VALIDATED:
-            _pvalidate(vm, gfn, n, True)
+            _pvalidate(guest, gfn, n, True)
         if state == ASSIGNED:
-            _pvalidate(vm, gfn, n, False)
+            _pvalidate(guest, gfn, n, False)
 
 
-def _take_back(vm: Vm, pfn: int, n: int, gfn: int) -> None:
+def _take_back(vm: VmState, pfn: int, n: int, gfn: int) -> None:
     """RMPUPDATE alone, by 4K."""
     for head in range(pfn - pfn % PAGES_2M, pfn + n, PAGES_2M):
         if vm.rmp.big(head)[0]:
@@ -122,32 +125,32 @@ def _take_back(vm: Vm, pfn: int, n: int, gfn: int) -> None:
     vm.mmu.drop_pages(gfn, gfn + n)
 
 
-def _pvalidate(vm: Vm, gfn: int, n: int, validate: bool) -> None:
-    for at, count, large in psc.plan(gfn, gfn + n, vm.huge(True)):
-        linux.pvalidate(vm.guest(), at, count * (PAGES_2M if large else 1), large, validate)
+def _pvalidate(guest: Guest, gfn: int, n: int, validate: bool) -> None:
+    for at, count, large in psc.plan(gfn, gfn + n, guest.vm.huge(True)):
+        linux.pvalidate(guest, at, count * (PAGES_2M if large else 1), large, validate)
 
 
-def _tdx(vm: Vm, td: TdxKvm, gfn: int, n: int, state: str) -> None:
+def _tdx(guest: Guest, td: TdxKvm, gfn: int, n: int, state: str) -> None:
     """The entry: forward by the fault of an ACCEPT and the ACCEPT, back by way of shared; then BLOCK alone."""
-    (now, attribute), wanted = placed(vm, gfn), BEFORE_BLOCK.get(state) or state
+    (now, attribute), wanted = placed(guest.vm, gfn), BEFORE_BLOCK.get(state) or state
     if (now, attribute) != (state, PRIVATE):
         if wanted == SHARED or now not in CHAIN[: CHAIN.index(wanted) + 1]:
-            _convert(vm, gfn, n, False)
+            _convert(guest, gfn, n, False)
         if wanted != SHARED:
-            _convert(vm, gfn, n, True)
+            _convert(guest, gfn, n, True)
         if wanted == State.PENDING:
-            _add(vm, td, gfn, n)
+            _add(guest, td, gfn, n)
         elif wanted == State.MAPPED and now != State.MAPPED:
-            vm.guest().accept_range(gfn * PAGE, n * PAGE)
+            guest.accept_range(gfn * PAGE, n * PAGE)
         if wanted != state and td.module.entry(gfn) == wanted:
             done = td.seamcall(Leaf.RANGE_BLOCK, gfn, n)
             if done.rax:
                 raise TdxError(Leaf.RANGE_BLOCK, (gfn + done.n) * PAGE, done.rax)
 
 
-def _add(vm: Vm, td: TdxKvm, gfn: int, n: int) -> None:
+def _add(guest: Guest, td: TdxKvm, gfn: int, n: int) -> None:
     """The faults that an ACCEPT takes, without the ACCEPT that ends it."""
-    walker, states = TdWalker(vm, td, 0, "write", True), td.module.states(gfn, gfn + n)
+    walker, states = TdWalker(guest.vmm, td, 0, "write", True), td.module.states(gfn, gfn + n)
     while not states.all():
         td.enter(0)
         first = prefix(states != 0)

@@ -7,15 +7,12 @@ A buffer is an array of uint64 entries as the GHCB has them: cur_page in bits 0-
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-
-if TYPE_CHECKING:
-    from .vm import Vm
+from .vmm import Vmm
 
 U64 = NDArray[np.uint64]
 MSR_REQUEST, MSR_RESPONSE = 0x014, 0x015
@@ -41,25 +38,25 @@ def plan(gfn: int, end: int, large: bool) -> Iterator[tuple[int, int, bool]]:
             yield lo, (hi - lo) // (512 if big else 1), big
 
 
-def msr_protocol(vm: Vm, request: int) -> int:
+def msr_protocol(vmm: Vmm, request: int) -> int:
     """The MSR form: one 4K page; the response, with an error in bits 63:32."""
-    vm.log.add("psc-msr", page=request >> 12 & (1 << 40) - 1)
+    vmm.vm.log.add("psc-msr", page=request >> 12 & (1 << 40) - 1)
     op = request >> 52 & 0xF
-    failed = request & 0xFFF != MSR_REQUEST or op not in (PRIVATE, SHARED) or not vm.hypercall_exits
+    failed = request & 0xFFF != MSR_REQUEST or op not in (PRIVATE, SHARED) or not vmm.vm.hypercall_exits
     if not failed:
-        failed = vm.vmm.map_gpa_range((request >> 12 & (1 << 40) - 1) << 12, 1, op == PRIVATE) != 0
+        failed = vmm.map_gpa_range((request >> 12 & (1 << 40) - 1) << 12, 1, op == PRIVATE) != 0
     return MSR_RESPONSE | (MSR_ERROR << 32 if failed else 0)
 
 
-def request(vm: Vm, gfn: int, npages: int, private: bool) -> int:
+def request(vmm: Vmm, gfn: int, npages: int, private: bool) -> int:
     """What a buffer of fresh entries for consecutive pages of one size comes to: one exit; SW_EXITINFO2."""
-    vm.log.add("psc-buffer")
-    if not vm.hypercall_exits or vm.vmm.map_gpa_range(gfn << 12, npages, private):
+    vmm.vm.log.add("psc-buffer")
+    if not vmm.vm.hypercall_exits or vmm.map_gpa_range(gfn << 12, npages, private):
         return GENERIC
     return 0
 
 
-def buffer_protocol(vm: Vm, cur_entry: int, end_entry: int, buffer: U64) -> int:
+def buffer_protocol(vmm: Vmm, cur_entry: int, end_entry: int, buffer: U64) -> int:
     """The buffer form: SW_EXITINFO2, 0 for success; cur_page of done entries is moved on in `buffer`.
 
     Adjacent entries of the same operation and size make one exit to userspace; a partly done 2M entry goes on
@@ -67,8 +64,8 @@ def buffer_protocol(vm: Vm, cur_entry: int, end_entry: int, buffer: U64) -> int:
     """
     if cur_entry <= end_entry < MAX_ENTRIES and end_entry >= len(buffer):
         raise InputError(f"Guest.psc_buffer(end_entry={end_entry}): the buffer has {len(buffer)} entries")
-    vm.log.add("psc-buffer", times=1)
-    if not vm.hypercall_exits:
+    vmm.vm.log.add("psc-buffer", times=1)
+    if not vmm.vm.hypercall_exits:
         return GENERIC
     if end_entry >= MAX_ENTRIES:
         return BAD_HEADER
@@ -85,7 +82,7 @@ def buffer_protocol(vm: Vm, cur_entry: int, end_entry: int, buffer: U64) -> int:
     for lo, hi in _merged(cur[:stop], gfns[:stop], ops[:stop], pages[:stop]):
         start = int(gfns[lo] + cur[lo])
         npages = int(gfns[hi - 1] + pages[hi - 1]) - start
-        if vm.vmm.map_gpa_range(start << 12, npages, int(ops[lo]) == PRIVATE):
+        if vmm.map_gpa_range(start << 12, npages, int(ops[lo]) == PRIVATE):
             return GENERIC
         part[lo:hi] = (part[lo:hi] & ~np.uint64(0xFFF)) | pages[lo:hi].astype(np.uint64)
     return BAD_ENTRY if stop < len(part) else 0

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from . import kvm_calls
 from .events import VmErrno
-from .gmem import GuestMemfd
-from .lpage import init_mixed
+from .guest_memfd import GuestMemfd
 from .memory import LIMIT, PAGE
-from .slots import (
-    GUEST_MEMFD,
-    KVM_USER_MEM_SLOTS,
-    LOG_DIRTY_PAGES,
-    READONLY,
-    MemSlot,
-    UserMemory,
-)
-
-if TYPE_CHECKING:
-    from .vm import Vm
+from .mixed_pages import init_mixed
+from .slots import GUEST_MEMFD, KVM_USER_MEM_SLOTS, LOG_DIRTY_PAGES, READONLY, File, MemSlot, UserMemory
+from .vm_state import VmState
 
 SYNCHRONIZE = "synchronize_srcu"  # the name under which `vm.on_point` is told of a deletion
 
 
 def set_region(
-    vm: Vm,
+    vm: VmState,
     number: int,
     gpa: int,
     size: int,
@@ -71,7 +61,7 @@ def set_region(
         init_mixed(new, vm.attributes, reserved)
 
 
-def _not_for_it(vm: Vm, pages: int, file: GuestMemfd | None, user: UserMemory) -> str:
+def _not_for_it(vm: VmState, pages: int, file: File | None, user: UserMemory) -> str:
     if user.vm is not vm:
         return "it is another Vm's"
     if vm.in_place and file:
@@ -79,13 +69,13 @@ def _not_for_it(vm: Vm, pages: int, file: GuestMemfd | None, user: UserMemory) -
     return f"it has {user.pages}" if user.pages < pages else ""
 
 
-def _user_memory(vm: Vm, pages: int, file: GuestMemfd | None, offset: int) -> UserMemory:
+def _user_memory(vm: VmState, pages: int, file: File | None, offset: int) -> UserMemory:
     """New anonymous memory; in-place it is the guest_memfd itself, mapped."""
     base = file.base + offset // PAGE if vm.in_place and file else vm.new_pfns(pages)
     return UserMemory(vm, base, pages)
 
 
-def delete(vm: Vm, as_id: int, number: int) -> None:
+def delete(vm: VmState, as_id: int, number: int) -> None:
     """Take a memslot away: its mappings are zapped, its guest_memfd range is free to be bound again.
 
     Between KVM_MEMSLOT_INVALID and the zap the deleter waits for readers: `vm.on_point` runs there.  The guest runs
@@ -97,18 +87,13 @@ def delete(vm: Vm, as_id: int, number: int) -> None:
         vm.at_point(SYNCHRONIZE)
     slot = space.remove(number)
     vm.mmu.root += 1
-    if as_id == 0:
-        _zap(vm, slot)
+    if as_id == 0:  # both kinds go with the memslot
+        kvm_calls.Zap(vm, "memslot deletion", "delete", slot, slot.base, slot.end).run()
     if slot.gmem:
         slot.gmem.unbind(slot)
 
 
-def _zap(vm: Vm, slot: MemSlot) -> None:
-    """Both kinds go with the memslot."""
-    kvm_calls.Zap(vm, "memslot deletion", "delete", slot, slot.base, slot.end).run()
-
-
-def _check(vm: Vm, as_id: int, number: int, gpa: int, size: int, flags: int) -> None:
+def _check(vm: VmState, as_id: int, number: int, gpa: int, size: int, flags: int) -> None:
     known = LOG_DIRTY_PAGES | (0 if flags & GUEST_MEMFD else READONLY) | GUEST_MEMFD
     if flags & ~known or (flags & GUEST_MEMFD and flags & LOG_DIRTY_PAGES):
         raise VmErrno(errno.EINVAL, f"memslot flags {flags:#x}")

@@ -1,4 +1,7 @@
-"""Memslots and what each keeps on its large pages (virt/kvm/kvm_main.c, arch/x86/kvm/mmu/mmu.c)."""
+"""Memslots, and the two memories behind them as data: the VMM's own, and the pages of a guest_memfd.
+
+From virt/kvm/kvm_main.c, arch/x86/kvm/mmu/mmu.c (what a memslot keeps on its large pages) and guest_memfd.c.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,13 @@ import errno
 from bisect import bisect_right, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..kvm.memslots import clip
 from .events import VmErrno
-from .gmem import GuestMemfd
-from .memory import U8, U32
-
-if TYPE_CHECKING:
-    from .vm import Vm
+from .memory import U8, U32, runs
 
 LEVELS = {"2M": 9, "1G": 18}  # log2 of the pages of a huge page
 KVM_USER_MEM_SLOTS = 32764  # SHRT_MAX - 3, include/linux/kvm_host.h
@@ -32,13 +30,62 @@ class UserMemory:
     Where it is a mapped guest_memfd whose attributes decide who may touch it, `present` is: the VMM has a PTE.
     """
 
-    vm: Vm = field(repr=False)
+    vm: object = field(repr=False)
     base: int
     pages: int
     present: U8 = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.present = np.zeros(self.pages, np.uint8)
+
+
+class File:
+    """A guest_memfd as data: `pages` pages from PFN `base` on; `present` marks those that take memory.
+
+    Offsets and ranges are in pages.  Each offset keeps its PFN for life.
+    """
+
+    def __init__(self, base: int, pages: int) -> None:
+        self.base, self.pages = base, pages
+        self.present: U8 = np.zeros(pages, np.uint8)
+        self.pinned: set[int] = set()  # offsets that somebody else holds a reference to
+        self.broken: set[int] = set()  # 2M of the file whose folio was split by a partial punch
+        self.dying: list[tuple[int, int]] = []  # ranges that a punch took out and has not given back
+        self.bindings: list[tuple[int, int, MemSlot]] = []
+
+    def slots(self, start: int, end: int) -> Iterator[tuple[int, int, int, MemSlot]]:
+        """Bindings that overlap pages [start, end): the clipped range, the slot's offset, the slot."""
+        for lo, hi, slot in self.bindings:
+            if max(lo, start) < min(hi, end):
+                yield max(lo, start), min(hi, end), slot.offset, slot
+
+    def bind(self, slot: MemSlot) -> None:
+        """kvm_gmem_bind(), once it may be."""
+        self.bindings.append((slot.offset, slot.offset + slot.npages, slot))
+
+    def unbind(self, slot: MemSlot) -> None:
+        """kvm_gmem_unbind(), when the slot goes."""
+        self.bindings = [b for b in self.bindings if b[2] is not slot]
+
+    def take_out(self, start: int, end: int) -> None:
+        """Truncate [start, end): its pages leave the file; a 2M folio that goes only in part is split for good."""
+        gone = runs(self.present, start, end)
+        for lo, hi in gone:
+            self.present[lo:hi] = 0
+            for head in {lo - lo % 512, hi - hi % 512}:
+                empty = not self.present[head : head + 512].any()
+                (self.broken.discard if empty else self.broken.add)(head)
+        self.dying += gone
+
+    def whole_folios(self, start: int, n: int) -> tuple[int, int]:
+        """With 2M folios, an allocation in an empty 2M of the file takes all of it."""
+        end, head = start + n, start - start % 512
+        tail = end + -end % 512
+        if not self.present[head:start].any() and not self.broken & {head}:
+            start = head
+        if tail <= self.pages and not self.present[end:tail].any() and not self.broken & {tail - 512}:
+            end = tail
+        return start, end - start
 
 
 @dataclass(eq=False)
@@ -52,7 +99,7 @@ class MemSlot:
     base: int
     npages: int
     user: UserMemory
-    gmem: GuestMemfd | None = None
+    gmem: File | None = None
     offset: int = 0
     flags: int = 0
     as_id: int = 0

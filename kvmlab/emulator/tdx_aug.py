@@ -6,7 +6,7 @@ situation, so that only the first page of a run is ever refused.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -18,15 +18,13 @@ from .memory import U8, U32, grown, prefix
 from .tdx_kvm import FROZEN, TdxKvm
 from .tdx_module import FREE, TABLE_LEVELS, Done
 from .tdx_zap import is_busy
-
-if TYPE_CHECKING:
-    from .vm import Vm
+from .vm_state import VmState
 
 
 class Faults(Protocol):
     """What is to be mapped: `n` gfns from `gfn` on, to PFNs from `pfn` on."""
 
-    vm: Vm
+    vm: VmState
     gfn: int
     n: int
     pfn: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from ..errors import InputError
 from ..hw import tdx
@@ -17,9 +17,8 @@ from .memory import LIMIT, PAGE, prefix
 from .tdx_kvm import TdxKvm
 from .tdx_module import FREE, answers
 from .tdx_walk import TdWalker
-
-if TYPE_CHECKING:
-    from .guest import Guest
+from .vm_state import VmState
+from .vmm import Vmm
 
 SHARED = 1 << tdx.SHARED_BIT(gpaw=False)
 MAX_GPA = 1 << 48
@@ -45,29 +44,29 @@ class MapGpa(NamedTuple):
         return f"TDVMCALL_STATUS_{STATUS_NAMES[self.status]}, R11 = {self.r11:#x}"
 
 
-def accept(guest: Guest, td: TdxKvm, gpa: int, size: int) -> None:
+def accept(vmm: Vmm, td: TdxKvm, index: int, gpa: int, size: int) -> None:
     """TDG.MEM.PAGE.ACCEPT of one page; TdxError unless the status is 0."""
     level = SIZES[size]
     taken = LEVELS(leaf=Leaf.ACCEPT, level=level, top=Level.PML4)
     named = taken and not gpa % size and not gpa & SHARED and gpa < MAX_GPA
     if named and gpa + size > LIMIT * PAGE:
         raise InputError(f"Guest.accept(gpa={gpa:#x}): the emulator holds 4 TiB of guest addresses")
-    td.enter(guest.index)
+    td.enter(index)
     found = answer(Leaf.ACCEPT, told(named=named), (Check.NAMED,))
     if not found.ok:
         refuse(td, gpa, found.rax)
     if level == Level.PD:
-        _accept_2m(guest, td, gpa // PAGE)
-    accept_4k(guest, td, gpa // PAGE, gpa // PAGE + 1)
+        _accept_2m(vmm, td, index, gpa // PAGE)
+    accept_4k(vmm, td, index, gpa // PAGE, gpa // PAGE + 1)
 
 
-def _accept_2m(guest: Guest, td: TdxKvm, gfn: int) -> None:
+def _accept_2m(vmm: Vmm, td: TdxKvm, index: int, gfn: int) -> None:
     """A 2M ACCEPT: without a table it leaves the TD; KVM maps 4K and so hangs a table, which is a size mismatch."""
-    walker = TdWalker(guest.vm, td, guest.index, "write", True)
+    walker = TdWalker(vmm, td, index, "write", True)
     while not td.module.has_table(Level.PD, gfn, gfn + 1)[0]:
-        td.enter(guest.index)
+        td.enter(index)
         walker.fault(gfn, 1, accept=True)
-    td.enter(guest.index)
+    td.enter(index)
     refuse(td, gfn * PAGE, mismatch_2m(locked=td.take_failure(Leaf.ACCEPT)))
 
 
@@ -82,13 +81,13 @@ def refuse(td: TdxKvm, gpa: int, rax: int) -> NoReturn:
     raise TdxError(Leaf.ACCEPT, gpa, rax)
 
 
-def accept_4k(guest: Guest, td: TdxKvm, gfn: int, end: int) -> None:
+def accept_4k(vmm: Vmm, td: TdxKvm, index: int, gfn: int, end: int) -> None:
     """ACCEPT 4K page after page; FREE and blocked ones take the fault path, and the instruction is run again."""
-    walker = TdWalker(guest.vm, td, guest.index, "write", True)
+    walker = TdWalker(vmm, td, index, "write", True)
     while gfn < end:
-        td.enter(guest.index)
+        td.enter(index)
         n = min(end, gfn + walker.chunk) - gfn
-        done = td.accept(guest.index, gfn, n)
+        done = td.accept(index, gfn, n)
         if done.n:
             td.log.add(Leaf.ACCEPT, "", gfn, done.n, 0)
             walker.grew(done.n)
@@ -106,24 +105,24 @@ def _leaving(td: TdxKvm, gfn: int, n: int) -> int:
     return prefix(ends & (states == states[0])) if states[0] == FREE else 1
 
 
-def map_gpa(guest: Guest, td: TdxKvm, r12: int, r13: int) -> MapGpa:
+def map_gpa(vmm: Vmm, td: TdxKvm, index: int, r12: int, r13: int) -> MapGpa:
     """TDG.VP.VMCALL<MapGPA>: KVM asks userspace in chunks of 2 MiB, and stops in between if events are pending."""
-    vm = guest.vm
-    td.enter(guest.index)
+    vm = vmm.vm
+    td.enter(index)
     td.log.add(MAP_GPA, "shared" if r12 & SHARED else "private", (r12 & ~SHARED) // PAGE)
-    td.leave(guest.index)
-    if refused := _refused(guest, r12, r13):
+    td.leave(index)
+    if refused := _refused(vm, r12, r13):
         return MapGpa(refused, r12)
     end, kind = r12 + r13, r12 & SHARED
 
     def ask(gfn: int, pages: int) -> None:
-        if answer := vm.vmm.map_gpa_range(gfn * PAGE, pages, not kind):
+        if answer := vmm.map_gpa_range(gfn * PAGE, pages, not kind):
             raise _Stopped(answer, gfn)
 
     step, at = TDX_MAP_GPA_MAX_LEN, r12
     try:
         if vm.pending is None:
-            alike.run(vm, (at & ~SHARED) // PAGE, (end & ~SHARED) // PAGE, step // PAGE, ask)
+            alike.run(vmm, (at & ~SHARED) // PAGE, (end & ~SHARED) // PAGE, step // PAGE, ask)
             return MapGpa(SUCCESS)
         while at < end:
             ask((at & ~SHARED) // PAGE, min(step, end - at) // PAGE)
@@ -131,7 +130,7 @@ def map_gpa(guest: Guest, td: TdxKvm, r12: int, r13: int) -> MapGpa:
             if at < end and vm.pending():
                 return MapGpa(RETRY, at)
     except _Stopped as stopped:
-        return MapGpa(_status(guest, stopped.answer), stopped.gfn * PAGE | kind)
+        return MapGpa(_status(vm, stopped.answer), stopped.gfn * PAGE | kind)
     return MapGpa(SUCCESS)
 
 
@@ -143,9 +142,9 @@ class _Stopped(Exception):
         self.answer, self.gfn = answer, gfn
 
 
-def _refused(guest: Guest, r12: int, r13: int) -> int:
+def _refused(vm: VmState, r12: int, r13: int) -> int:
     """The status with which KVM refuses before it asks anybody, in the order of its checks; 0 if it does not."""
-    if not guest.vm.hypercall_exits:
+    if not vm.hypercall_exits:
         return SUBFUNC_UNSUPPORTED
     last = r12 + r13 - 1
     if r13 <= 0 or last >= MAX_GPA or (r12 ^ last) & SHARED:
@@ -153,9 +152,9 @@ def _refused(guest: Guest, r12: int, r13: int) -> int:
     return ALIGN_ERROR if r12 % PAGE or r13 % PAGE else SUCCESS
 
 
-def _status(guest: Guest, answer: int) -> int:
+def _status(vm: VmState, answer: int) -> int:
     """What the guest is told of hypercall.ret: INVALID_OPERAND; with `eagain_is_retry` EAGAIN is RETRY."""
-    if not guest.vm.switches.eagain_is_retry:
+    if not vm.switches.eagain_is_retry:
         return INVALID_OPERAND
     if answer not in (errno.EAGAIN, errno.EINVAL):
         raise VmErrno(errno.EINVAL, f"KVM_RUN: hypercall.ret = {answer}")

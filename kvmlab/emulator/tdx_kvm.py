@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
@@ -20,13 +20,11 @@ from ..hw.tdx import tlb as tdx_tlb
 from ..hw.tdx.checks import CHECKS, Check, Situation, answer, around
 from ..hw.tdx.locks import EXCLUSIVE, NONE, SHARED, EntryLock, Lock
 from .events import GuestSpins, MachineCheck, PlatformError, ShutdownExit, TdxError, VmDead
+from .gfn_arrays import Tlb
+from .host_pages import HostPages
 from .memory import U8, U32, grown
-from .mmu import Tlb
 from .tdx_memory import TdMemory
 from .tdx_module import TABLE_LEVELS, Done, TdModule, for_td_and_page
-
-if TYPE_CHECKING:
-    from .vm import Vm
 
 HKID = 17  # a private KeyID; documented example: 16 is the first, and global
 VMFAILINVALID = 0x8000FF00FFFF0000  # Linux's TDX_SEAMCALL_VMFAILINVALID: no module answers
@@ -57,7 +55,7 @@ class TdxKvm:
     frozen.
     """
 
-    def __init__(self, vm: Vm, vcpus: int, tlb_entries: int, caches: bool) -> None:
+    def __init__(self, vm: HostPages, vcpus: int, tlb_entries: int, caches: bool) -> None:
         self.vm, self.log = vm, vm.log
         switches = vm.switches
         self.memory = TdMemory(
@@ -69,11 +67,6 @@ class TdxKvm:
         self.mirror: U32 = np.zeros(0, np.uint32)
         self.mirror_tables: dict[Level, U8] = {level: np.zeros(0, np.uint8) for level in TABLE_LEVELS}
         self.wait_for_sept_zap, self.dead = False, ""
-
-    def grow(self, pfns: int) -> None:
-        """Make room for PFNs below `pfns`."""
-        self.memory.grow(pfns)
-        self.module.grow(pfns)
 
     def mirror_of(self, lo: int, hi: int) -> U32:
         """The mirror leaves of gfns [lo, hi), as a view."""

@@ -7,30 +7,26 @@ private PTEs.  A stray access (load_unaligned_zeropad()) so only ever meets a sh
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 from ..hw import tdx
 from ..hw.tdx import Leaf, Level, State
 from . import alike
 from .events import MapGpaError, SetMemoryFailed, TdxError
 from .memory import PAGE
-from .tdx_guest import RETRY, SHARED, MapGpa, accept_4k, mismatch_2m
-from .tdx_guest import accept as accept_one
+from .tdx_guest import RETRY, SHARED, mismatch_2m
 from .tdx_kvm import TdxKvm
-
-if TYPE_CHECKING:
-    from .guest import Guest
+from .vcpu import Vcpu
 
 MAX_RETRIES_PER_PAGE = 3
 M2, G1 = Level.PD.pages, Level.PDPT.pages
 
 
-def map_gpa(guest: Guest, gpa: int, size: int, private: bool) -> None:
+def map_gpa(guest: Vcpu, gpa: int, size: int, private: bool) -> None:
     """tdx_map_gpa(): goes on from R11 while it moves, and gives up after three answers in a row that it did not."""
     start = gpa | (0 if private else SHARED)
     end, retries = start + size, 0
     while retries < MAX_RETRIES_PER_PAGE:
-        answer: MapGpa = guest.map_gpa(start, end - start)
+        answer = guest.map_gpa(start, end - start)
         if answer.status != RETRY:
             break
         if not start <= answer.r11 < end:
@@ -43,14 +39,14 @@ def map_gpa(guest: Guest, gpa: int, size: int, private: bool) -> None:
         raise MapGpaError(*answer, str(answer))
 
 
-def accept(guest: Guest, td: TdxKvm, gpa: int, size: int) -> None:
+def accept(guest: Vcpu, td: TdxKvm, gpa: int, size: int) -> None:
     """tdx_accept_memory(): each piece tries 1G, 2M and 4K; TdxError of the 4K one."""
     gfn, end = gpa // PAGE, (gpa + size) // PAGE
 
     def head(to: int) -> None:
         nonlocal gfn
         if gfn < to:
-            accept_4k(guest, td, gfn, to)
+            guest.accept_range(gfn * PAGE, (to - gfn) * PAGE)
             gfn = to
 
     head(min(end, gfn + -gfn % M2))
@@ -60,19 +56,19 @@ def accept(guest: Guest, td: TdxKvm, gpa: int, size: int) -> None:
             rax = tdx.seamcall(Leaf.ACCEPT, State.FREE, level=Level.PDPT).rax  # it knows 4K and 2M
             td.log.add(Leaf.ACCEPT, f"1G: {tdx.name(rax)}", gfn, 1, rax)
         block = min(end - end % M2, gfn + G1 - gfn % G1)
-        alike.run(guest.vm, gfn, block, M2, lambda at, pages: _accept_2m(guest, td, at, pages))
+        alike.run(guest.vmm, gfn, block, M2, lambda at, pages: _accept_2m(guest, td, at, pages))
         gfn = block
     head(end)
 
 
-def _accept_2m(guest: Guest, td: TdxKvm, gfn: int, pages: int) -> None:
+def _accept_2m(guest: Vcpu, td: TdxKvm, gfn: int, pages: int) -> None:
     """Regions of 2M: the large ACCEPT fails, for KVM maps 4K only, and 512 small ones follow.
 
     Of regions alike the large one's fault maps a page that the small ones would have faulted in, so it is left out.
     """
     if pages == M2:
         try:
-            accept_one(guest, td, gfn * PAGE, M2 * PAGE)
+            guest.accept(gfn * PAGE, M2 * PAGE)
         except TdxError as wrong:
             if wrong.leaf != Leaf.ACCEPT:
                 raise
@@ -80,10 +76,10 @@ def _accept_2m(guest: Guest, td: TdxKvm, gfn: int, pages: int) -> None:
         td.enter(guest.index)
         rax = mismatch_2m()
         td.log.add(Leaf.ACCEPT, tdx.name(rax), gfn, pages // M2, rax)
-    accept_4k(guest, td, gfn, gfn + pages)
+    guest.accept_range(gfn * PAGE, pages * PAGE)
 
 
-def set_memory_encrypted(guest: Guest, td: TdxKvm, gpa: int, size: int) -> None:
+def set_memory_encrypted(guest: Vcpu, td: TdxKvm, gpa: int, size: int) -> None:
     """Shared to private: MapGPA, ACCEPT, then the PTEs and the flush."""
     try:
         map_gpa(guest, gpa, size, True)
@@ -96,7 +92,7 @@ def set_memory_encrypted(guest: Guest, td: TdxKvm, gpa: int, size: int) -> None:
     guest.vm.log.add("guest-flush")
 
 
-def set_memory_decrypted(guest: Guest, td: TdxKvm, gpa: int, size: int) -> None:
+def set_memory_decrypted(guest: Vcpu, td: TdxKvm, gpa: int, size: int) -> None:
     """Private to shared: flush, the PTEs and the flush, then MapGPA."""
     guest.vm.log.add("guest-flush")
     guest.set_private(gpa, False, size)

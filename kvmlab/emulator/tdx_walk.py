@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..hw import tdx
 from ..hw.tdx import sept as tdx_sept
-from . import access
+from . import walk
 from .events import GuestSpins, MemoryFaultExit, VeFault
 from .kvm_calls import LEAVE, RETRY, run_fault
 from .memory import PAGE, U8, U32, prefix
 from .tdx_kvm import TdxKvm
-
-if TYPE_CHECKING:
-    from .vm import Vm
+from .vmm import Vmm
 
 DATA, EXIT, PENDING, VE = 0, 1, 2, 3
 OUTCOMES = {tdx.Guest.DATA: DATA, tdx.Guest.EXIT: EXIT, tdx.Guest.EXIT_PENDING: PENDING, tdx.Guest.VE: VE}
@@ -32,11 +29,11 @@ def private_outcomes(ve_disable: bool) -> U8:
 
 
 class TdWalker:
-    """One kind of access by one vCPU through private or shared GPAs; the counterpart of `access.Walker`."""
+    """One kind of access by one vCPU through private or shared GPAs; the counterpart of `walk.Walker`."""
 
-    def __init__(self, vm: Vm, td: TdxKvm, vcpu: int, op: str, private: bool) -> None:
-        self.vm, self.td, self.vcpu, self.op, self.private = vm, td, vcpu, op, private
-        self.chunk, self.tries, self.stuck_at, self.why = access.SMALLEST, 0, -1, ""
+    def __init__(self, vmm: Vmm, td: TdxKvm, vcpu: int, op: str, private: bool) -> None:
+        self.vmm, self.vm, self.td, self.vcpu, self.op, self.private = vmm, vmm.vm, td, vcpu, op, private
+        self.chunk, self.tries, self.stuck_at, self.why = walk.SMALLEST, 0, -1, ""
 
     def run(self, gfn: int, end: int) -> tuple[U32, NDArray[np.bool_]]:
         """Fault until the access at `gfn` goes through; the PFNs of it and of what goes through after it.
@@ -63,10 +60,10 @@ class TdWalker:
 
     def grew(self, n: int) -> None:
         """Look at more pages at once after a run of `n`."""
-        self.chunk = min(access.LARGEST, max(access.SMALLEST, n * 4))
+        self.chunk = min(walk.LARGEST, max(walk.SMALLEST, n * 4))
 
     def _walk(self, lo: int, hi: int) -> tuple[U32, U8]:
-        """Leaves (as in mmu.py) and outcomes of gfns [lo, hi): the vCPU's TLB first."""
+        """Leaves (as in gfn_arrays.py) and outcomes of gfns [lo, hi): the vCPU's TLB first."""
         if not self.private:
             leaves = self.vm.mmu.walk(self.vcpu, lo, hi)
             return leaves, np.where(leaves == 0, EXIT, DATA).astype(np.uint8)
@@ -98,7 +95,7 @@ class TdWalker:
                 self.why = f"{LEAVE}: the memslot is being deleted"
         except MemoryFaultExit as exit_:
             self.why = f"userspace re-enters after {exit_.strerror}"
-            vm.vmm.memory_fault(exit_)
+            self.vmm.memory_fault(exit_)
         exits = log.counters["ept-violation"] - before
         if exits > 1:  # each but the last was followed by an entry of its own
             log.add(tdx.Leaf.VP_ENTER, f"vCPU {self.vcpu}", None, exits - 1)
@@ -106,7 +103,7 @@ class TdWalker:
     def _count(self, gfn: int) -> None:
         self.tries = self.tries + 1 if gfn == self.stuck_at else 1
         self.stuck_at = gfn
-        if self.tries > access.SPIN_LIMIT:
+        if self.tries > walk.SPIN_LIMIT:
             raise GuestSpins(gfn * PAGE, self.why)
 
     def _once(self, gfn: int, n: int, qualification: int, kind: str) -> str:

@@ -8,7 +8,7 @@ alike are done as one, counted as often.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -21,10 +21,7 @@ from .events import Deadlock
 from .memory import U32, prefix, runs
 from .tdx_kvm import FROZEN, TdxKvm
 from .tdx_module import U64, spans
-
-if TYPE_CHECKING:
-    from .calls import Call
-    from .vm import Vm
+from .vm_state import VmState
 
 LEAVES = {
     "tdh_mem_range_block": Leaf.RANGE_BLOCK, "tdh_mem_track": Leaf.TRACK, "tdh_mem_page_remove": Leaf.PAGE_REMOVE,
@@ -35,10 +32,22 @@ PLAIN = frozenset(
 RETRIES = 1000  # of a busy SEAMCALL: in one run nobody will ever make way
 
 
+class Thread(Protocol):
+    """The call of KVM that zaps."""
+
+    name: str
+
+    def might_sleep(self, what: str) -> None:
+        """See `calls.Call`."""
+
+    def assert_mmu_lock(self, what: str) -> None:
+        """See `calls.Call`."""
+
+
 class Zap:
     """The zap of private leaves under mmu_lock held for write."""
 
-    def __init__(self, vm: Vm, td: TdxKvm, thread: Call) -> None:
+    def __init__(self, vm: VmState, td: TdxKvm, thread: Thread) -> None:
         self.vm, self.td, self.thread = vm, td, thread
         self.rows = vm.rows("zap", False)
         erratum = vm.switches.partial_write_erratum

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from os import PathLike
 
 import numpy as np
 
-from ..design import Design, Row
+from ..design import Design
 from ..design.calls import BACKINGS, PLATFORMS
-from ..design.rows import adds_ranges
 from ..errors import InputError, shown
 from ..hw.snp import RmpEntry, Rmpupdate
-from . import kvm_calls, regions
+from . import ioctl, kvm_calls, regions
 from .arguments import (
     ADDRESS,
     FLAG,
@@ -34,23 +32,19 @@ from .arguments import (
     settable,
     takes,
     whole,
-)
-from .caches import CachedMemory
-from .calls import Held, Kernel
+)  # fmt: skip
 from .costs import Cost, TdxCost, estimate, estimate_tdx
-from .directmap import DirectMap
-from .events import Event, Log, VmErrno
-from .gmem import GuestMemfd
-from .guest import Guest, PageTable
+from .events import Event, VmErrno
+from .gfn_arrays import PRIVATE
+from .guest import Guest
+from .guest_memfd import GuestMemfd
 from .host import Host
-from .ioctl import PRIVATE, Remainder, check_input
-from .memory import HOST_PAGES, LIMIT, PAGE, PhysicalMemory
-from .mmu import Attributes, Mmu
+from .memory import HOST_PAGES, LIMIT, PAGE
 from .place import ATTRIBUTES, place, placed
-from .rmp import Rmp
-from .slots import GUEST_MEMFD, MemSlot, MemSlots, UserMemory
+from .slots import GUEST_MEMFD, UserMemory
 from .switches import VmSwitches
-from .tdx_kvm import CAN_BE_BUSY, TdxKvm
+from .tdx_kvm import CAN_BE_BUSY
+from .vm_state import VmState
 from .vmm import DISCARDS, POLICIES, Policy, Vmm
 
 MEMORY = instance(UserMemory, "the `user` of another memslot")
@@ -60,10 +54,9 @@ HOOKS = {
     "hypercall_exits": FLAG,
     "supported_attributes": one_of(0, PRIVATE),
 }
-GUEST_KEY = 0x5EED  # of the stand-in cipher; 0 is "in clear"
 
 
-class Vm:
+class Vm(VmState):
     """One VM: `pages` of guest memory from gpa 0, or the memslots `slots` given as (gpa, size in bytes).
 
     `platform`: snp, tdx, sev or sw.  `design`: a Design, the name of one that ships, or a file.  `backing`: split or
@@ -93,37 +86,19 @@ class Vm:
         private_2m: bool = False, switches: VmSwitches | None = None, tlb_entries: int = 128,
         keep_events: int = 100_000, caches: bool = False, zap_batch: int = 1,
     ) -> None:  # fmt: skip
-        self.design = design if isinstance(design, Design) else Design.load(design)
-        backing = backing or self.design.backing or "split"
-        if self.design.backing not in (None, backing):
-            raise InputError(f"{self.design.name} exists with {self.design.backing} backing only")
-        self.platform, self.backing, self.switches = platform, backing, switches or VmSwitches()
-        self.has_rmp, self.encrypts = platform == "snp", platform in ("snp", "sev", "tdx")
-        self.in_place = backing == "in-place"
-        self.shared_2m, self.private_2m = shared_2m, private_2m
-        self.supported_attributes, self.hypercall_exits, self.key = PRIVATE, True, GUEST_KEY
-        self.mmio: int | None = None  # what a read without a memslot gives; None raises MmioExit
-        self.on_row: Callable[[Row], None] | None = None
-        self.on_point: Callable[[str], None] | None = None
-        self.failures: dict[str, int] = {}
-        self.leaked: set[int] = set()
-        self.pending: Callable[[], bool] | None = None
+        design = design if isinstance(design, Design) else Design.load(design)
+        backing = backing or design.backing or "split"
+        if design.backing not in (None, backing):
+            raise InputError(f"{design.name} exists with {design.backing} backing only")
         if zap_batch != 1 and platform != "tdx":
             raise InputError(f"zap_batch={zap_batch} is for tdx: {platform} has no TRACK to save")
-        self.zap_batch = zap_batch
-        self.tdx: TdxKvm | None = None
-        self.next_pfn, self.page_table = 512, PageTable(private)
-        self.log, self.memory = Log(keep_events), CachedMemory() if caches else PhysicalMemory()
-        self.rmp = Rmp(self.switches.identical_keeps_validated, self.switches.head_4k_over_2m)
-        self.directmap = DirectMap()
-        self.attributes = Attributes()
-        self.mmu = Mmu(self.log, vcpus, tlb_entries, self.design.version)
-        self.host, self.vmm = Host(self), Vmm(self, vmm, discard)
-        self._spaces = (MemSlots(), MemSlots())
-        if platform == "tdx":
-            self.tdx = TdxKvm(self, vcpus, tlb_entries, caches)
-            self.memory, self.mmu.everybody_out = self.tdx.memory, self.tdx.everybody_out
-        self._rows: dict[tuple[str, bool], tuple[Row, ...]] = {}
+        super().__init__(
+            platform, design, backing, switches or VmSwitches(), private=private, shared_2m=shared_2m,
+            private_2m=private_2m, vcpus=vcpus, tlb_entries=tlb_entries, keep_events=keep_events, caches=caches,
+            zap_batch=zap_batch, stops=kvm_calls.STOPS,
+        )  # fmt: skip
+        self.host = Host(self)
+        self.vmm = Vmm(self, self.host, vmm, discard)
         self.new_pfns(0)  # room for the first 2M, which are the kernel's
         self._populate(pages, slots, private)
 
@@ -174,7 +149,7 @@ class Vm:
     @takes(index=VCPU, vmpl=VMPL)
     def guest(self, index: int = 0, vmpl: int = 0) -> Guest:
         """vCPU `index`, running at a VMPL (snp)."""
-        return Guest(self, index, vmpl)
+        return Guest(self.vmm, index, vmpl)
 
     @takes(pfn=PFN)
     def rmp_entry(self, pfn: int) -> RmpEntry:
@@ -203,18 +178,9 @@ class Vm:
     @takes(gpa=optional(NUMBER), size=NUMBER, private=FLAG, flags=NUMBER, attributes=optional(NUMBER))
     def set_memory_attributes(
         self, gpa: int | None, size: int, private: bool, *, flags: int = 0, attributes: int | None = None
-    ) -> Remainder:
+    ) -> ioctl.Remainder:
         """KVM_SET_MEMORY_ATTRIBUTES, or its guest_memfd form if the design locks that; VmErrno as KVM gives."""
-        if self.tdx:
-            self.tdx.check_alive()
-        value = attributes if attributes is not None else PRIVATE * private
-        check_input(self, gpa, size, value, flags)
-        start, end = (gpa or 0) // PAGE, ((gpa or 0) + size) // PAGE
-        in_files = sum(hi - lo for slot, lo, hi in self.slots.pieces(start, end) if slot.gmem)
-        if self.gmem_attributes and in_files < end - start:
-            raise VmErrno(errno.EINVAL, "the range is not all in a guest_memfd")
-        at, left = kvm_calls.SetAttributes(self, start, end, bool(value & PRIVATE)).answer()
-        return Remainder(at * PAGE, left * PAGE)
+        return ioctl.set_memory_attributes(self, gpa, size, private, flags=flags, attributes=attributes)
 
     @takes(size=NUMBER, flags=NUMBER)
     def create_guest_memfd(self, size: int, flags: int = 0) -> GuestMemfd:
@@ -264,7 +230,9 @@ class Vm:
         if what not in known:
             raise InputError(f"cannot inject {shown(what)} on {self.platform}; there are: {', '.join(known)}")
         if what == "rmpupdate" and (at >= self.next_pfn or code == Rmpupdate.OK):
-            raise InputError(f"cannot inject {code.name} at PFN {at:#x}: a failure, and a PFN that the host has")
+            raise InputError(
+                f"cannot inject {code.name} at PFN {at:#x}: a failure, and a PFN that the host has"
+            )
         if what == "rmpupdate":
             self.rmp.failures[at] = code
         else:
@@ -280,7 +248,7 @@ class Vm:
         `attribute`: what a wrong host's xarray says instead.  InputError for a state that the platform does not have,
         VmError if the design ends elsewhere, and what the calls raise.
         """
-        place(self, gpa, state, size, attribute)
+        place(self.guest(), gpa, state, size, attribute)
 
     @takes(gpa=ADDRESS)
     def placed(self, gpa: int) -> tuple[str, str]:
@@ -291,126 +259,3 @@ class Vm:
         """Take back every injected failure."""
         self.failures.clear()
         self.rmp.failures.clear()
-
-    # What the parts ask of each other.
-
-    @property
-    def address_spaces(self) -> tuple[MemSlots, ...]:
-        """kvm_arch_nr_memslot_as_ids(): a VM with private memory has one; else x86 has a second one for SMM."""
-        return self._spaces[: 1 if self.supported_attributes & PRIVATE else 2]
-
-    @property
-    def slots(self) -> MemSlots:
-        """The memslots of address space 0, in which the guest runs (SMM is left out)."""
-        return self._spaces[0]
-
-    def pieces(self, start: int, end: int) -> list[tuple[MemSlot, int, int]]:
-        """The walk over each address space and each memslot that overlaps gfns [start, end), clipped to it."""
-        return [piece for space in self.address_spaces for piece in space.pieces(start, end)]
-
-    @cached_property
-    def merged(self) -> bool:
-        """Whether the ioctl is the walk of v6.8 over memslots (it says range_add), or of the v8 era."""
-        return adds_ranges(self.rows("ioctl", True) + self.rows("ioctl", False))
-
-    @cached_property
-    def prepares(self) -> bool:
-        """Whether a private fault assigns an unassigned page (sev_gmem_prepare(), or rmp_match())."""
-        return any(row.call in ("rmp_prepare", "rmp_match") for row in self.rows("fault", True))
-
-    @cached_property
-    def gmem_attributes(self) -> bool:
-        """Whether the attributes live with the guest_memfd (the design's ioctl locks it)."""
-        return any(row.lock == "invalidate_lock" for row in self.rows("ioctl", True)) and self.in_place
-
-    @cached_property
-    def kernel(self) -> Kernel:
-        """KVM as the range engine runs it."""
-        return Kernel(self, kvm_calls.STOPS)
-
-    @property
-    def threads(self) -> list[Held]:
-        """Who holds locks now."""
-        return self.kernel.threads()
-
-    def rows(self, section: str, private: bool) -> tuple[Row, ...]:
-        """The design's rows for one direction on this platform."""
-        key = (section, private)
-        if key not in self._rows:
-            self._rows[key] = self.design.rows(section, "private" if private else "shared", self.platform)
-        return self._rows[key]
-
-    def reached(self, row: Row) -> None:
-        """Let a script look, or act as somebody else, before a row runs (`vm.on_row`); not while it acts."""
-        if self.on_row is not None:
-            call, self.on_row = self.on_row, None
-            try:
-                call(row)
-            finally:
-                self.on_row = call
-
-    def at_point(self, name: str) -> None:
-        """As `reached`, before a call of KVM's that no row spells (`vm.on_point`): its name is all that is told."""
-        if self.on_point is not None:
-            call, self.on_point = self.on_point, None
-            try:
-                call(name)
-            finally:
-                self.on_point = call
-
-    def new_pfns(self, n: int) -> int:
-        """The first of `n` new consecutive PFNs, 2M aligned; what is left of the last 2M is the kernel's."""
-        base = self.next_pfn
-        if base + n > HOST_PAGES:
-            raise VmErrno(errno.ENOMEM, f"{n:#x} pages more: the emulated host has 512 GiB")
-        self.next_pfn += n + -n % 512
-        self.rmp.grow(self.next_pfn)
-        self.directmap.grow(self.next_pfn)
-        if self.tdx:
-            self.tdx.grow(self.next_pfn)
-        return base
-
-    def backing_pfn(self, slot: MemSlot, gfn: int, private: bool) -> int:
-        """The PFN behind a gfn: two of them when split, one in-place."""
-        if slot.gmem is not None and (private or self.in_place):
-            return slot.private_pfn(gfn)
-        return slot.shared_pfn(gfn)
-
-    def has_pages(self, slot: MemSlot, gfn: int, n: int, private: bool) -> bool:
-        """Whether one backing is all there."""
-        if slot.gmem is not None and (private or self.in_place):
-            at = slot.offset + gfn - slot.base
-            return bool(slot.gmem.present[at : at + n].all())
-        return bool(slot.user.present[gfn - slot.base :][:n].all())
-
-    def touch_backing(self, slot: MemSlot, gfn: int, n: int, private: bool) -> None:
-        """Allocate (zeroed) what is missing of one backing."""
-        if slot.gmem is not None and (private or self.in_place):
-            slot.gmem.get_pages(slot.offset + gfn - slot.base, n)
-            return
-        at = gfn - slot.base
-        view = slot.user.present[at : at + n]
-        if new := n - int(np.count_nonzero(view)):
-            view[:] = 1
-            self.log.add("user-alloc", page=slot.user.base + at, times=new)
-
-    def huge(self, private: bool) -> bool:
-        """Whether that backing comes in 2M pages at all."""
-        return self.private_2m if private or self.in_place else self.shared_2m
-
-    def whole_folio(self, slot: MemSlot, head: int) -> bool:
-        """Whether the 2M of guest_memfd behind gfn `head` is one folio still."""
-        if slot.gmem is None:
-            return False
-        at = slot.offset + head - slot.base
-        inside = at % 512 == 0 and at + 512 <= slot.gmem.pages
-        return inside and at not in slot.gmem.broken and bool(slot.gmem.present[at : at + 512].all())
-
-    def take_failure(self, what: str) -> int | None:
-        """The injected failure of that name, once."""
-        return self.failures.pop(what, None)
-
-    def fail_allocation(self) -> None:
-        """ENOMEM if a failing guest_memfd allocation was injected."""
-        if self.take_failure("gmem_alloc") is not None:
-            raise VmErrno(errno.ENOMEM, "kvm_gmem_get_folio()")

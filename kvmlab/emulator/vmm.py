@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from . import kvm_calls
 from .events import MEMORY_EXIT_FLAG_PRIVATE, MemoryFaultExit, VmErrno
-from .ioctl import Remainder
+from .host import Host
+from .ioctl import set_memory_attributes
 from .memory import PAGE
-
-if TYPE_CHECKING:
-    from .vm import Vm
+from .vm_state import VmState
 
 POLICIES = {
     "convert": "convert to what was touched (implicit conversion), and run on",
@@ -27,10 +26,13 @@ Policy = str | Callable[[MemoryFaultExit], None]
 
 
 class Vmm:
-    """A VMM with a policy for memory faults (a word, or a function) and for the unused backing."""
+    """A VMM with a policy for memory faults (a word, or a function) and for the unused backing.
 
-    def __init__(self, vm: Vm, policy: Policy, discard: str) -> None:
-        self.vm, self.policy, self.discard = vm, policy, discard
+    It is who runs the vCPUs of `vm`, and to whom they come out; its own access to the memory is `host`.
+    """
+
+    def __init__(self, vm: VmState, host: Host, policy: Policy, discard: str) -> None:
+        self.vm, self.host, self.policy, self.discard = vm, host, policy, discard
 
     def memory_fault(self, exit_: MemoryFaultExit) -> None:
         """KVM_RUN came back with KVM_EXIT_MEMORY_FAULT."""
@@ -49,9 +51,9 @@ class Vmm:
         """Set the attributes and, if that is the policy, free the backing that is no longer used."""
         if self.discard == "before":
             self._free_unused(gpa, size, private)
-        left: Remainder = self.vm.set_memory_attributes(gpa, size, private)
+        left = set_memory_attributes(self.vm, gpa, size, private)
         while left.size:
-            before, left = left, self.vm.set_memory_attributes(*left, private)
+            before, left = left, set_memory_attributes(self.vm, *left, private)
             if left == before:
                 raise VmErrno(errno.ENOMEM, "KVM_SET_MEMORY_ATTRIBUTES makes no progress")
         if self.discard == "after":
@@ -71,6 +73,7 @@ class Vmm:
             return
         for slot, lo, hi in self.vm.slots.pieces(gpa // PAGE, (gpa + size) // PAGE):
             if private:
-                self.vm.host.discard(lo * PAGE, (hi - lo) * PAGE)
+                self.host.discard(lo * PAGE, (hi - lo) * PAGE)
             elif slot.gmem is not None:
-                slot.gmem.punch_hole((slot.offset + lo - slot.base) * PAGE, (hi - lo) * PAGE)
+                start = slot.offset + lo - slot.base
+                kvm_calls.Punch(self.vm, slot.gmem, start, start + hi - lo).run("shared")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,9 +10,7 @@ from ..hw.snp import pages as snp_pages
 from .events import GuestSpins, MemoryFaultExit, VcFault, VmplFault
 from .kvm_calls import LEAVE, RETRY, run_fault
 from .memory import PAGE, U8, U32, prefix
-
-if TYPE_CHECKING:
-    from .vm import Vm
+from .vmm import Vmm
 
 OK, RMP, VC, ABSENT = 0, 1, 2, 3  # the first three are indices into rmp.OUTCOMES
 SPIN_LIMIT = 8  # one page needs at most: not present, exit, not present, RMP (PSMASH), not present
@@ -24,8 +20,10 @@ SMALLEST, LARGEST = 512, 1 << 18
 class Walker:
     """One kind of access by one vCPU, with the C-bit `enc`, over as many pages as one likes."""
 
-    def __init__(self, vm: Vm, vcpu: int, op: str, enc: bool, vmpl: int = 0, validate: bool = False) -> None:
-        self.vm, self.vcpu, self.op, self.enc, self.vmpl = vm, vcpu, op, enc, vmpl
+    def __init__(
+        self, vmm: Vmm, vcpu: int, op: str, enc: bool, vmpl: int = 0, validate: bool = False
+    ) -> None:
+        self.vmm, self.vm, self.vcpu, self.op, self.enc, self.vmpl = vmm, vmm.vm, vcpu, op, enc, vmpl
         self.validate = validate  # what a PVALIDATE asks for
         self.chunk, self.tries, self.stuck_at, self.why = SMALLEST, 0, -1, ""
 
@@ -48,7 +46,9 @@ class Walker:
                 self.vm.log.add("vc", page=gfn, code=VC_NOT_VALIDATED_CODE)
                 raise VcFault(gfn * PAGE, VC_NOT_VALIDATED_CODE)
             sizem = first == RMP and self._size_alone(gfn, int(leaves[0]))
-            self.fault(gfn, n if first == ABSENT else 1, present=first != ABSENT, rmp=first == RMP, sizem=sizem)
+            self.fault(
+                gfn, n if first == ABSENT else 1, present=first != ABSENT, rmp=first == RMP, sizem=sizem
+            )
 
     def _check(self, gfn: int, leaves: U32) -> U8:
         outcomes = np.where(leaves == 0, ABSENT, OK).astype(np.uint8)
@@ -122,4 +122,4 @@ class Walker:
                 self.why = f"{LEAVE}: the memslot is being deleted"
         except MemoryFaultExit as exit_:
             self.why = f"userspace re-enters after {exit_.strerror}"
-            vm.vmm.memory_fault(exit_)
+            self.vmm.memory_fault(exit_)

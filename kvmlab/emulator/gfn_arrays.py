@@ -1,4 +1,4 @@
-"""Attributes, NPT leaves, TLBs and the invalidation window of one VM, as arrays by gfn.
+"""What one VM has by gfn, as arrays: attributes, NPT leaves, the guest's C-bits; TLBs and the invalidation window.
 
 A leaf is (pfn + 1) << 1 | large, and 0 for none; a 2M leaf stands on all its 512 gfns.  A TLB is a small
 dictionary with FIFO replacement: `entries` is a model's number, not a processor's.
@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..hw.memory import Gfn
 from ..kvm.attributes import hull, must_retry
-from .events import VmErrno
+from .events import Log, VmErrno
 from .memory import LIMIT, U8, U32, grown
 
-if TYPE_CHECKING:
-    from .events import Log
+PRIVATE = 1 << 3  # KVM_MEMORY_ATTRIBUTE_PRIVATE
 
 
 class Attributes:
@@ -79,6 +77,23 @@ class Attributes:
         """xa_store() of each gfn."""
         self.get(lo, hi)[:] = private
         self.reserved[lo:hi] = 0
+
+
+class PageTable:
+    """The guest's own page table, as far as it matters: a C-bit a gfn, at first all `private`."""
+
+    def __init__(self, private: bool) -> None:
+        self.private, self._others = private, np.zeros(0, np.uint8)  # where it is no longer so
+
+    def c_bits(self, lo: int, hi: int) -> U8:
+        """The C-bits of gfns [lo, hi)."""
+        self._others = grown(self._others, hi)
+        return self._others[lo:hi] ^ np.uint8(self.private)
+
+    def set(self, lo: int, hi: int, private: bool) -> None:
+        """Set or clear the C-bits of gfns [lo, hi)."""
+        self._others = grown(self._others, hi)
+        self._others[lo:hi] = private != self.private
 
 
 class Tlb:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kvm.lpage import LEVELS as WIDENED
-from .mmu import Attributes
+from .gfn_arrays import Attributes
 from .slots import LEVELS, LPAGE_MIXED, MemSlot
 
 
