@@ -35,6 +35,7 @@ test: .venv/test.stamp
 
 lint: .venv/test.stamp
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
 # A process a CPU.  A file stays in one of them, since its tests share what they have computed.

@@ -58,7 +58,8 @@ class Fuzz:
             "edit": self._text, "paste": self._text, "move": self._move, "choose": self._choose, "load": self._load,
             "versus": self._load, "show": self._show, "take": self._take, "position": self._position,
         }  # fmt: skip
-        message = {"do": do, **makers.get(do, lambda _: {})(bench)}
+        made = makers[do](bench) if do in makers else {}
+        message = {"do": do, **made}
         if pick < 0.35:
             for _ in range(self.random.randint(1, 2)):
                 message[self.random.choice(FIELDS)] = self.random.choice(ODD)
@@ -71,7 +72,9 @@ class Fuzz:
         kind = random.randrange(5)
         if kind == 0:
             run = random.choice(self.runs)
-            text = random.choice([run.code, run.text(), "".join(f"> {line}\n" for line in run.text().splitlines())])
+            text = random.choice(
+                [run.code, run.text(), "".join(f"> {line}\n" for line in run.text().splitlines())]
+            )
         elif kind == 1:
             calls = [random.choice(CALLS).name for _ in range(random.randint(1, 12))]
             text = f"{random.choice(SECTIONS)}:\n" + "".join(f"    {call}()\n" for call in calls)
@@ -105,7 +108,11 @@ class Fuzz:
         return {**where, self.random.choice(["by", "by", "to"]): self.random.randint(-4, 20)}
 
     def _choose(self, bench: Workbench) -> dict[str, Any]:
-        offers = {"platform": list(PLATFORMS), "backing": list(BACKINGS), "scenario": [*SMALL, *SMALL, *SCENARIOS]}
+        offers = {
+            "platform": list(PLATFORMS),
+            "backing": list(BACKINGS),
+            "scenario": [*SMALL, *SMALL, *SCENARIOS],
+        }
         names = self.random.sample(list(offers), self.random.randint(0, 3))
         return {name: self.random.choice(offers[name]) for name in names}
 

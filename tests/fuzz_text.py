@@ -68,7 +68,9 @@ def near(rng: random.Random) -> str:
             case 4:
                 lines[at] = changed(rng, lines[at], "".join(map(chr, range(32, 127))) + ODD)
             case 5:
-                lines.insert(at, f"{' ' * rng.randrange(9)}{rng.choice(TOKENS)}{rng.choice(('', '()', ':', '():'))}")
+                lines.insert(
+                    at, f"{' ' * rng.randrange(9)}{rng.choice(TOKENS)}{rng.choice(('', '()', ':', '():'))}"
+                )
             case 6:
                 lines[at] = rng.choice(("> ", ">> ", "+", "\t", "// ", "/* ")) + lines[at]
             case _:
@@ -103,7 +105,9 @@ def texts(count: int, rng: random.Random) -> Counts:
             if n % 20 == 0:
                 if Design.parse(design.canonical()).digest != design.digest:
                     found[f"{BAD}another canonical text"] += 1
-                if (again := patched(*patch_of(design))).digest != design.digest or again.backing != design.backing:
+                if (
+                    again := patched(*patch_of(design))
+                ).digest != design.digest or again.backing != design.backing:
                     found[f"{BAD}another edit"] += 1
         except DesignError as refused:
             found["refused"] += 1
@@ -146,7 +150,11 @@ def runs() -> list[Trace]:
 def changed(rng: random.Random, text: str, letters: str = LETTERS) -> str:
     """The text with one character changed, missing, or more."""
     at = rng.randrange(len(text) + 1)
-    return text[:at] + rng.choice(("", rng.choice(letters), rng.choice(letters) + text[at : at + 1])) + text[at + 1 :]
+    return (
+        text[:at]
+        + rng.choice(("", rng.choice(letters), rng.choice(letters) + text[at : at + 1]))
+        + text[at + 1 :]
+    )
 
 
 def cut(rng: random.Random, text: str) -> str:
@@ -204,7 +212,9 @@ def says_no_more(given: str, diagram: str) -> bool:
     Spaces, line breaks, quote marks and the length of a rule make no difference here; the columns are tested
     by themselves.
     """
-    plain = [re.sub(r"(?m)^(?:>[> ]*)|-{3,}", "", text[: text.index("kvmlab:2:")]) for text in (given, diagram)]
+    plain = [
+        re.sub(r"(?m)^(?:>[> ]*)|-{3,}", "", text[: text.index("kvmlab:2:")]) for text in (given, diagram)
+    ]
     above, drawn = ("".join(text.split()) for text in plain)
     return above.endswith(drawn) or not re.search(r"=>|\(amodel,nothardware\)|\dsteps?,\d+switch", above)
 

@@ -15,7 +15,9 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +40,7 @@ from kvmlab.emulator.guest_memfd import FLAG_INIT_SHARED, FLAG_MMAP, GuestMemfd,
 from kvmlab.emulator.place import STATES
 from kvmlab.errors import shown
 from kvmlab.hw.snp import Rmpupdate
+from kvmlab.hw.tdx.entry import State
 
 P, M2, T4, NEAR = 4096, 1 << 21, 1 << 42, 1 << 13  # gfns beyond the last are not looked at
 REFUSALS = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.EEXIST, errno.EFAULT, errno.ENODEV)
@@ -45,9 +48,9 @@ REFUSALS = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.EEXIST, errno.EFA
 OVER = (KernelBug, PlatformError, Deadlock, RmpFault, MachineCheck, GuestSpins, VmDead)
 FAR = (1 << 52, 1 << 64, 1 << 80, 10**5000)
 NO_NUMBER = (None, True, 1.5, "0", b"0", [0], 2 + 0j, object(), np.float64(4096), np.array([1, 2]))
-NO_FLAG = (None, 1, 0, "yes", "", [], 1.0, np.int64(1))
+NO_FLAG: tuple[Any, ...] = (None, 1, 0, "yes", "", [], 1.0, np.int64(1))
 NO_BYTES = (None, "text", 5, [1, 2], {1: 2}, object())
-NO_WORD = (None, 5, "nope", b"read", [], {}, np.array([1, 2]), "x" * 10_000)
+NO_WORD: tuple[Any, ...] = (None, 5, "nope", b"read", [], {}, np.array([1, 2]), "x" * 10_000)
 SNP = {"psc_msr", "psc_buffer", "pvalidate", "pvalidate_range", "rmpadjust"}
 TDX = {"accept", "accept_range", "map_gpa"}
 CONSTRUCTOR = {
@@ -72,18 +75,23 @@ class Run:
 
     vm: Vm
     rng: random.Random
-    files: list
-    mappings: list = field(default_factory=list)
-    gfns: list = field(default_factory=list)
-    pfns: list = field(default_factory=list)
-    trail: list = field(default_factory=list)
-    faults: list = field(default_factory=list)
-    ends: Counter = field(default_factory=Counter)
+    files: list[Any]
+    mappings: list[Any] = field(default_factory=list)
+    gfns: list[Any] = field(default_factory=list)
+    pfns: list[Any] = field(default_factory=list)
+    trail: list[Any] = field(default_factory=list)
+    faults: list[Any] = field(default_factory=list)
+    ends: Counter[str] = field(default_factory=Counter)
     over: bool = False
 
     # Arguments: mostly good, else of the wrong type, or of the right type and without meaning.
 
-    def pick(self, good, wrong=(), meaningless=()):
+    def pick(
+        self,
+        good: list[Any] | tuple[Any, ...],
+        wrong: tuple[Any, ...] = (),
+        meaningless: Sequence[bytes] | tuple[Any, ...] = (),
+    ) -> Any:
         dice, value = self.rng.random(), self.rng.choice(good)
         if dice < 0.03 and wrong:
             return Bad(self.rng.choice(wrong))
@@ -93,55 +101,55 @@ class Run:
             return self.rng.choice((np.int64, np.int32))(value)
         return np.bool_(value) if dice > 0.9 and type(value) is bool else value
 
-    def gpas(self):
+    def gpas(self) -> list[int]:
         """Guest addresses that matter: ends of memslots and something between, seldom something far away."""
         found = [
             gfn * P for slot in self.vm.slots for gfn in (slot.base, slot.base + 1, slot.end - 1, slot.end)
         ]
         return [1 << 30, 1 << 40, T4 - P] if not found or self.rng.random() < 0.001 else found
 
-    def page(self):
+    def page(self) -> Any:
         return self.pick(self.gpas(), NO_NUMBER, (-P, -1, 1, 2048, T4 + P, *FAR))
 
-    def gpa(self):
+    def gpa(self) -> Any:
         return self.pick(
             [gpa + at for gpa in self.gpas() for at in (0, 8, 4090)], NO_NUMBER, (-P, -1, T4 + P, *FAR)
         )
 
-    def size(self):
+    def size(self) -> Any:
         return self.pick((P, P, 0, 2 * P, 4 * P, M2, 600 * P), NO_NUMBER, (-P, 1, 4095, T4 + P, *FAR))
 
-    def count(self, *good, over):
+    def count(self, *good: int, over: int) -> Any:
         return self.pick(good, NO_NUMBER, (-1, over, *FAR))
 
-    def n(self):
+    def n(self) -> Any:
         return self.count(0, 1, 7, 64, 4096, 9000, over=1 << 31)
 
-    def flag(self):
+    def flag(self) -> Any:
         return self.pick((True, False), NO_FLAG)
 
-    def data(self, *lengths, over=()):
+    def data(self, *lengths: int, over: tuple[int, ...] = ()) -> Any:
         return self.pick(
             [bytes([self.rng.randrange(256)]) * n for n in lengths], NO_BYTES, [bytes(n) for n in over]
         )
 
-    def pfn(self):
+    def pfn(self) -> Any:
         return self.count(self.rng.randrange(self.vm.next_pfn), over=1 << 27)
 
-    def word(self, *words):
+    def word(self, *words: State | str) -> Any:
         return self.pick(words, NO_WORD)
 
-    def register(self):
+    def register(self) -> Any:
         values = (0, P, M2, 1 << 47, (1 << 47) + P, (1 << 52) - P, (1 << 64) - P, self.rng.getrandbits(64))
         return self.pick((*values, *self.gpas()), NO_NUMBER, (-1, 1 << 64, 10**5000))
 
-    def number(self, *good):
+    def number(self, *good: int) -> Any:
         """What KVM looks at itself."""
         return self.pick(good, NO_NUMBER, (1 << 64, -(1 << 70), 10**5000))
 
     # Calls: the method, its arguments by place and by name.
 
-    def guest(self):
+    def guest(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         vm = self.vm
         index = self.count(*range(len(vm.mmu.tlbs)), over=99)
         vmpl = self.count(0, *[1] * (vm.has_rmp and self.rng.random() < 0.05), over=4)
@@ -177,7 +185,7 @@ class Run:
         method = self.rng.choice(sorted(set(calls) - (strange if self.rng.random() < 0.95 else set())))
         return getattr(vm.guest(index, vmpl), method), calls[method]
 
-    def host(self):
+    def host(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         calls = {
             "read": (self.gpa(), self.n()),
             "write": (self.gpa(), self.data(0, 1, 6, 64, P, 5000)),
@@ -192,7 +200,7 @@ class Run:
         method = self.rng.choice(sorted(calls))
         return getattr(self.vm.host, method), calls[method]
 
-    def file(self):
+    def file(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         offset, size = self.number(0, P, 3 * P, M2, -P, 7), self.number(P, 4 * P, M2, 0, -P, 7)
         if not self.files or self.rng.random() < 0.1:
             return self.vm.create_guest_memfd, (size, self.number(0, FLAG_MMAP | FLAG_INIT_SHARED, 8))
@@ -201,7 +209,7 @@ class Run:
         method = self.rng.choice(["allocate", "punch_hole", "fallocate"] * 3 + ["mmap"] * 3 + ["close"])
         return getattr(self.rng.choice(self.files), method), calls[method]
 
-    def mapping(self):
+    def mapping(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         if not self.mappings:
             return self.file()
         offset, mapping = self.count(0, 9, 5 * P, 1 << 40, over=1 << 63), self.rng.choice(self.mappings)
@@ -209,11 +217,11 @@ class Run:
         method = self.rng.choice(sorted(calls))
         return getattr(mapping, method), calls[method]
 
-    def ioctl(self):
+    def ioctl(self) -> tuple[Callable[..., Any], tuple[Any, Any, Any]]:
         gpa, size = self.number(*self.gpas(), -P, 1), self.number(P, 4 * P, M2, 600 * P, 0, 7, 1 << 34)
         return self.vm.set_memory_attributes, (gpa, size, self.flag())
 
-    def region(self):
+    def region(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         file = self.rng.choice((None, "file", *self.files * 3))
         slot, gpa = self.number(0, 1, 2, 3, 70_000, -1), self.number(*self.gpas(), 1 << 30, -P, 7)
         return self.vm.set_user_memory_region2, (
@@ -224,11 +232,11 @@ class Run:
             self.number(0, P, -P, 5),
         )
 
-    def old_region(self):
+    def old_region(self) -> tuple[Callable[..., Any], tuple[Any, Any, Any]]:
         slot, size = self.number(0, 1, 9, -1), self.number(0, P, 4 * P, 7)
         return self.vm.set_user_memory_region, (slot, self.number(*self.gpas(), -P), size)
 
-    def script(self):
+    def script(self) -> Any:
         vm, codes = self.vm, (None, 4, "FAIL")
         at = self.count(0, 1, 5, over=-5)
         return self.rng.choice([
@@ -246,12 +254,21 @@ class Run:
         ])  # fmt: skip
 
 
-OFTEN = {"guest": 6, "host": 3, "file": 1, "mapping": 1, "ioctl": 2, "region": 1, "old_region": 1, "script": 2}
+OFTEN = {
+    "guest": 6,
+    "host": 3,
+    "file": 1,
+    "mapping": 1,
+    "ioctl": 2,
+    "region": 1,
+    "old_region": 1,
+    "script": 2,
+}
 CALLS = [name for name, times in OFTEN.items() for _ in range(times)]
 VMM = ("file", "ioctl", "region", "old_region")  # whose errors are checked before anything is done
 
 
-def some_vm(rng):
+def some_vm(rng: random.Random) -> tuple[Vm, dict[str, Any]]:
     """A Vm of any kind, and the arguments that made it."""
     more = {
         "platform": rng.choice(("snp", "snp", "tdx", "sev", "sw")), "design": rng.choice(shipped("all")),
@@ -274,7 +291,7 @@ def some_vm(rng):
 # What a call may change, and what it has changed.
 
 
-def named(run, call, args):
+def named(run: Run, call: Any, args: list[Any]) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
     """The gfns and the PFNs that a call names, with the 2M around them."""
     vm, gfns, pfns = run.vm, [], []
     numbers = [int(a) for a in args if isinstance(a, int | np.integer) and not isinstance(a, bool)]
@@ -301,11 +318,11 @@ def named(run, call, args):
     return gfns, [(lo - 512, hi + 512) for lo, hi in pfns]
 
 
-def looked_at(vm):
+def looked_at(vm: Vm) -> dict[str, Any]:
     """What of a Vm a call may change, part by part."""
     end, tdx = vm.next_pfn, vm.tdx
     slots = [slot for space in vm._spaces for slot in space]
-    files = {id(slot.gmem): slot.gmem for slot in slots if slot.gmem}
+    files: dict[int, Any] = {id(slot.gmem): slot.gmem for slot in slots if slot.gmem}
     seen = {
         "pages": contents(vm),
         "attributes": vm.attributes.private[:NEAR].copy(),
@@ -326,9 +343,9 @@ def looked_at(vm):
     return seen
 
 
-def contents(vm):
+def contents(vm: Vm) -> dict[int, list[Any]]:
     """The bytes of each page and dirty line that somebody wrote, by PFN."""
-    memory = vm.memory
+    memory: Any = vm.memory
     if vm.tdx:
         return {pfn: [bytes(page)] for pfn, page in memory.plain.items()} | {
             pfn: list(x) for pfn, x in memory.lines.items()
@@ -339,7 +356,7 @@ def contents(vm):
     return found
 
 
-def changed(before, after):
+def changed(before: Any, after: Any) -> list[int]:
     """Where two parts differ: PFNs or gfns."""
     if isinstance(before, dict):
         return [at for at in before.keys() | after.keys() if before.get(at) != after.get(at)]
@@ -348,19 +365,17 @@ def changed(before, after):
     return np.flatnonzero(old != new).tolist()
 
 
-def same(before, after):
+def same(before: Any, after: Any) -> bool:
     return before == after if isinstance(before, str | list) else not changed(before, after)
 
 
-def of_the_right_size(vm):
+def of_the_right_size(vm: Vm) -> bool:
     """Every page has 4096 bytes, every line 64."""
     if vm.tdx:
-        pages = vm.memory.plain.values()
+        memory: Any = vm.memory
+        pages = memory.plain.values()
         lines = [
-            line.content
-            for page in vm.memory.lines.values()
-            for line in page
-            if isinstance(line.content, bytes)
+            line.content for page in memory.lines.values() for line in page if isinstance(line.content, bytes)
         ]
     else:
         pages = vm.memory.pages.values()
@@ -368,11 +383,11 @@ def of_the_right_size(vm):
     return {len(page) for page in pages} <= {P} and {len(line) for line in lines} <= {64}
 
 
-def empty(page):
+def empty(page: Any) -> Any:
     return page is None or not any(any(piece) for piece in page if isinstance(piece, bytes))
 
 
-def judge(run, before, after, refused):
+def judge(run: Run, before: dict[str, Any], after: dict[str, Any], refused: bool) -> Iterator[Any]:
     """What the calls that have just ended left behind and should not have."""
     vm = run.vm
     if refused and vm.on_row is None:
@@ -382,8 +397,8 @@ def judge(run, before, after, refused):
         for lo, hi in ranges:
             strays = strays[(strays < lo) | (strays >= hi)]
         # A page that was cleared for its next user may be anybody's.
-        strays = [at for at in strays.tolist() if part != "pages" or not empty(after[part].get(at))]
-        yield from (f"{part} at {at:#x} changed" for at in strays[:1])
+        left = [at for at in strays.tolist() if part != "pages" or not empty(after[part].get(at))]
+        yield from (f"{part} at {at:#x} changed" for at in left[:1])
     if not of_the_right_size(vm):
         yield "a page or a line has another size than before"
     if min(vm.counters.values(), default=0) < 0:
@@ -392,7 +407,7 @@ def judge(run, before, after, refused):
         yield f"{vm.threads[0].name} still holds {vm.threads[0].held}"
 
 
-def step(run, nested=False):
+def step(run: Run, nested: bool = False) -> None:
     """One call, and what it left behind."""
     kind = run.rng.choice(CALLS)
     call, args = getattr(run, kind)()
@@ -426,7 +441,7 @@ def step(run, nested=False):
         run.gfns, run.pfns = [], []
 
 
-def wrong_vm(run):
+def wrong_vm(run: Run) -> None:
     """The constructor with one argument that has no meaning."""
     name = run.rng.choice(sorted(CONSTRUCTOR))
     wrong = {**({} if name == "slots" else {"pages": 4}), name: run.rng.choice(CONSTRUCTOR[name])}
@@ -440,7 +455,7 @@ def wrong_vm(run):
         run.faults.append(f"took what has no meaning: Vm({shown(wrong)})")
 
 
-def sequence(seed, calls=30):
+def sequence(seed: int, calls: int = 30) -> Run:
     """One Vm and its calls, up to the first that goes wrong; in some, another CPU acts between the rows."""
     rng = random.Random(seed)
     vm, more = some_vm(rng)
@@ -454,12 +469,14 @@ def sequence(seed, calls=30):
     return run
 
 
-def main():
+def main() -> Any:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sequences", type=int)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    ends, faults, start = Counter(), [], time.time()
+    ends: Counter[str] = Counter()
+    faults: list[str] = []
+    start = time.time()
     for number in range(options.sequences):
         run = sequence(options.seed * 1_000_000 + number)
         ends += run.ends

@@ -80,8 +80,8 @@ def changes(node: ast.AST) -> Iterator[Change]:
             yield node, "op", ast.UAdd()  # + of a bool has its truth
         case ast.Constant(value=bool()):
             yield node, "value", not node.value
-        case ast.Constant(value=int()):
-            yield node, "value", node.value + 1
+        case ast.Constant(value=int(number)):
+            yield node, "value", number + 1
         case ast.If() | ast.IfExp() | ast.While() if isinstance(
             node.test, ast.Name | ast.Attribute | ast.Call
         ):
@@ -95,8 +95,9 @@ def changes(node: ast.AST) -> Iterator[Change]:
                 if ast.dump(row.elts[-1]) != ast.dump(after.elts[-1]):
                     yield row, "elts", [*row.elts[:-1], after.elts[-1]]
     for field in ("body", "orelse"):  # a statement that only has an effect is left out
-        block = getattr(node, field, None)
-        for i, statement in enumerate(block if isinstance(block, list) else ()):
+        found = getattr(node, field, None)
+        block: list[ast.stmt] = found if isinstance(found, list) else []
+        for i, statement in enumerate(block):
             if has_effect(statement):
                 yield node, field, [*block[:i], ast.Pass(lineno=statement.lineno), *block[i + 1 :]]
 

@@ -9,14 +9,20 @@ from kvmlab.model.step import Instr, Model
 from kvmlab.verdict.report import check_case
 from kvmlab.verdict.run import Case
 
-ONLY_READ = ("text", "row", "section")  # what a trace prints of an instruction; the search does not look at it
+ONLY_READ = (
+    "text",
+    "row",
+    "section",
+)  # what a trace prints of an instruction; the search does not look at it
 _known: dict[object, tuple[dict[str, str], bool]] = {}
 
 
 def identity(model: Model) -> object:
     """All of a model that a search depends on: equal for two models only if they have the same graph and verdicts."""
     kept = [field.name for field in fields(Instr) if field.name not in ONLY_READ]
-    programs = tuple((actor.key, tuple(_instr(instr, kept) for instr in actor.program)) for actor in model.actors)
+    programs = tuple(
+        (actor.key, tuple(_instr(instr, kept) for instr in actor.program)) for actor in model.actors
+    )
     cells = [(repr(cell), cell.domain, cell.shift) for cell in model.layout.cells]
     return programs, repr((cells, model.initial, model.conf, sorted(model.fatal))), model.quiet
 

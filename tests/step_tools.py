@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -27,20 +28,26 @@ class Machine:
     """A machine as some design and scenario need it.  Cells go by names as "tlb[CPU0, 0]", which `repr` gives."""
 
     def __init__(
-        self, scenario="tiny", platform="snp", design="upstream", backing="split", conf=(), **switches
-    ):
+        self,
+        scenario: str = "tiny",
+        platform: str = "snp",
+        design: str = "upstream",
+        backing: str = "split",
+        conf: Any = (),
+        **switches: bool,
+    ) -> None:
         model = build(Design.load(design), SCENARIOS[scenario], platform, backing, Switches(**switches))
         self.layout, self.conf = model.layout, replace(model.conf, **dict(conf))
         self.cells = {repr(cell): cell for cell in model.layout.cells}
 
-    def view(self, cells=(), choose=()) -> View:
+    def view(self, cells: Any = (), choose: tuple[int, ...] = ()) -> View:
         """A view of a state in which all other cells have the first value of their domain."""
         x = 0
         for name, value in dict(cells).items():
             x |= self.cells[name].code(value)
         return View(self.layout, x, self.conf, tuple(choose))
 
-    def run(self, step, *args, at=(), choose=()) -> Ran:
+    def run(self, step: Callable[..., Any], *args: Any, at: Any = (), choose: tuple[int, ...] = ()) -> Ran:
         """Take one step; `at` names the cells before it, `choose` picks among what it may choose from."""
         s = self.view(at, choose)
         try:

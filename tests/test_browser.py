@@ -86,12 +86,12 @@ def notebook(outputs: dict[str, str] | None = None, cells: Sequence[str] = CELLS
     import nbformat
 
     node = nbformat.v4
-    cells = [node.new_code_cell(source) for source in cells]
+    made = [node.new_code_cell(source) for source in cells]
     if outputs:
-        cells[0].execution_count = 1
-        cells[0].outputs = [node.new_output("execute_result", data=outputs, execution_count=1)]
+        made[0].execution_count = 1
+        made[0].outputs = [node.new_output("execute_result", data=outputs, execution_count=1)]
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    return str(nbformat.writes(node.new_notebook(cells=cells, metadata=kernel)))
+    return str(nbformat.writes(node.new_notebook(cells=made, metadata=kernel)))
 
 
 def stored_outputs() -> dict[str, str]:
@@ -383,7 +383,9 @@ def test_rows_still_to_come_can_be_read(live: Any, desk: Any, theme: str) -> Non
     live.focus()
     desk.keyboard.press("Home")
     desk.keyboard.press("ArrowRight")
-    contrasts = live.locator(".kvmlab-later td:not([title])").evaluate_all(CONTRAST)  # without the bar's glyphs
+    contrasts = live.locator(".kvmlab-later td:not([title])").evaluate_all(
+        CONTRAST
+    )  # without the bar's glyphs
     command(desk, "apputils:change-theme", theme="JupyterLab Light")
     desk.wait_for_function("() => document.body.dataset.jpThemeLight === 'true'")
     assert len(contrasts) > 20
@@ -500,7 +502,9 @@ def test_the_exercise_on_the_directmap_is_solved_with_alt_and_the_arrow(
     page: Any, lab: Lab, root: Path
 ) -> None:
     cells = json.loads((root / "notebooks/02_directmap_and_2m.ipynb").read_text(encoding="utf-8"))["cells"]
-    (exercise,) = ("".join(cell["source"]) for cell in cells if "kvmlab.workbench(" in "".join(cell["source"]))
+    (exercise,) = (
+        "".join(cell["source"]) for cell in cells if "kvmlab.workbench(" in "".join(cell["source"])
+    )
     (lab.folder / "exercise.ipynb").write_text(notebook(cells=[exercise, DONE]), encoding="utf-8")
     open_notebook(page, lab, "exercise.ipynb")
     command(page, "notebook:run-all-cells")

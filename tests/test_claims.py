@@ -1,12 +1,16 @@
 """The claims of the thread: every one has an answer, the answer comes from the model, and it says no more."""
 
+from __future__ import annotations
+
 import json
 import re
 from functools import cache
+from typing import Any
 
 import pytest
 
 from kvmlab import cli
+from kvmlab.design import Design
 from kvmlab.errors import InputError
 from kvmlab.machine.scenarios import SCENARIOS
 from kvmlab.verdict.claims import (
@@ -37,32 +41,32 @@ BENCH = Bench()
 class Swapped(Bench):
     """A bench on which one design is secretly another."""
 
-    def __init__(self, name, other):
+    def __init__(self, name: str, other: str) -> None:
         super().__init__(_done=BENCH._done)  # what is known of a design is known of it by any name
         self.name, self.other = name, other
 
-    def design(self, name):
+    def design(self, name: str) -> Design:
         return super().design(self.other if name == self.name else name)
 
 
 @cache
-def answer(claim):
+def answer(claim: Any) -> Any:
     return CLAIMS[claim].answer(BENCH)
 
 
-def test_every_claim_of_the_thread_is_there():
+def test_every_claim_of_the_thread_is_there() -> None:
     assert sorted(CLAIMS) == [f"C{n:02}" for n in range(1, 41)]
 
 
 @pytest.mark.parametrize("claim", ANSWERS)
-def test_a_claim_has_this_answer_and_shows_what_it_looked_at(claim):
+def test_a_claim_has_this_answer_and_shows_what_it_looked_at(claim: str) -> None:
     found = answer(claim)
     assert found.word == ANSWERS[claim]
     assert found.evidence
 
 
 @pytest.mark.parametrize("claim", ANSWERS)
-def test_an_answer_names_every_scenario_that_it_looked_at_and_no_other(claim):
+def test_an_answer_names_every_scenario_that_it_looked_at_and_no_other(claim: str) -> None:
     found = answer(claim)
     looked_at = {line.split(", ")[2] for line in found.evidence if line.count(", ") > 2} & set(SCENARIOS)
     cases = found.why.rpartition("[")[2].rstrip("]") if found.why.endswith("]") else ""
@@ -70,8 +74,10 @@ def test_an_answer_names_every_scenario_that_it_looked_at_and_no_other(claim):
     assert named & set(SCENARIOS) == looked_at
 
 
-def test_the_command_prints_every_claim_with_its_answer_and_evidence_when_asked_by_id(capsys, monkeypatch):
-    def claims(*arguments):
+def test_the_command_prints_every_claim_with_its_answer_and_evidence_when_asked_by_id(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def claims(*arguments: Any) -> Any:
         return cli.main(["claims", *arguments]), capsys.readouterr().out
 
     monkeypatch.setattr(Claim, "answer", lambda self, bench: answer(self.id))
@@ -82,11 +88,11 @@ def test_the_command_prints_every_claim_with_its_answer_and_evidence_when_asked_
     assert claims("C99")[0] == 2
 
 
-def test_a_question_is_answered_and_neither_confirmed_nor_refuted():
+def test_a_question_is_answered_and_neither_confirmed_nor_refuted() -> None:
     assert [claim for claim in ANSWERS if answer(claim).word == ANSWERED] == ["C10", "C11", "C20"]
 
 
-def test_what_only_a_transcription_shows_is_the_source_s_word_and_no_check_stands_behind_it():
+def test_what_only_a_transcription_shows_is_the_source_s_word_and_no_check_stands_behind_it() -> None:
     for claim in ("C09", "C16", "C25", "C40"):
         found = answer(claim)
         assert found.word == SOURCE
@@ -140,7 +146,7 @@ def test_what_only_a_transcription_shows_is_the_source_s_word_and_no_check_stand
         ("C39", "defer-to-fault", "defer-to-fault-takes-back"),
     ],
 )
-def test_another_design_in_its_place_changes_the_answer(claim, design, instead):
+def test_another_design_in_its_place_changes_the_answer(claim: str, design: str, instead: str) -> None:
     assert CLAIMS[claim].answer(Swapped(design, instead)).word != ANSWERS[claim]
 
 
@@ -155,51 +161,55 @@ def test_another_design_in_its_place_changes_the_answer(claim, design, instead):
     ],
 )
 def test_another_design_in_its_place_changes_what_is_said_to_a_question_or_of_a_source(
-    claim, design, instead, says
-):
+    claim: str, design: str, instead: str, says: str
+) -> None:
     assert says not in answer(claim).why
     assert says in CLAIMS[claim].answer(Swapped(design, instead)).why
 
 
-def test_the_hardware_test_going_private_is_an_rmp_fault_with_the_c_bit_and_a_shared_access_takes_no_fault():
+def test_the_hardware_test_going_private_is_an_rmp_fault_with_the_c_bit_and_a_shared_access_takes_no_fault() -> (
+    None
+):
     why = answer("C30").why
     assert "going shared a C=0 access after the return lands in restrictedmem's page, without an #NPF" in why
     assert "going private the first C=1 access takes #NPF 0x580000005 (RMP and ENC set)" in why
 
 
-def test_the_worst_case_for_16_gib_is_a_count_at_the_quoted_price():
+def test_the_worst_case_for_16_gib_is_a_count_at_the_quoted_price() -> None:
     why = answer("C36").why
     assert "4,194,304 RMPUPDATEs for 16 GiB in 4K" in why
     assert "if one takes the quoted 1 us, that is 4.2 s" in why
 
 
-def test_at_another_price_the_two_figures_do_not_agree(monkeypatch):
+def test_at_another_price_the_two_figures_do_not_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvmlab.emulator.costs.RMPUPDATE_SECONDS", 5e-6)
     assert CLAIMS["C36"].answer(Bench()).word == REFUTED
 
 
-def test_deferral_saves_nothing_of_what_the_guest_accepts():
+def test_deferral_saves_nothing_of_what_the_guest_accepts() -> None:
     assert (
         "0 where the guest accepts all memory at once, 0 where it accepts 2M at a time" in answer("C37").why
     )
 
 
 @pytest.mark.parametrize("scenario", ["discard", "discard-first", "discard-races"])
-def test_deferral_goes_with_a_discard_that_takes_the_page_out_of_the_file_before_it_makes_it_shared(scenario):
+def test_deferral_goes_with_a_discard_that_takes_the_page_out_of_the_file_before_it_makes_it_shared(
+    scenario: str,
+) -> None:
     design = BENCH.design("defer-to-fault")
     assert "host-rmp-fault" in BENCH.bad(design, scenario)
     assert BENCH.clean(out_of_the_file_first(design), scenario)
 
 
-def test_a_price_that_is_not_published_is_not_guessed():
+def test_a_price_that_is_not_published_is_not_guessed() -> None:
     assert "No other price is published" in answer("C19").why
     assert "What a zap costs nobody has published" in answer("C31").why
 
 
-def test_an_unknown_claim_is_refused_with_those_that_exist():
+def test_an_unknown_claim_is_refused_with_those_that_exist() -> None:
     with pytest.raises(InputError, match="unknown claim 'C99'; there are C01 to C40"):
         answers(["C99"])
 
 
-def test_an_answer_as_json_has_the_fields_that_scripts_know():
+def test_an_answer_as_json_has_the_fields_that_scripts_know() -> None:
     assert list(answer("C06").as_json()) == ["id", "who", "text", "answer", "why", "evidence"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ def error(text: str, **more: object) -> DesignError:
     return caught.value
 
 
-def test_an_unknown_call_is_shown_with_its_line_a_caret_and_near_names():
+def test_an_unknown_call_is_shown_with_its_line_a_caret_and_near_names() -> None:
     text = f"\n{ZAP}\n\n  > > rmpupdat(pfn)\n"
     assert str(error(text, name="my.kvm")) == (
         "my.kvm:4: unknown call 'rmpupdat'\n"
@@ -124,7 +126,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("text", BAD, ids=lambda text: text[:30].replace("\n", "/").replace("\0", "NUL"))
-def test_a_bad_text_is_refused_where_it_is_bad(text):
+def test_a_bad_text_is_refused_where_it_is_bad(text: str) -> None:
     message, line, allowed = BAD[text]
     wrong = error(text)
     assert message in wrong.message
@@ -132,23 +134,23 @@ def test_a_bad_text_is_refused_where_it_is_bad(text):
     assert allowed is None or allowed in wrong.allowed
 
 
-def test_bases_that_go_in_a_circle_are_refused():
+def test_bases_that_go_in_a_circle_are_refused() -> None:
     texts = {"a": "base: b\nrmpupdate()", "b": "base: a\nrmpupdate()"}
     assert "base cycle: a -> b -> a" in str(error("base: a\nrmpupdate()", base_loader=texts.get))
 
 
-def test_an_error_in_a_base_names_the_base():
+def test_an_error_in_a_base_names_the_base() -> None:
     assert error("base: a\nrmpupdate()", base_loader={"a": "rmpupdat()"}.get).name == "a"
 
 
 @pytest.mark.parametrize("line", ["x" * 200, "rmpupdate() " + "y" * 200, "é\x1b[31m" * 20, "\t" * 90 + "?"])
-def test_what_is_echoed_is_short_and_printable(line):
+def test_what_is_echoed_is_short_and_printable(line: str) -> None:
     text = line.replace("\x1b", "\u009b")
     shown = str(error(f"{ZAP}\n{text}")).splitlines()[1:3]
     assert all(len(part) <= 75 and part.isprintable() for part in shown)
 
 
-def test_the_caret_stands_under_the_fault_even_in_a_long_line():
+def test_the_caret_stands_under_the_fault_even_in_a_long_line() -> None:
     _, shown, caret, *_ = str(error("rmpupdate(" + "a, " * 60 + ") again()")).splitlines()
     assert shown[caret.index("^") :].startswith("again()")
 
@@ -162,38 +164,38 @@ def unloadable(which: object) -> DesignError:
     return caught.value
 
 
-def test_a_name_that_does_not_exist_gets_near_names():
+def test_a_name_that_does_not_exist_gets_near_names() -> None:
     assert "v8-post-hook" in unloadable("v8-post-hok").allowed
 
 
 @pytest.mark.parametrize("name", ["", "/", "a\0b", "<script>alert(1)</script>", "x" * 9000, "no/such.kvm"])
-def test_a_path_that_cannot_be_read_is_refused(name):
+def test_a_path_that_cannot_be_read_is_refused(name: str) -> None:
     assert unloadable(name).allowed
 
 
-def test_ten_megabytes_of_noise_are_refused(tmp_path):
+def test_ten_megabytes_of_noise_are_refused(tmp_path: Path) -> None:
     (tmp_path / "noise").write_bytes(bytes(range(256)) * 40_000)
     assert "more than 256 kB" in unloadable(tmp_path / "noise").message
 
 
 @pytest.mark.parametrize("data", [b"\xff\xfe", b"ok\n\x80", b"\x00" * 100, bytes(range(256))])
-def test_a_file_that_is_no_text_is_refused(tmp_path, data):
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "binary.kvm").write_bytes(data)
     assert unloadable(tmp_path / "binary.kvm").message
 
 
-def test_files_whose_bases_go_in_a_circle_are_refused(tmp_path):
+def test_files_whose_bases_go_in_a_circle_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.kvm").write_text("base: a\nrmpupdate()\n")
     assert "base cycle" in unloadable(tmp_path / "a.kvm").message
 
 
 @pytest.mark.parametrize("asked", [("zip",), ("ioctl", "secret"), ("ioctl", "private", "vax")])
-def test_rows_are_given_only_for_what_exists(asked):
+def test_rows_are_given_only_for_what_exists(asked: tuple[str, ...]) -> None:
     with pytest.raises(DesignError):
         Design.load("upstream").rows(*asked)
 
 
-def test_a_line_that_is_not_there_cannot_be_moved():
+def test_a_line_that_is_not_there_cannot_be_moved() -> None:
     with pytest.raises(DesignError):
         Design.load("upstream").move("fault", 99, 1)
 
@@ -210,7 +212,7 @@ def parses_or_says_why(text: str) -> None:
 
 
 @given(st.text())
-def test_any_text_is_a_design_or_an_error(text):
+def test_any_text_is_a_design_or_an_error(text: str) -> None:
     parses_or_says_why(text)
 
 
@@ -226,7 +228,7 @@ PIECES = [
 
 @settings(max_examples=300)
 @given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
-def test_any_mixture_of_the_language_s_pieces_is_a_design_or_an_error(text):
+def test_any_mixture_of_the_language_s_pieces_is_a_design_or_an_error(text: str) -> None:
     parses_or_says_why(text)
 
 
@@ -241,7 +243,7 @@ DEPTHS = ["", "  ", "    "]
 
 @settings(max_examples=300)
 @given(st.lists(st.tuples(st.sampled_from(DEPTHS), st.sampled_from(LINES)).map("".join), max_size=20))
-def test_lines_in_any_order_and_depth_are_a_design_or_an_error(lines):
+def test_lines_in_any_order_and_depth_are_a_design_or_an_error(lines: list[str]) -> None:
     parses_or_says_why("\n".join(lines))
 
 
@@ -255,7 +257,7 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("what", HIDDEN)
-def test_a_character_that_hides_what_is_read_is_refused(what):
+def test_a_character_that_hides_what_is_read_is_refused(what: str) -> None:
     text, told = HIDDEN[what]
     with pytest.raises(DesignError) as refused:
         Design.parse(text)
@@ -263,6 +265,6 @@ def test_a_character_that_hides_what_is_read_is_refused(what):
     assert all(char.isprintable() or char == "\n" for char in str(refused.value))
 
 
-def test_a_comment_may_be_in_any_script():
+def test_a_comment_may_be_in_any_script() -> None:
     title = "\u05e9\u05dc\u05d5\u05dd, gr\u00fc\u00dfe"
     assert Design.parse(f"// {title}\nbase: no-zap\n").title == title

@@ -1,5 +1,7 @@
 """Every design that ships: its verdicts are those that its file expects, as `Result:` lines of litmus tests are."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -30,7 +32,7 @@ EXPECTED = sorted(
 
 
 @pytest.mark.parametrize(("name", "platform", "where"), EXPECTED)
-def test_a_design_does_what_its_file_expects(name, platform, where):
+def test_a_design_does_what_its_file_expects(name: Any, platform: Any, where: Any) -> None:
     scenario, backing = _split(where)
     assert verdicts(name, platform, scenario, backing) == Design.load(name).expect[platform][where]
 
@@ -71,11 +73,19 @@ def test_a_check_is_shared_by_models_that_only_read_differently() -> None:
 
 
 def test_every_field_of_a_model_has_been_thought_of() -> None:
-    assert {f.name for f in fields(Model)} == {"layout", "actors", "initial", "conf", "fatal", "quiet", "title"}
+    assert {f.name for f in fields(Model)} == {
+        "layout",
+        "actors",
+        "initial",
+        "conf",
+        "fatal",
+        "quiet",
+        "title",
+    }
     assert {f.name for f in fields(Instr)} - set(ONLY_READ) <= OTHER_MODELS.keys()
 
 
-def has(design, scenario, backing):
+def has(design: Design, scenario: str, backing: str) -> bool:
     """Whether the design has a case of the scenario."""
     try:
         build(design, SCENARIOS[scenario], backing=backing)
@@ -85,14 +95,14 @@ def has(design, scenario, backing):
 
 
 @pytest.mark.parametrize("name", [*shipped("thread"), *shipped("variant")])
-def test_a_design_of_the_thread_expects_something_in_every_case_that_it_has(name):
+def test_a_design_of_the_thread_expects_something_in_every_case_that_it_has(name: str) -> None:
     design = Design.load(name)
     backings = [b for b in BACKINGS if design.backing in (None, b)]
     cases = {s if b == "split" else f"{s}/{b}" for s in SCENARIOS for b in backings if has(design, s, b)}
     assert set(design.expect["snp"]) == cases
 
 
-def test_expectations_name_only_properties_and_scenarios_that_exist():
+def test_expectations_name_only_properties_and_scenarios_that_exist() -> None:
     for name, platform, where in EXPECTED:
         scenario, backing = _split(where)
         assert scenario in SCENARIOS and backing in BACKINGS
@@ -100,7 +110,7 @@ def test_expectations_name_only_properties_and_scenarios_that_exist():
 
 
 @pytest.mark.parametrize("prop", BY_NAME)
-def test_each_property_is_broken_by_a_planted_design(prop):
+def test_each_property_is_broken_by_a_planted_design(prop: str) -> None:
     planted = [Design.load(name) for name in shipped("planted")]
     broken = [
         d.name for d in planted for lines in d.expect.values() for found in lines.values() if prop in found
@@ -116,12 +126,12 @@ BREAKS_ELSEWHERE = {
 
 
 @pytest.mark.parametrize("name", [name for name in shipped("planted") if name not in BREAKS_ELSEWHERE])
-def test_a_planted_design_breaks_something(name):
+def test_a_planted_design_breaks_something(name: str) -> None:
     assert any(found for lines in Design.load(name).expect.values() for found in lines.values())
 
 
 @pytest.mark.parametrize("name", shipped("planted"))
-def test_what_a_planted_design_breaks_its_base_does_not(name):
+def test_what_a_planted_design_breaks_its_base_does_not(name: str) -> None:
     planted = Design.load(name)
     base = Design.load(planted.base)
     for platform, lines in planted.expect.items():

@@ -372,7 +372,8 @@ def by_row(learner: Learner, a: int, x: int) -> list[Any]:
 
 def directly(learner: Learner, a: int, x: int) -> list[Any]:
     done: list[Any] = []
-    made, prefix = learner.model, ()
+    made = learner.model
+    prefix: tuple[int, ...] | None = ()
     while prefix is not None:
         view, enabled = run_step(made, made.actors[a], learner.pc[a], x, prefix)
         if enabled:

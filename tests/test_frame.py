@@ -57,7 +57,8 @@ def imports(package: Path) -> dict[str, dict[str, int]]:
 
     An import counts wherever it stands: in a function, or where only a type checker reads it.
     """
-    known, found = modules(package), {}
+    known = modules(package)
+    found: dict[str, dict[str, int]] = {}
     for name, path in known.items():
         here = (name if path.name == "__init__.py" else name.rpartition(".")[0]).split(".")
         mine: dict[str, int] = found.setdefault(name, {})

@@ -53,4 +53,5 @@ def test_no_load_is_refused() -> None:
 def test_the_picture_has_no_ground_of_its_own_so_that_it_glares_on_no_page() -> None:
     pytest.importorskip("matplotlib")
     figure = load_figure(LOADS)
-    assert figure.get_facecolor()[3] == figure.axes[0].get_facecolor()[3] == 0
+    alphas = [painted.get_facecolor()[-1] for painted in (figure, figure.axes[0])]
+    assert alphas == [0, 0]

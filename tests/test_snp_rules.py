@@ -1,5 +1,9 @@
 """The SNP hardware, rule by rule, without a VM."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 
 from kvmlab.hw import snp
@@ -13,7 +17,7 @@ OURS = snp.assigned_to(asid=1, gpa=7)
 VALIDATED = OURS._replace(validated=True)
 
 
-def guest(entry, enc, op, size="4K"):
+def guest(entry: RmpEntry, enc: bool, op: str, size: str = "4K") -> str:
     return snp.guest_access(entry, enc=enc, op=op, asid=1, gpa=7, size=size)
 
 
@@ -38,63 +42,67 @@ def guest(entry, enc, op, size="4K"):
         (VALIDATED._replace(size="2M"), True, "read", snp.NPF_RMP),
     ],
 )
-def test_a_guest_access_is_checked_as_the_apm_table_says(entry, enc, op, outcome):
+def test_a_guest_access_is_checked_as_the_apm_table_says(
+    entry: RmpEntry, enc: bool, op: str, outcome: str
+) -> None:
     assert guest(entry, enc, op) == outcome
 
 
-def test_ownership_is_checked_before_validated():
+def test_ownership_is_checked_before_validated() -> None:
     assert guest(OURS._replace(gpa=8), True, "read") == snp.NPF_RMP
 
 
-def test_the_size_check_works_both_ways():
+def test_the_size_check_works_both_ways() -> None:
     assert guest(VALIDATED, True, "read", size="2M") == snp.NPF_RMP
     assert guest(VALIDATED._replace(size="2M"), True, "read", size="2M") == snp.OK
 
 
 @pytest.mark.parametrize("mapping", ["4K", "2M"])
-def test_a_host_read_is_never_checked(mapping):
+def test_a_host_read_is_never_checked(mapping: str) -> None:
     assert snp.host_access("read", mapping=mapping, page=VALIDATED, region_assigned=True) == snp.OK
 
 
-def test_a_host_write_through_a_4k_mapping_asks_only_for_its_page():
+def test_a_host_write_through_a_4k_mapping_asks_only_for_its_page() -> None:
     assert snp.host_access("write", mapping="4K", page=HYPERVISOR, region_assigned=True) == snp.OK
     assert snp.host_access("write", mapping="4K", page=OURS, region_assigned=True) == snp.HOST_PF
 
 
 @pytest.mark.parametrize("op", ["write", "page-table"])
 @pytest.mark.parametrize("mapping", ["2M", "1G"])
-def test_a_host_write_through_a_large_mapping_asks_for_the_whole_region(mapping, op):
+def test_a_host_write_through_a_large_mapping_asks_for_the_whole_region(mapping: str, op: str) -> None:
     assert snp.host_access(op, mapping=mapping, page=HYPERVISOR, region_assigned=True) == snp.HOST_PF
     assert snp.host_access(op, mapping=mapping, page=HYPERVISOR, region_assigned=False) == snp.OK
 
 
-def test_the_written_page_is_a_part_of_its_region():
+def test_the_written_page_is_a_part_of_its_region() -> None:
     assert snp.host_access("write", mapping="2M", page=OURS, region_assigned=False) == snp.HOST_PF
 
 
 @pytest.mark.parametrize(("mapping", "outcome"), [("4K", snp.OK), ("2M", snp.NPF_RMP), ("1G", snp.NPF_RMP)])
-def test_a_shared_guest_write_through_a_large_mapping_asks_for_the_whole_region(mapping, outcome):
+def test_a_shared_guest_write_through_a_large_mapping_asks_for_the_whole_region(
+    mapping: str, outcome: str
+) -> None:
     write = dict(enc=False, op="write", asid=1, gpa=7, size=mapping)
     assert snp.guest_access(HYPERVISOR, **write, region_assigned=True) == outcome
     assert snp.guest_access(HYPERVISOR, **write) == snp.OK
 
 
 @pytest.mark.parametrize("mapping", ["4K", "2M", "1G"])
-def test_a_shared_guest_write_to_an_assigned_page_faults_through_any_mapping(mapping):
+def test_a_shared_guest_write_to_an_assigned_page_faults_through_any_mapping(mapping: str) -> None:
     assert guest(OURS, False, "write", mapping) == snp.NPF_RMP
 
 
 @pytest.mark.parametrize(("op", "entry"), [("read", VALIDATED), ("pvalidate", OURS)])
-def test_an_access_that_must_be_private_does_not_ask_for_the_region(op, entry):
+def test_an_access_that_must_be_private_does_not_ask_for_the_region(op: str, entry: RmpEntry) -> None:
     assert snp.guest_access(entry, enc=True, op=op, asid=1, gpa=7, region_assigned=True) == snp.OK
 
 
-def test_a_1g_mapping_is_taken_as_a_2m_one():
+def test_a_1g_mapping_is_taken_as_a_2m_one() -> None:
     assert guest(VALIDATED._replace(size="2M"), True, "read", "1G") == snp.OK
     assert guest(VALIDATED, True, "read", "1G") == snp.NPF_RMP
 
 
-def test_pvalidate_through_a_shared_mapping_is_a_nested_fault():
+def test_pvalidate_through_a_shared_mapping_is_a_nested_fault() -> None:
     assert guest(OURS, False, "pvalidate") == guest(HYPERVISOR, False, "pvalidate") == snp.NPF_RMP
 
 
@@ -112,7 +120,9 @@ def test_pvalidate_through_a_shared_mapping_is_a_nested_fault():
         (HYPERVISOR, False, "write", {"size": "2M"}, False),
     ],
 )
-def test_an_access_fails_for_its_size_alone_or_for_more(entry, enc, op, more, alone):
+def test_an_access_fails_for_its_size_alone_or_for_more(
+    entry: RmpEntry, enc: bool, op: str, more: dict[str, Any], alone: bool
+) -> None:
     assert snp.fails_for_size(entry, enc=enc, op=op, asid=1, gpa=7, **more) is alone
 
 
@@ -125,26 +135,26 @@ def test_an_access_fails_for_its_size_alone_or_for_more(entry, enc, op, more, al
         (VALIDATED, OURS._replace(asid=2)),
     ],
 )
-def test_rmpupdate_to_another_state_clears_validated(old, new):
+def test_rmpupdate_to_another_state_clears_validated(old: RmpEntry, new: RmpEntry) -> None:
     assert snp.rmpupdate(old, new) == (Rmpupdate.OK, new)
 
 
-def test_an_identical_rmpupdate_keeps_validated_unless_switched():
+def test_an_identical_rmpupdate_keeps_validated_unless_switched() -> None:
     assert snp.rmpupdate(VALIDATED, OURS) == (Rmpupdate.OK, VALIDATED)
     assert snp.rmpupdate(VALIDATED, OURS, identical_keeps_validated=False) == (Rmpupdate.OK, OURS)
 
 
-def test_an_identical_rmpupdate_keeps_vmsa_and_takes_immutable_from_the_new_state():
+def test_an_identical_rmpupdate_keeps_vmsa_and_takes_immutable_from_the_new_state() -> None:
     old = VALIDATED._replace(vmsa=True)
     assert snp.rmpupdate(old, OURS) == (Rmpupdate.OK, old)
     assert snp.rmpupdate(old, OURS._replace(immutable=True)) == (Rmpupdate.OK, old._replace(immutable=True))
 
 
-def test_rmpupdate_to_another_state_clears_vmsa():
+def test_rmpupdate_to_another_state_clears_vmsa() -> None:
     assert snp.rmpupdate(VALIDATED._replace(vmsa=True), OURS._replace(gpa=8))[1] == OURS._replace(gpa=8)
 
 
-def test_rmpupdate_of_an_immutable_entry_is_fail_permission():
+def test_rmpupdate_of_an_immutable_entry_is_fail_permission() -> None:
     assert snp.rmpupdate(RmpEntry(immutable=True, assigned=True, gpa=0), OURS)[0] == Rmpupdate.FAIL_PERMISSION
     assert snp.rmpupdate(OURS._replace(immutable=True), HYPERVISOR) == (
         Rmpupdate.FAIL_PERMISSION,
@@ -164,22 +174,24 @@ def test_rmpupdate_of_an_immutable_entry_is_fail_permission():
     ],
 )
 @pytest.mark.parametrize("old", [HYPERVISOR, VALIDATED, OURS._replace(immutable=True)])
-def test_rmpupdate_of_what_cannot_be_asked_for_is_fail_input_and_changes_nothing(old, new):
+def test_rmpupdate_of_what_cannot_be_asked_for_is_fail_input_and_changes_nothing(
+    old: RmpEntry, new: RmpEntry
+) -> None:
     assert snp.rmpupdate(old, new) == (Rmpupdate.FAIL_INPUT, old)
 
 
 @pytest.mark.parametrize("new", [HYPERVISOR, RmpEntry(gpa=0), RmpEntry(gpa=7, size="2M")])
-def test_deassigning_leaves_the_hypervisors_entry_whatever_gpa_and_size_say(new):
+def test_deassigning_leaves_the_hypervisors_entry_whatever_gpa_and_size_say(new: RmpEntry) -> None:
     assert snp.rmpupdate(VALIDATED, new) == (Rmpupdate.OK, HYPERVISOR)
 
 
-def test_firmware_owns_what_is_assigned_without_an_asid():
+def test_firmware_owns_what_is_assigned_without_an_asid() -> None:
     firmware = RmpEntry(assigned=True, gpa=0, immutable=True)
     assert snp.rmpupdate(OURS, firmware) == (Rmpupdate.OK, firmware)
 
 
 @pytest.mark.parametrize("size", ["4K", "2M"])
-def test_kvm_asks_for_a_guests_page_of_the_size_it_names(size):
+def test_kvm_asks_for_a_guests_page_of_the_size_it_names(size: str) -> None:
     assert snp.assigned_to(1, 7, size) == RmpEntry(True, 1, 7, size)
 
 
@@ -193,7 +205,7 @@ def test_kvm_asks_for_a_guests_page_of_the_size_it_names(size):
         (RmpEntry(True, 0, 0, immutable=True), "firmware immutable"),
     ],
 )
-def test_a_printed_entry_shows_every_flag_that_is_set(entry, text):
+def test_a_printed_entry_shows_every_flag_that_is_set(entry: RmpEntry, text: str) -> None:
     assert str(entry) == text
 
 
@@ -211,17 +223,17 @@ def test_a_printed_entry_shows_every_flag_that_is_set(entry, text):
         (Pvalidate.NOUPDATE, 255),
     ],
 )
-def test_a_result_has_its_number(code, number):
+def test_a_result_has_its_number(code: Pvalidate | Rmpupdate, number: int) -> None:
     assert code == number
 
 
-def test_psmash_keeps_owner_and_validated_and_wants_a_2m_entry():
+def test_psmash_keeps_owner_and_validated_and_wants_a_2m_entry() -> None:
     assert snp.psmash(VALIDATED._replace(size="2M")) == (Rmpupdate.OK, VALIDATED)
     assert snp.psmash(VALIDATED)[0] == Rmpupdate.FAIL_INPUT
     assert snp.psmash(RmpEntry(size="2M"))[0] == Rmpupdate.FAIL_INPUT  # of nobody
 
 
-def test_pvalidate_sets_and_rescinds_and_reports_no_update():
+def test_pvalidate_sets_and_rescinds_and_reports_no_update() -> None:
     assert snp.pvalidate(OURS, True) == (Pvalidate.OK, VALIDATED)
     assert snp.pvalidate(VALIDATED, False) == (Pvalidate.OK, OURS)
     assert snp.pvalidate(VALIDATED, True) == (Pvalidate.NOUPDATE, VALIDATED)
@@ -239,26 +251,26 @@ def test_pvalidate_sets_and_rescinds_and_reports_no_update():
         (Npf.VMPL, 36),
     ],
 )
-def test_npf_error_code_bits_have_their_numbers(bit, number):
+def test_npf_error_code_bits_have_their_numbers(bit: Npf, number: int) -> None:
     assert bit == 1 << number
 
 
-def test_an_rmp_fault_on_a_private_write_has_this_error_code():
+def test_an_rmp_fault_on_a_private_write_has_this_error_code() -> None:
     assert snp.npf_error_code(present=True, write=True, enc=True, rmp=True) == 0x5_8000_0007
 
 
-def test_a_miss_on_a_shared_read_has_this_error_code():
+def test_a_miss_on_a_shared_read_has_this_error_code() -> None:
     assert snp.npf_error_code(present=False, write=False, enc=False, rmp=False) == 0x1_0000_0004
 
 
 @pytest.mark.parametrize("table", [snp.GUEST_ACCESS, snp.HOST_ACCESS])
-def test_an_access_table_names_its_source_and_prints_every_row(table):
+def test_an_access_table_names_its_source_and_prints_every_row(table: Rules) -> None:
     assert "APM" in table.source
     assert len(table.text().splitlines()) == len(table.rows) + 3
 
 
 @pytest.mark.parametrize("module", [snp_entry, snp_pages])
-def test_every_rule_can_be_imported_from_the_face(module):
+def test_every_rule_can_be_imported_from_the_face(module: Any) -> None:
     rules = {
         name: rule
         for name, rule in vars(module).items()
@@ -268,14 +280,14 @@ def test_every_rule_can_be_imported_from_the_face(module):
     assert len(public) > 8 and all(getattr(snp, name) is rules[name] for name in public)
 
 
-def test_a_question_that_no_row_can_answer_names_what_would_be_allowed():
+def test_a_question_that_no_row_can_answer_names_what_would_be_allowed() -> None:
     with pytest.raises(ValueError, match="no op is fetch; it is one of read, write, page-table"):
         snp.host_access("fetch", mapping="4K", page=HYPERVISOR, region_assigned=False)
     with pytest.raises(ValueError, match="the inputs are a, not b"):
         Rules("spec", {"a": (1,)}, [(1, "x")])(b=1)
 
 
-def test_a_table_is_printed_as_the_manual_prints_it():
+def test_a_table_is_printed_as_the_manual_prints_it() -> None:
     table = Rules(
         "spec", {"a": (False, True), "b": (1, 2)}, [(False, ANY, "x"), (True, frozenset({2, 1}), "y")]
     )
@@ -289,26 +301,26 @@ def test_a_table_is_printed_as_the_manual_prints_it():
 
 
 @pytest.mark.parametrize("row", [(True, "x", "y"), (True,)])
-def test_a_row_of_another_length_is_refused(row):
+def test_a_row_of_another_length_is_refused(row: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError, match="does not have 1 inputs and an outcome"):
         Rules("spec", {"a": (False, True)}, [(False, "z"), row])
 
 
-def test_a_table_with_a_forgotten_case_is_refused():
+def test_a_table_with_a_forgotten_case_is_refused() -> None:
     with pytest.raises(ValueError, match="0 rows decide a=True"):
         Rules("spec", {"a": (False, True)}, [(False, "x")])
 
 
-def test_a_table_with_a_case_decided_twice_is_refused():
+def test_a_table_with_a_case_decided_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="2 rows decide a=True"):
         Rules("spec", {"a": (False, True)}, [(ANY, "x"), (True, "y")])
 
 
-def test_a_page_as_allocated_was_written_by_nobody_in_the_first_era():
+def test_a_page_as_allocated_was_written_by_nobody_in_the_first_era() -> None:
     assert Content("nobody", "plain", 0) == EMPTY and seen_by_guest(EMPTY, enc=True, encrypts=True) == "data"
 
 
-def test_a_read_with_the_wrong_c_bit_returns_noise():
+def test_a_read_with_the_wrong_c_bit_returns_noise() -> None:
     private, shared = Content("guest", GUEST_KEY, 0), Content("guest", "plain", 0)
     assert seen_by_guest(private, enc=True, encrypts=True) == "data"
     assert seen_by_guest(private, enc=False, encrypts=True) == "noise"
@@ -316,6 +328,6 @@ def test_a_read_with_the_wrong_c_bit_returns_noise():
     assert seen_by_guest(shared, enc=True, encrypts=False) == "data"
 
 
-def test_the_host_reads_ciphertext_of_what_the_guest_key_wrote():
+def test_the_host_reads_ciphertext_of_what_the_guest_key_wrote() -> None:
     assert not readable_by_host(Content("guest", GUEST_KEY, 0))
     assert readable_by_host(Content("guest", "plain", 0))

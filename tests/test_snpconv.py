@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import bench_engines
 import pytest
-from bench import bench_engines, snpconv
+import snpconv
 
 from kvmlab.explore import arrays, rows
 
@@ -19,7 +20,7 @@ STATES = {
 }
 
 
-def cases(*sizes: tuple[int, int]) -> Any:
+def cases(*sizes: tuple[int, int]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         ("P", "V", "order", "expected"),
         [(*size, order, expected) for size in sizes for order, expected in enumerate(STATES[size])],

@@ -4,7 +4,10 @@ For each leaf the checks that refuse are made to, two neighbours at a time, and 
 checks alone, by the reference Module, by a step of the explorer and by the emulator.
 """
 
+from __future__ import annotations
+
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from step_tools import Machine
@@ -58,7 +61,7 @@ UNBLOCKED_STATE = UNBLOCKED | {NL_BLOCKED: NL_MAPPED}
 NOT_TOGETHER = {Check.STATE, Check.BLOCKED}  # both ask for the entry's state
 
 
-def wrong_state(leaf):
+def wrong_state(leaf: Leaf) -> State:
     """A state in which a leaf does not take the entry; ACCEPT is told of it, and does not leave the TD."""
     return MAPPED if leaf in (*ADDS, Leaf.ACCEPT, Leaf.RANGE_UNBLOCK) else FREE
 
@@ -68,12 +71,13 @@ class ByTheChecks:
 
     checks = CHECKS
 
-    def __init__(self, leaf):
-        self.leaf, self.held = leaf, {}
-        self.told = {"td": LIVES.get(leaf, TdState()), "state": STATES.get(leaf, FREE)}
+    def __init__(self, leaf: Any) -> None:
+        self.leaf = leaf
+        self.held: dict[Lock, str] = {}
+        self.told: dict[str, Any] = {"td": LIVES.get(leaf, TdState()), "state": STATES.get(leaf, FREE)}
         self.told["children"] = Children.MAPPED if leaf == Leaf.PAGE_PROMOTE else Children.FREE
 
-    def spoil(self, check):
+    def spoil(self, check: Any) -> None:
         td, state = self.told["td"], self.told["state"]
         self.told |= {
             Check.TREE: {"armed": True},
@@ -99,10 +103,10 @@ class ByTheChecks:
         if check in HELD:
             self.held[HELD[check]] = EXCLUSIVE
 
-    def answer(self):
+    def answer(self) -> Answer:
         return answer(self.leaf, told(self.held, **self.told))
 
-    def rax(self):
+    def rax(self) -> Any:
         return self.answer().rax
 
 
@@ -114,7 +118,7 @@ class InTheModule:
 
     checks = MODULES
 
-    def __init__(self, leaf):
+    def __init__(self, leaf: Any) -> None:
         self.leaf, self.gpa, self.hpa, self.level = leaf, GPA, HPA, Level.PT
         if leaf in (Leaf.PAGE_DEMOTE, Leaf.PAGE_PROMOTE):
             self.level = Level.PD
@@ -135,11 +139,11 @@ class InTheModule:
         self.entry = self.td.entry(GPA, self.level)
 
     @property
-    def page(self):
+    def page(self) -> tuple[Level, int]:
         """The PAMT key of the page given, or else of what the entry points to."""
         return (Level.PT, self.hpa) if self.leaf in TAKES_PAGE else (Level.PT, self.entry.hpa)
 
-    def spoil(self, check):
+    def spoil(self, check: Any) -> None:
         module, td, vcpu = self.module, self.td, self.world.vcpu
         match check:
             case Check.TDR | Check.OP_STATE_LOCK | Check.EPOCH | Check.TREE:
@@ -185,7 +189,7 @@ class InTheModule:
             case Check.STEPPING:
                 vcpu.stepping = ZeroStep(6, (GPA,))
 
-    def rax(self):
+    def rax(self) -> Any:
         if self.leaf == Leaf.TRACK:
             return self.world.track().rax
         if self.leaf == Leaf.VP_ENTER:
@@ -222,15 +226,21 @@ class InASemanticStep:
     checks = KVMS
     machine = Machine("seamcall-busy", "tdx")
 
-    def __init__(self, leaf):
-        self.leaf, self.choose = leaf, ()
+    def __init__(self, leaf: Any) -> None:
+        self.leaf = leaf
+        self.choose: tuple[int, ...] = ()
         state, table = STATES.get(leaf, FREE), FREE if leaf == Leaf.SEPT_ADD else NL_MAPPED
-        self.at = {"sept_table": table, "sept[0]": state, "mode[CPU0]": "host", "mode[CPU1]": "host"}
+        self.at: dict[str, Any] = {
+            "sept_table": table,
+            "sept[0]": state,
+            "mode[CPU0]": "host",
+            "mode[CPU1]": "host",
+        }
         self.at |= {"pamt[P0]": "NDA" if state == FREE else "REG", "bepoch[P0]": Age.PREVIOUS}
 
-    def spoil(self, check):
+    def spoil(self, check: Any) -> None:
         entry = "sept_table" if self.leaf == Leaf.SEPT_ADD else "sept[0]"
-        above = {"sept_table": FREE}
+        above: dict[str, Any] = {"sept_table": FREE}
         self.at |= {
             Check.WALK: above,
             Check.ENTRY: {"entry_lock[0]": "CPU1"},
@@ -243,7 +253,7 @@ class InASemanticStep:
         }.get(check, {})
         self.choose = (1,) if check == Check.TREE else self.choose
 
-    def rax(self):
+    def rax(self) -> Any:
         steps = {
             Leaf.TRACK: (kvm_tdx.track,),
             Leaf.ACCEPT: (lambda s: answer(Leaf.ACCEPT, kvm_tdx.on_entry(s, 0)),),
@@ -265,7 +275,7 @@ class InTheEmulator:
 
     checks = EMULATORS
 
-    def __init__(self, leaf):
+    def __init__(self, leaf: Any) -> None:
         self.leaf, self.vm = leaf, Vm("tdx", 1024, private=True, vcpus=2)
         self.vm.guest().accept(0)
         self.kvm, self.module = self.vm.tdx, self.vm.tdx.module
@@ -276,10 +286,10 @@ class InTheEmulator:
         self.module.epochs = self.module.epochs._replace(td_epoch=5)
         self.gfn = 512 if leaf == Leaf.SEPT_ADD else 0
 
-    def put(self, state):
+    def put(self, state: State) -> None:
         self.module.states(0, 1)[0] = CODE[state]
 
-    def spoil(self, check):
+    def spoil(self, check: Any) -> None:
         match check:
             case Check.BUILT:
                 self.module.fatal = True
@@ -302,14 +312,14 @@ class InTheEmulator:
             case Check.PAGE:
                 self.module.pamt[self.pfn] = PageType.REG
 
-    def rax(self):
+    def rax(self) -> Any:
         if self.leaf == Leaf.ACCEPT:
             return self.kvm.accept(0, 0, 1).rax
         if self.leaf == Leaf.VP_ENTER:
             return self.enter()
         return self.kvm.seamcall(self.leaf, self.gfn, 1, self.pfn).rax
 
-    def enter(self):
+    def enter(self) -> int:
         try:
             self.kvm.enter(0)
         except TdxError as refused:
@@ -339,11 +349,11 @@ STATUSES = {
 }  # fmt: skip
 
 
-def named(case):
+def named(case: Any) -> Any:
     return case.__name__ if isinstance(case, type) else str(case)
 
 
-def alone(leaf, check):
+def alone(leaf: Leaf, check: Check) -> Any:
     """RAX where nothing else stands in a leaf's way."""
     situation = ByTheChecks(leaf)
     situation.spoil(check)
@@ -351,19 +361,21 @@ def alone(leaf, check):
 
 
 @pytest.mark.parametrize(("world", "leaf"), EACH, ids=named)
-def test_a_leaf_that_no_check_refuses_succeeds(world, leaf):
+def test_a_leaf_that_no_check_refuses_succeeds(world: type[Any], leaf: Leaf) -> None:
     assert world(leaf).rax() == 0
 
 
 @pytest.mark.parametrize(("world", "leaf", "check"), ALONE, ids=named)
-def test_every_check_of_a_leaf_matters(world, leaf, check):
+def test_every_check_of_a_leaf_matters(world: type[Any], leaf: Leaf, check: Check) -> None:
     spoilt = world(leaf)
     spoilt.spoil(check)
     assert spoilt.rax() == alone(leaf, check) != 0
 
 
 @pytest.mark.parametrize(("world", "leaf", "earlier", "later"), PAIRS, ids=named)
-def test_of_two_checks_that_both_fail_the_earlier_one_is_told(world, leaf, earlier, later):
+def test_of_two_checks_that_both_fail_the_earlier_one_is_told(
+    world: type[Any], leaf: Leaf, earlier: Check, later: Check
+) -> None:
     spoilt = world(leaf)
     spoilt.spoil(later)
     spoilt.spoil(earlier)
@@ -371,14 +383,14 @@ def test_of_two_checks_that_both_fail_the_earlier_one_is_told(world, leaf, earli
 
 
 @pytest.mark.parametrize(("leaf", "check"), [case[1:] for case in ALONE if case[0] is ByTheChecks], ids=named)
-def test_an_answer_says_which_check_has_refused(leaf, check):
+def test_an_answer_says_which_check_has_refused(leaf: Leaf, check: Check) -> None:
     situation = ByTheChecks(leaf)
     situation.spoil(check)
     assert situation.answer().by == check
 
 
 @pytest.mark.parametrize("check", STATUSES, ids=named)
-def test_a_check_has_its_status_whatever_the_leaf(check):
+def test_a_check_has_its_status_whatever_the_leaf(check: Check) -> None:
     leaves = [
         leaf
         for leaf, checks in CHECKS.items()
@@ -388,7 +400,7 @@ def test_a_check_has_its_status_whatever_the_leaf(check):
 
 
 @pytest.mark.parametrize("leaf", tuple(Leaf), ids=named)
-def test_a_leaf_has_a_check_for_each_lock_that_it_takes_and_for_no_other(leaf):
+def test_a_leaf_has_a_check_for_each_lock_that_it_takes_and_for_no_other(leaf: Leaf) -> None:
     of_a_lock = {lock: check for check, lock in HELD.items()} | {Lock.ENTRY: Check.ENTRY}
     taken = {lock for lock in Lock if LOCKS(leaf=leaf, lock=lock, armed=True)}
     assert {of_a_lock[lock] for lock in taken} == set(CHECKS[leaf]) & set(of_a_lock.values())
@@ -425,7 +437,9 @@ def test_a_leaf_has_a_check_for_each_lock_that_it_takes_and_for_no_other(leaf):
         (Leaf.SEPT_ADD, {Lock.PARENTS: EXCLUSIVE}, 0x8000020000000008),
     ],
 )
-def test_a_leaf_that_meets_a_taken_lock_is_busy_with_that_operand(leaf, held, rax):
+def test_a_leaf_that_meets_a_taken_lock_is_busy_with_that_operand(
+    leaf: Leaf, held: dict[Lock, str], rax: int
+) -> None:
     situation = ByTheChecks(leaf)
     situation.held, entry = held, EntryLock(taken=Lock.ENTRY in held)
     situation.told["entry_lock"] = entry
@@ -433,21 +447,21 @@ def test_a_leaf_that_meets_a_taken_lock_is_busy_with_that_operand(leaf, held, ra
 
 
 @pytest.mark.parametrize(("armed", "rax"), [(False, 0), (True, busy(Operand.SEPT_TREE))])
-def test_vp_enter_wants_the_tree_only_if_its_mitigation_is_armed(armed, rax):
+def test_vp_enter_wants_the_tree_only_if_its_mitigation_is_armed(armed: bool, rax: int) -> None:
     assert answer(Leaf.VP_ENTER, told({Lock.TREE: SHARED}, armed=armed)).rax == rax
 
 
 @pytest.mark.parametrize("said", [{"held": {Lock.TREE: EXCLUSIVE}}, {"armed": True}], ids=str)
-def test_where_nothing_else_is_said_nothing_else_is_in_the_way(said):
+def test_where_nothing_else_is_said_nothing_else_is_in_the_way(said: Any) -> None:
     assert answer(Leaf.VP_ENTER, told(**said)) == Answer(Status.SUCCESS) and Answer(Status.SUCCESS).rax == 0
 
 
-def test_a_situation_is_told_only_what_checks_ask_for():
+def test_a_situation_is_told_only_what_checks_ask_for() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'page_free'"):
         told(page_free=True)
 
 
-def test_an_answer_about_one_entry_says_what_state_it_has_then_refused_or_not():
+def test_an_answer_about_one_entry_says_what_state_it_has_then_refused_or_not() -> None:
     assert seamcall(Leaf.PAGE_REMOVE, MAPPED).state == MAPPED
     assert answer(Leaf.PAGE_REMOVE, told(state=MAPPED)).state is None
 
@@ -455,14 +469,14 @@ def test_an_answer_about_one_entry_says_what_state_it_has_then_refused_or_not():
 # Who asks reads no more than that.
 
 
-def cells_read(leaf, at):
+def cells_read(leaf: Leaf, at: dict[str, Any]) -> set[str]:
     machine = Machine(platform="tdx")
     s = machine.view(at)
     kvm_tdx.seamcall(s, leaf, 0)
     return {repr(cell) for cell in machine.layout.cells if cell.bits and s.reads & cell.mask}
 
 
-def test_a_step_reads_a_cell_only_if_a_check_asks_for_it():
+def test_a_step_reads_a_cell_only_if_a_check_asks_for_it() -> None:
     found = {"sept_table": NL_MAPPED}
     assert cells_read(Leaf.PAGE_REMOVE, {}) == {"sept_table"}
     assert cells_read(Leaf.PAGE_REMOVE, found | {"entry_lock[0]": "CPU1"}) == {"sept_table", "entry_lock[0]"}
@@ -474,7 +488,7 @@ def test_a_step_reads_a_cell_only_if_a_check_asks_for_it():
 # What the module's source says of corners.
 
 
-def test_of_a_page_inside_a_large_one_it_is_the_large_ones_pamt_entry_that_is_locked():
+def test_of_a_page_inside_a_large_one_it_is_the_large_ones_pamt_entry_that_is_locked() -> None:
     world = large(PENDING)
     world.module.hold(Lock.PAMT, (Level.PT, LARGE + 0x1000))
     assert (
@@ -485,13 +499,13 @@ def test_of_a_page_inside_a_large_one_it_is_the_large_ones_pamt_entry_that_is_lo
     assert world.sept_add(1 << 39, LARGE + 0x1000, Level.PML4).rax == busy(Operand.R8)
 
 
-def test_an_accept_on_a_4k_entry_is_not_in_the_way_of_the_next_table():
+def test_an_accept_on_a_4k_entry_is_not_in_the_way_of_the_next_table() -> None:
     world = InTheEmulator(Leaf.SEPT_ADD)
     world.kvm.vcpus[1].accepting = world.gfn
     assert world.rax() == 0
 
 
-def test_a_busy_answer_waits_for_an_accept_that_comes_as_far_as_the_lock():
+def test_a_busy_answer_waits_for_an_accept_that_comes_as_far_as_the_lock() -> None:
     vm = Vm("tdx", 1024, private=True)
     vm.fail(Leaf.ACCEPT)
     with pytest.raises(TdxError, match="OPERAND_BUSY"):
@@ -499,7 +513,7 @@ def test_a_busy_answer_waits_for_an_accept_that_comes_as_far_as_the_lock():
     assert vm.counters["ept-violation"] == 1
 
 
-def test_a_range_stops_at_the_entry_that_a_vcpu_in_accept_holds():
+def test_a_range_stops_at_the_entry_that_a_vcpu_in_accept_holds() -> None:
     vm = Vm("tdx", 64, private=True, vcpus=2)
     vm.guest().accept_range(0, 64 << 12)
     vm.tdx.vcpus[1].accepting = 9

@@ -1,6 +1,9 @@
 """The emulator's one run ends where the explorer says that such a run may end: the same programs, two guests."""
 
+from __future__ import annotations
+
 from itertools import takewhile
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,15 +19,20 @@ from kvmlab.kernel.directmap import ABSENT
 from kvmlab.kvm.mmu import large_leaf, leaf
 from kvmlab.machine.properties import FATAL
 from kvmlab.machine.scenarios import Discards, HostWrites, Scenario
+from kvmlab.model.state import View
 from kvmlab.verdict.report import as_design
 
 P = 4096
-LARGE = [name for name in (*shipped("thread"), *shipped("variant")) if "zap" not in name and name != "gmem-in-place"]
+LARGE = [
+    name
+    for name in (*shipped("thread"), *shipped("variant"))
+    if "zap" not in name and name != "gmem-in-place"
+]
 THERE, BACK = ("shared", "private"), ("shared", "private", "shared")
 AGAIN = (*BACK, "private")
 
 
-def property_of(wrong):
+def property_of(wrong: Any) -> str:
     """The property that the explorer charges for what ends a run of the emulator."""
     if isinstance(wrong, GuestSpins):  # an exit that is answered by running again is a dead guest, not a loop
         return "guest-killed" if "userspace re-enters" in wrong.why else "livelock"
@@ -40,7 +48,9 @@ def property_of(wrong):
 class Explored:
     """One vCPU alone: how the machine may look when all is quiet, and what may go wrong."""
 
-    def __init__(self, design, platform, backing, eras, discard=None):
+    def __init__(
+        self, design: str, platform: str, backing: str, eras: tuple[str, ...], discard: str | None = None
+    ) -> None:
         discards = (Discards(discard),) if discard else ()
         scenario = Scenario("alone", "", eras, racers=0, threads=discards)
         self.model = build(as_design(design), scenario, platform, backing)
@@ -51,17 +61,26 @@ class Explored:
         quiet = (self.model.view(self.graph.packed(i)) for i, q in enumerate(self.graph.quiet) if q)
         self.ends = {self._end(s) for s in quiet if s.era == len(eras) - 1 and s.guest[0] == "ready"}
 
-    def _end(self, s):
+    def _end(self, s: View) -> tuple[Any, ...]:
         pfn = s.conf.backing["private", 0]
         mapped = {None: None, s.conf.backing["shared", 0]: "S", pfn: "P"}[leaf(s, 0)]
         mapped = "P" if s.conf.in_place and mapped else mapped
         entry = s.rmp[pfn] if s.conf.has_rmp else None
         direct = (s.directmap[pfn] == ABSENT, not s.directmap_2m) if s.conf.has_rmp else (False, False)
         page = s.gmem[0] == "cached"
-        return s.attr[0], mapped, bool(entry and entry.assigned), bool(entry and entry.validated), *direct, page
+        return (
+            s.attr[0],
+            mapped,
+            bool(entry and entry.assigned),
+            bool(entry and entry.validated),
+            *direct,
+            page,
+        )
 
 
-def emulated(design, platform, backing, eras, discard="none"):
+def emulated(
+    design: Design | str, platform: str, backing: str, eras: tuple[str, ...], discard: str = "none"
+) -> tuple[tuple[Any, ...] | None, set[str]]:
     """The same of the emulator's run, None if it never ends; and what went wrong in it."""
     vm, bad = Vm(platform, 1, design, backing, vmm="rerun", discard=discard), set()
     guest = vm.guest()
@@ -89,7 +108,7 @@ def emulated(design, platform, backing, eras, discard="none"):
     return (attr, mapped, entry.assigned, entry.validated, *direct, page), bad
 
 
-def exists(name, backing):
+def exists(name: str, backing: str) -> bool:
     return Design.load(name).backing in (None, backing)
 
 
@@ -100,8 +119,10 @@ KINDS_OF_RUN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS_OF_RUN, ids=lambda kind: "-".join([*kind[:2], *kind[2][1:], *kind[3:]]))
-def test_one_run_of_any_design_leaves_what_the_explorer_reaches(kind):
+@pytest.mark.parametrize(
+    "kind", KINDS_OF_RUN, ids=lambda kind: "-".join([*kind[:2], *kind[2][1:], *kind[3:]])
+)
+def test_one_run_of_any_design_leaves_what_the_explorer_reaches(kind: Any) -> None:
     wrong = []
     for name in shipped("all"):
         if name.startswith("tdx-") or not exists(name, kind[1]):
@@ -115,7 +136,7 @@ def test_one_run_of_any_design_leaves_what_the_explorer_reaches(kind):
 # Texts near those that ship: a statement left out, moved, or put in.
 
 
-def statements(text, section):
+def statements(text: list[str], section: str) -> list[int]:
     """Where the statements of a section stand that are in no other."""
     lines = range(text.index(f"{section}:") + 1, len(text))
     own = takewhile(lambda i: not text[i] or text[i].startswith(" "), lines)
@@ -123,7 +144,7 @@ def statements(text, section):
 
 
 @st.composite
-def neighbours(draw):
+def neighbours(draw: Any) -> Any:
     base = Design.load(draw(st.sampled_from([name for name in LARGE if exists(name, "split")])))
     text = base.canonical().partition("\nexpect")[0].splitlines()
     for _ in range(draw(st.integers(1, 3))):
@@ -145,7 +166,9 @@ KINDS = [(THERE, None), (BACK, None), (AGAIN, None), (AGAIN, "after"), (BACK, "b
 
 @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 @given(neighbours(), st.sampled_from(["snp", "snp", "sw", "sev"]), st.sampled_from(KINDS))
-def test_a_text_near_one_that_ships_ends_alike_in_both(text, platform, kind):
+def test_a_text_near_one_that_ships_ends_alike_in_both(
+    text: str, platform: str, kind: tuple[tuple[str, ...], str | None]
+) -> None:
     eras, discard = kind
     try:
         explored = Explored(text, platform, "split", eras, discard)
@@ -164,23 +187,32 @@ SPLIT = Scenario("split", "", ("private", "shared"), racers=0, gfns=(0, 1), requ
 M2 = 1 << 21
 
 
-def large_ends(design, scenario):
+def large_ends(design: str, scenario: Scenario) -> set[tuple[tuple[Any, ...], tuple[Any, ...]]]:
     """Each child's attribute, leaf, and RMP entry, in the states in which all is quiet and both are used."""
     model = build(Design.load(design), scenario)
     graph = rows.search(model)
 
-    def child(s, gfn):
+    def child(s: Any, gfn: Any) -> Any:
         pfn = s.conf.backing["private", gfn]
         mapped = {None: None, pfn: "P"}.get(leaf(s, gfn), "S")
         entry = s.rmp[pfn]
-        return s.attr[gfn], mapped, large_leaf(s, gfn) is not None, entry.assigned, entry.size, entry.validated
+        return (
+            s.attr[gfn],
+            mapped,
+            large_leaf(s, gfn) is not None,
+            entry.assigned,
+            entry.size,
+            entry.validated,
+        )
 
     quiet = (model.view(graph.packed(i)) for i, q in enumerate(graph.quiet) if q)
     last = len(scenario.eras) - 1
-    return {(child(s, 0), child(s, 1)) for s in quiet if s.era == last and {s.guest[0], s.guest[1]} == {"ready"}}
+    return {
+        (child(s, 0), child(s, 1)) for s in quiet if s.era == last and {s.guest[0], s.guest[1]} == {"ready"}
+    }
 
 
-def large_run(design, splits):
+def large_run(design: str, splits: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The same of a 2M page in the emulator, for its first and its second 4K."""
     vm = Vm("snp", 512, design, private_2m=True, discard="after" if splits else "none")
     guest = vm.guest()
@@ -194,7 +226,7 @@ def large_run(design, splits):
         guest.write(0, b"first")
         guest.write(P, b"second")
 
-    def child(gfn):
+    def child(gfn: Any) -> Any:
         pfn, npt = vm.pfn(gfn * P, True), int(vm.mmu.leaves(gfn, gfn + 1)[0])
         mapped = None if not npt else "P" if (npt >> 1) - 1 == pfn else "S"
         entry = vm.rmp_entry(pfn)
@@ -206,10 +238,10 @@ def large_run(design, splits):
 
 @pytest.mark.parametrize("splits", [False, True])
 @pytest.mark.parametrize("design", LARGE)
-def test_a_2m_page_ends_as_the_explorer_s_does(design, splits):
+def test_a_2m_page_ends_as_the_explorer_s_does(design: str, splits: bool) -> None:
     assert large_run(design, splits) in large_ends(design, SPLIT if splits else ACCEPT)
 
 
-def test_the_comparison_finds_a_difference_where_there_is_one():
+def test_the_comparison_finds_a_difference_where_there_is_one() -> None:
     explored = Explored("upstream", "snp", "split", THERE)
     assert emulated("v8-post-hook", "snp", "split", THERE)[0] not in explored.ends

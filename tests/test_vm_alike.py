@@ -1,6 +1,9 @@
 """Many requests run as one are the same as one after another: state, TLBs, bytes, sequence count and counts."""
 
+from __future__ import annotations
+
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ P, M2 = 4096, 1 << 21
 PAGES = 4 * 512 + 200
 
 
-def play(seed, design, **more):
+def play(seed: int, design: str, **more: Any) -> tuple[Vm, list[str]]:
     """A guest that converts much at a time, in 4K or 2M entries; errors are part of what it does."""
     rng, said = random.Random(seed), []
     vm = Vm("snp", PAGES, design, **more)
@@ -22,7 +25,7 @@ def play(seed, design, **more):
         lo = rng.choice([0, 0, 1, 512, rng.randrange(PAGES)])
         gpa, size = lo * P, rng.choice([PAGES - lo, rng.randrange(1, PAGES - lo + 1)]) * P
         large, private = rng.random() < 0.5, rng.random() < 0.5
-        calls = [
+        calls: list[Any] = [
             guest.set_memory_encrypted,
             guest.set_memory_encrypted,
             guest.set_memory_decrypted,
@@ -41,7 +44,7 @@ def play(seed, design, **more):
     return vm, said
 
 
-def state(vm):
+def state(vm: Vm) -> tuple[Any, ...]:
     n = vm.next_pfn
     return (
         vm.rmp.state[:n].tolist(), vm.rmp.gfn[:n].tolist(), vm.attributes.get(0, PAGES).tolist(),
@@ -58,7 +61,7 @@ KINDS = [
 ]  # fmt: skip
 
 
-def compare(monkeypatch, seed, design, more):
+def compare(monkeypatch: pytest.MonkeyPatch, seed: int, design: str, more: dict[str, Any]) -> None:
     many, said = play(seed, design, **more)
     monkeypatch.setattr(alike, "MOST", 1)
     single, said_single = play(seed, design, **more)
@@ -70,19 +73,26 @@ def compare(monkeypatch, seed, design, more):
 @pytest.mark.parametrize("more", KINDS, ids=str)
 @pytest.mark.parametrize("design", ["upstream", "v8-post-hook"])
 @pytest.mark.parametrize("seed", range(2))
-def test_alike_requests_do_as_one_what_they_do_one_by_one(monkeypatch, design, more, seed):
+def test_alike_requests_do_as_one_what_they_do_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, design: str, more: dict[str, Any], seed: int
+) -> None:
     compare(monkeypatch, seed, design, more)
 
 
 @pytest.mark.parametrize("design", ["no-flush", "no-stale-test", *shipped()])
-def test_so_they_do_in_every_design(monkeypatch, design):
+def test_so_they_do_in_every_design(monkeypatch: pytest.MonkeyPatch, design: str) -> None:
     compare(monkeypatch, 124, design, {})
 
 
-def test_accepting_in_4k_requests_runs_few_of_them_and_counts_all(monkeypatch):
+def test_accepting_in_4k_requests_runs_few_of_them_and_counts_all(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     request = psc.request
-    monkeypatch.setattr(psc, "request", lambda *a: asked.append(a) or request(*a))
+
+    def noted(*a: Any) -> Any:
+        asked.append(a)
+        return request(*a)
+
+    monkeypatch.setattr(psc, "request", noted)
     vm = Vm("snp", 1 << 16)
     linux.accept(vm.guest(), 0, 1 << 28, large=False)
     assert len(asked) == 3 and vm.counters == dict.fromkeys(
@@ -90,7 +100,7 @@ def test_accepting_in_4k_requests_runs_few_of_them_and_counts_all(monkeypatch):
     ) | dict.fromkeys(("npf", "gmem-alloc", "rmpupdate", "pvalidate"), 1 << 16) | {"directmap-split": 128}
 
 
-def test_a_request_as_a_range_is_the_buffer_of_its_entries():
+def test_a_request_as_a_range_is_the_buffer_of_its_entries() -> None:
     one, other = Vm("snp", 2048), Vm("snp", 2048)
     for gfn, count, private, large in ((0, 64, True, False), (512, 3, True, True), (7, 9, False, False)):
         buffer = psc.entries(gfn, count, private, large)
@@ -100,14 +110,14 @@ def test_a_request_as_a_range_is_the_buffer_of_its_entries():
     assert np.array_equal(one.attributes.get(0, 2048), other.attributes.get(0, 2048))
 
 
-def test_while_somebody_looks_on_every_request_is_run_by_itself():
+def test_while_somebody_looks_on_every_request_is_run_by_itself() -> None:
     vm, seen = Vm("snp", 1024), []
     vm.on_row = lambda row: seen.append(row) if row.call == "kvm_vm_set_region_attr" else None
     linux.accept(vm.guest(), 0, 1024 * P, large=False)
     assert len(seen) == 1024 // linux.BATCH
 
 
-def test_a_status_that_nobody_injected_is_a_platform_error_as_in_the_explorer():
+def test_a_status_that_nobody_injected_is_a_platform_error_as_in_the_explorer() -> None:
     vm = Vm("snp", 1024, "v8-post-hook")
     vm.gmem.allocate(0, 1024 * P)
     for gfn in range(1024):
@@ -117,7 +127,7 @@ def test_a_status_that_nobody_injected_is_a_platform_error_as_in_the_explorer():
 
 
 @pytest.mark.parametrize("odd", ["attribute", "leaf", "entry", "failure", "tlb"])
-def test_a_page_in_another_situation_ends_the_run(odd):
+def test_a_page_in_another_situation_ends_the_run(odd: str) -> None:
     vm = Vm("snp", 1024)
     if odd == "attribute":
         vm.attributes.store(700, 701, True)

@@ -1,6 +1,9 @@
 """An array operation on a range is the same as its pages one after another: state, bytes and counts."""
 
+from __future__ import annotations
+
 import random
+from typing import Any
 
 import pytest
 
@@ -10,7 +13,7 @@ from kvmlab.hw.snp import PG_2M, PG_4K
 P, PAGES = 4096, 1200
 
 
-def play(seed, platform, design, **more):
+def play(seed: int, platform: str, design: str, **more: bool | str) -> tuple[Vm, list[str]]:
     """A program of random guest and host operations; errors are part of what it does."""
     rng, said = random.Random(seed), []
     vm = Vm(platform, PAGES, design, **more)
@@ -19,7 +22,7 @@ def play(seed, platform, design, **more):
         lo = rng.choice([0, 1, 511, 512, 513, rng.randrange(PAGES)])
         n = rng.choice([1, 2, 511, 512, 513, rng.randrange(1, PAGES)])
         gpa, size = lo * P, min(n, PAGES - lo) * P
-        calls = [
+        calls: list[Any] = [
             lambda a, s: guest.touch(a, s, rng.choice(["read", "write"])),
             guest.set_memory_encrypted,
             guest.set_memory_decrypted,
@@ -38,7 +41,7 @@ def play(seed, platform, design, **more):
     return vm, said
 
 
-def state(vm):
+def state(vm: Vm) -> tuple[Any, ...]:
     n = vm.next_pfn
     return (
         vm.rmp.state[:n].tolist(), vm.rmp.gfn[:n].tolist(), vm.attributes.get(0, PAGES).tolist(),
@@ -61,7 +64,9 @@ CASES = [
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("platform", "design", "more"), CASES)
-def test_runs_of_pages_do_what_single_pages_do(monkeypatch, platform, design, more, seed):
+def test_runs_of_pages_do_what_single_pages_do(
+    monkeypatch: pytest.MonkeyPatch, platform: str, design: str, more: dict[str, Any], seed: int
+) -> None:
     fast, said = play(seed, platform, design, **more)
     monkeypatch.setattr(walk, "SMALLEST", 1)
     monkeypatch.setattr(walk, "LARGEST", 1)
@@ -73,7 +78,9 @@ def test_runs_of_pages_do_what_single_pages_do(monkeypatch, platform, design, mo
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("platform", "design", "more"), CASES)
-def test_whatever_happens_the_machine_stays_consistent(platform, design, more, seed):
+def test_whatever_happens_the_machine_stays_consistent(
+    platform: str, design: str, more: dict[str, Any], seed: int
+) -> None:
     vm, _ = play(100 + seed, platform, design, **more)
     leaves = vm.mmu.leaves(0, PAGES)
     for head in range(0, PAGES - 511, 512):
@@ -88,7 +95,7 @@ def test_whatever_happens_the_machine_stays_consistent(platform, design, more, s
 
 
 @pytest.mark.parametrize("size", [PG_4K, PG_2M])
-def test_an_update_of_a_range_is_its_updates_one_by_one(size):
+def test_an_update_of_a_range_is_its_updates_one_by_one(size: str) -> None:
     step = 512 if size == PG_2M else 1
     one, many = Vm("snp", 2048), Vm("snp", 2048)
     for vm in (one, many):

@@ -1,6 +1,9 @@
 """Large pages: which 2M and 1G pages are mixed, what may be mapped large, and the window around them."""
 
+from __future__ import annotations
+
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 
@@ -10,7 +13,7 @@ from kvmlab.emulator.slots import LEVELS
 P, M2 = 4096, 1 << 21
 
 
-def mixed(vm, level="2M"):
+def mixed(vm: Vm, level: str = "2M") -> list[bool]:
     slot, size = next(iter(vm.slots)), 1 << LEVELS[level]
     return [slot.test_mixed(gfn, level) for gfn in range(slot.base - slot.base % size, slot.end, size)]
 
@@ -25,7 +28,7 @@ def mixed(vm, level="2M"):
         (M2 - P, M2 + 2 * P, [True, False, True]),
     ],
 )
-def test_head_and_tail_become_mixed_and_the_middle_does_not(start, size, flags):
+def test_head_and_tail_become_mixed_and_the_middle_does_not(start: int, size: int, flags: list[bool]) -> None:
     vm = Vm("snp", 3 * 512)
     vm.set_memory_attributes(start, size, True)
     assert mixed(vm) == flags
@@ -33,26 +36,26 @@ def test_head_and_tail_become_mixed_and_the_middle_does_not(start, size, flags):
     assert mixed(vm) == [False] * 3
 
 
-def test_a_1g_page_is_mixed_when_a_2m_child_is():
+def test_a_1g_page_is_mixed_when_a_2m_child_is() -> None:
     vm = Vm("sw", 1 << 18)
     vm.set_memory_attributes(5 * M2 + P, P, True)
     assert mixed(vm, "1G") == [True]
 
 
-def test_a_new_memslot_is_computed_from_what_the_xarray_holds_already():
+def test_a_new_memslot_is_computed_from_what_the_xarray_holds_already() -> None:
     vm = Vm("snp", slots=[])
     vm.set_memory_attributes(P, P, True)
     vm.set_user_memory_region2(0, 0, 2 * M2, vm.create_guest_memfd(2 * M2))
     assert mixed(vm) == [True, False]
 
 
-def test_huge_pages_outside_the_memslot_are_not_touched():
+def test_huge_pages_outside_the_memslot_are_not_touched() -> None:
     vm = Vm("snp", slots=[(P, M2)])
     vm.set_memory_attributes(2 * P, P, True)
     assert mixed(vm) == [False, False]
 
 
-def test_a_mixed_2m_range_is_never_mapped_large():
+def test_a_mixed_2m_range_is_never_mapped_large() -> None:
     vm = Vm("sw", 1024, shared_2m=True)
     vm.set_memory_attributes(0, P, True)
     vm.guest().touch(P, M2 - P)
@@ -61,10 +64,12 @@ def test_a_mixed_2m_range_is_never_mapped_large():
 
 
 @pytest.mark.parametrize(("design", "widens"), [("upstream", True), ("narrow-hull", False)])
-def test_the_widened_window_keeps_a_huge_page_from_being_mapped_while_half_of_it_changes(design, widens):
+def test_the_widened_window_keeps_a_huge_page_from_being_mapped_while_half_of_it_changes(
+    design: str, widens: bool
+) -> None:
     vm = Vm("snp", 512, design, shared_2m=True)
 
-    def fault(row):
+    def fault(row: Any) -> None:
         if row.call == "kvm_vm_set_region_attr":
             try:
                 vm.guest().touch(M2 - P, P)
@@ -82,7 +87,7 @@ def test_the_widened_window_keeps_a_huge_page_from_being_mapped_while_half_of_it
 
 
 @pytest.mark.parametrize("page", [0, 5, 511, 512, 1023])
-def test_a_large_leaf_that_the_range_only_overlaps_is_removed_whole(page):
+def test_a_large_leaf_that_the_range_only_overlaps_is_removed_whole(page: int) -> None:
     vm = Vm("sw", 1024, shared_2m=True)
     vm.guest().touch(0, 2 * M2)
     vm.set_memory_attributes(page * P, P, True)
@@ -91,7 +96,7 @@ def test_a_large_leaf_that_the_range_only_overlaps_is_removed_whole(page):
     assert not mapped[gone].any() and int(mapped.sum()) == 512 and vm.counters["zap"] == 1
 
 
-def test_a_large_leaf_takes_the_place_of_a_table_with_a_flush():
+def test_a_large_leaf_takes_the_place_of_a_table_with_a_flush() -> None:
     vm = Vm("sw", 512, shared_2m=True)
     vm.set_memory_attributes(0, P, True)
     vm.guest().touch(P, M2 - P)

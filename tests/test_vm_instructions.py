@@ -1,5 +1,9 @@
 """RMPUPDATE, PSMASH, PVALIDATE and RMPADJUST with page sizes and VMPLs, each alone and then through a Vm."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 from vm_tools import BIG, M2, OURS, VALID, P, private_vm, pvalidate
 
@@ -46,24 +50,24 @@ from kvmlab.hw.snp.pages import SIZEM, rmpupdate_at
         (VALID._replace(immutable=True), OURS, {"locked": True}, "FAIL_INUSE"),
     ],
 )
-def test_rmpupdate_answers(old, new, more, code):
+def test_rmpupdate_answers(old: RmpEntry, new: RmpEntry, more: dict[str, bool], code: str) -> None:
     assert rmpupdate_at(old, new, **more)[0].name == code
 
 
 @pytest.mark.parametrize("new", [OURS._replace(gpa=8), OURS._replace(asid=2), HYPERVISOR])
-def test_reassigning_deassigning_and_a_new_gpa_clear_validated(new):
+def test_reassigning_deassigning_and_a_new_gpa_clear_validated(new: RmpEntry) -> None:
     assert not rmpupdate_at(VALID, new)[1].validated
 
 
-def test_a_page_size_change_clears_validated():
+def test_a_page_size_change_clears_validated() -> None:
     assert not rmpupdate_at(VALID, OURS._replace(size=PG_2M))[1].validated
 
 
-def test_an_identical_rmpupdate_keeps_validated_unless_told_otherwise():
+def test_an_identical_rmpupdate_keeps_validated_unless_told_otherwise() -> None:
     assert rmpupdate_at(VALID, OURS) == (Rmpupdate.OK, VALID)
 
 
-def test_a_2m_entry_cannot_begin_within_another():
+def test_a_2m_entry_cannot_begin_within_another() -> None:
     assert (
         snp_pages.OVERLAP(asked=PG_2M, under="part of 2M", others=False, resizes=False)
         == Rmpupdate.FAIL_INPUT
@@ -71,11 +75,11 @@ def test_a_2m_entry_cannot_begin_within_another():
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-def test_an_identical_rmpupdate_keeps_validated_only_by_the_switch(keeps):
+def test_an_identical_rmpupdate_keeps_validated_only_by_the_switch(keeps: bool) -> None:
     assert rmpupdate_at(VALID, OURS, identical_keeps_validated=keeps)[1].validated is keeps
 
 
-def test_the_arrays_answer_as_the_scalar_rule_does():
+def test_the_arrays_answer_as_the_scalar_rule_does() -> None:
     vm = Vm("snp", 8)
     vm.rmp.update(512, 8, 100)
     vm.rmp.pvalidate(513, 2, 101, True, PG_4K, False)
@@ -86,21 +90,21 @@ def test_the_arrays_answer_as_the_scalar_rule_does():
     assert [vm.rmp.entry(p) for p in range(512, 520)] == want
 
 
-def test_a_range_stops_at_the_first_entry_that_fails():
+def test_a_range_stops_at_the_first_entry_that_fails() -> None:
     vm = Vm("snp", 8)
     vm.rmp.put(515, RmpEntry(True, 0, 0, immutable=True))
     assert vm.rmp.update(512, 8, 0) == (3, Rmpupdate.FAIL_PERMISSION)
     assert vm.rmp.assigned(512, 8).tolist() == [True] * 4 + [False] * 4
 
 
-def test_2m_over_an_assigned_4k_entry_overlaps():
+def test_2m_over_an_assigned_4k_entry_overlaps() -> None:
     vm = Vm("snp", 1024)
     vm.rmp.update(512 + 5, 1, 5)
     assert vm.rmp.update(512, 512, 0, PG_2M) == (0, Rmpupdate.FAIL_OVERLAP)
     assert vm.rmp.update(1024, 512, 512, PG_2M) == (512, Rmpupdate.OK)
 
 
-def test_beyond_the_rmps_end_a_page_is_the_hypervisors_and_cannot_be_assigned():
+def test_beyond_the_rmps_end_a_page_is_the_hypervisors_and_cannot_be_assigned() -> None:
     vm = Vm("snp", 8)
     end = len(vm.rmp.state)
     assert vm.rmp.entry(end) == vm.rmp.entry(-1) == HYPERVISOR
@@ -109,14 +113,14 @@ def test_beyond_the_rmps_end_a_page_is_the_hypervisors_and_cannot_be_assigned():
     assert vm.rmp.psmash(end + 512 - end % 512) == Rmpupdate.FAIL_INPUT
 
 
-def test_a_2m_rmpupdate_within_a_region_is_fail_input():
+def test_a_2m_rmpupdate_within_a_region_is_fail_input() -> None:
     assert Vm("snp", 2048).rmp.update(513, 512, 1, PG_2M) == (0, Rmpupdate.FAIL_INPUT)
 
 
 # PSMASH
 
 
-def test_psmash_keeps_validated_and_gives_consecutive_gpas():
+def test_psmash_keeps_validated_and_gives_consecutive_gpas() -> None:
     vm = Vm("snp", 512)
     vm.rmp.update(512, 512, 1024, PG_2M)
     vm.rmp.pvalidate(512, 512, 1024, True, PG_2M, True)
@@ -130,7 +134,7 @@ def test_psmash_keeps_validated_and_gives_consecutive_gpas():
      (BIG, {"part": True}, "FAIL_INPUT"), (HYPERVISOR, {}, "FAIL_INPUT"),
      (BIG, {"covered": False}, "FAIL_INPUT"), (BIG, {"aligned": False, "locked": True}, "FAIL_INPUT")],
 )  # fmt: skip
-def test_psmash_answers(entry, more, code):
+def test_psmash_answers(entry: RmpEntry, more: dict[str, bool], code: str) -> None:
     assert snp_pages.psmash_at(entry, **more)[0].name == code
 
 
@@ -166,11 +170,11 @@ def test_psmash_answers(entry, more, code):
         (OURS, {"asked": PG_2M, "part": True, "vmpl": 3}, snp_pages.GP),
     ],
 )
-def test_pvalidate_answers(entry, more, answer):
+def test_pvalidate_answers(entry: RmpEntry, more: dict[str, Any], answer: Pvalidate | str) -> None:
     assert pvalidate(entry, **more)[0] == answer
 
 
-def test_4k_pvalidate_of_a_2m_entry_takes_a_sizem_fault_and_the_host_psmashes():
+def test_4k_pvalidate_of_a_2m_entry_takes_a_sizem_fault_and_the_host_psmashes() -> None:
     vm = Vm("snp", 512, private=True, private_2m=True)
     vm.guest().pvalidate(3 * P, True)
     codes = [Npf(e.code) for e in vm.events if e.kind == "npf-rmp"]
@@ -178,27 +182,27 @@ def test_4k_pvalidate_of_a_2m_entry_takes_a_sizem_fault_and_the_host_psmashes():
     assert [vm.rmp_entry(vm.pfn(g * P, True)).validated for g in (2, 3, 4)] == [False, True, False]
 
 
-def test_2m_pvalidate_of_a_2m_page_is_one_instruction():
+def test_2m_pvalidate_of_a_2m_page_is_one_instruction() -> None:
     vm = Vm("snp", 512, private=True, private_2m=True)
     vm.guest().pvalidate(0, True, M2)
     assert vm.counters["pvalidate"] == vm.counters["rmpupdate"] == vm.counters["npf"] == 1
     vm.guest().write(M2 - 4, b"last")
 
 
-def test_2m_pvalidate_of_4k_pages_is_a_size_mismatch():
+def test_2m_pvalidate_of_4k_pages_is_a_size_mismatch() -> None:
     vm = Vm("snp", 512, private=True)
     with pytest.raises(InstructionError) as caught:
         vm.guest().pvalidate(0, True, M2)
     assert caught.value.status == Pvalidate.FAIL_SIZEMISMATCH
 
 
-def test_misaligned_2m_pvalidate_is_fail_input():
+def test_misaligned_2m_pvalidate_is_fail_input() -> None:
     with pytest.raises(InstructionError) as caught:
         Vm("snp", 1024, private=True).guest().pvalidate(P, True, M2)
     assert caught.value.status == Pvalidate.FAIL_INPUT
 
 
-def test_v8s_handler_acts_on_sizem_only():
+def test_v8s_handler_acts_on_sizem_only() -> None:
     vm = Vm("snp", 512, "v8-post-hook")
     vm.set_memory_attributes(0, M2, True)
     vm.rmp.update(512, 512, None)
@@ -231,26 +235,26 @@ def test_v8s_handler_acts_on_sizem_only():
         (dict(own=2, target=1, mask=0, asked=PG_2M), "FAIL_PERMISSION"),
     ],
 )
-def test_rmpadjust_answers(more, code):
+def test_rmpadjust_answers(more: dict[str, Any], code: str) -> None:
     answer, entry, permissions = snp_pages.rmpadjust(VALID, snp_pages.AFTER_RMPUPDATE, **more)
     assert answer.name == code
     assert answer == 0 or (entry, permissions) == (VALID, snp_pages.AFTER_RMPUPDATE)
 
 
-def test_rmpadjust_changes_the_targets_permissions_and_no_others():
+def test_rmpadjust_changes_the_targets_permissions_and_no_others() -> None:
     before = (snp_pages.ALL, 3, 5, 9)
     after = [snp_pages.rmpadjust(VALID, before, own=0, target=t, mask=7)[2] for t in (1, 2, 3)]
     assert after == [(15, 7, 5, 9), (15, 3, 7, 9), (15, 3, 5, 7)]
 
 
-def test_4k_rmpadjust_inside_a_2m_entry_is_a_nested_fault_with_sizem():
+def test_4k_rmpadjust_inside_a_2m_entry_is_a_nested_fault_with_sizem() -> None:
     answer, entry, permissions = snp_pages.rmpadjust(BIG, snp_pages.AFTER_RMPUPDATE, own=0, target=1, mask=1)
     assert (answer, entry, permissions) == (SIZEM, BIG, snp_pages.AFTER_RMPUPDATE)
     asked = snp_pages.rmpadjust(BIG, snp_pages.AFTER_RMPUPDATE, own=0, target=1, mask=1, asked=PG_2M)
     assert asked[0] == Rmpupdate.OK
 
 
-def test_4k_rmpadjust_inside_a_2m_entry_is_run_again_after_the_hosts_psmash():
+def test_4k_rmpadjust_inside_a_2m_entry_is_run_again_after_the_hosts_psmash() -> None:
     vm = private_vm(512, private_2m=True)
     vm.guest().rmpadjust(3 * P, 1, snp_pages.READ)
     codes = [Npf(e.code) for e in vm.events if e.kind == "npf-rmp"]
@@ -258,21 +262,21 @@ def test_4k_rmpadjust_inside_a_2m_entry_is_run_again_after_the_hosts_psmash():
     vm.guest(0, vmpl=1).read(3 * P, 1)
 
 
-def test_rmpadjust_of_vmpl0_makes_no_vmsa_unless_asked():
+def test_rmpadjust_of_vmpl0_makes_no_vmsa_unless_asked() -> None:
     assert snp_pages.rmpadjust(VALID, snp_pages.AFTER_RMPUPDATE, own=0, target=1, mask=1)[1] == VALID
     was = VALID._replace(vmsa=True)
     assert snp_pages.rmpadjust(was, snp_pages.AFTER_RMPUPDATE, own=0, target=1, mask=1)[1] == VALID
 
 
 @pytest.mark.parametrize(("own", "vmsa"), [(0, True), (1, False)])
-def test_rmpadjust_makes_a_vmsa_for_vmpl0_and_ignores_others(own, vmsa):
+def test_rmpadjust_makes_a_vmsa_for_vmpl0_and_ignores_others(own: int, vmsa: bool) -> None:
     held = (snp_pages.ALL,) * 4
     answer, entry, _ = snp_pages.rmpadjust(VALID, held, own=own, target=2, mask=1, vmsa=True)
     assert (answer, entry.vmsa) == (Rmpupdate.OK, vmsa)
 
 
 @pytest.mark.parametrize(("op", "bit"), [("read", 1), ("write", 2), ("execute as user", 4), ("execute", 8)])
-def test_each_permission_is_a_bit_that_allows_one_kind_of_access(op, bit):
+def test_each_permission_is_a_bit_that_allows_one_kind_of_access(op: str, bit: int) -> None:
     for vmpl in range(4):
         held = [0, 0, 0, 0]
         held[vmpl] = bit
@@ -282,11 +286,11 @@ def test_each_permission_is_a_bit_that_allows_one_kind_of_access(op, bit):
         assert not snp_pages.vmpl_allows(tuple(held), vmpl, op)
 
 
-def test_after_rmpupdate_vmpl0_may_do_all_and_the_others_nothing():
+def test_after_rmpupdate_vmpl0_may_do_all_and_the_others_nothing() -> None:
     assert snp_pages.AFTER_RMPUPDATE == (15, 0, 0, 0)
 
 
-def test_another_vmpl_may_do_nothing_until_rmpadjust_allows_it():
+def test_another_vmpl_may_do_nothing_until_rmpadjust_allows_it() -> None:
     vm = private_vm()
     low = vm.guest(0, vmpl=1)
     with pytest.raises(VmplFault) as caught:

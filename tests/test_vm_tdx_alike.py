@@ -1,7 +1,11 @@
 """tdx: ranges, requests and zaps run as one do what they do one by one: state, bytes, TLBs, epochs and counts."""
 
+from __future__ import annotations
+
 import random
 from itertools import zip_longest
+from pathlib import Path
+from typing import Any
 
 import pytest
 from test_vm_selftests import G4, M2, RANGES, SIZE, Conversions
@@ -9,12 +13,12 @@ from test_vm_selftests import G4, M2, RANGES, SIZE, Conversions
 from kvmlab.design import shipped
 from kvmlab.emulator import KernelBug, SetMemoryFailed, Vm, VmError, alike, tdx_zap, walk
 from kvmlab.emulator.costs import ACCEPT_SECONDS, REMOVAL_SECONDS
-from kvmlab.emulator.workloads import boot
+from kvmlab.emulator.workloads import Load, boot
 
 P, PAGES = 4096, 2 * 512 + 100
 
 
-def play(seed, design="upstream", **more):
+def play(seed: int, design: str = "upstream", **more: int | str) -> tuple[Vm, list[str]]:
     """A program of guest and host operations over much memory at a time; errors are part of what it does."""
     rng, said = random.Random(seed), []
     vm = Vm("tdx", PAGES, design, **more)
@@ -23,7 +27,7 @@ def play(seed, design="upstream", **more):
         lo = rng.choice([0, 0, 1, 512, rng.randrange(PAGES)])
         gpa, size = lo * P, rng.choice([PAGES - lo, rng.randrange(1, PAGES - lo + 1)]) * P
         private = rng.random() < 0.5
-        calls = [
+        calls: list[Any] = [
             guest.set_memory_encrypted,
             guest.set_memory_encrypted,
             guest.set_memory_decrypted,
@@ -44,7 +48,7 @@ def play(seed, design="upstream", **more):
     return vm, said
 
 
-def state(vm):
+def state(vm: Vm) -> tuple[Any, ...]:
     n, module = vm.next_pfn, vm.tdx.module
     return (
         module.states(0, PAGES).tolist(), module.hpa[:PAGES].tolist(), vm.tdx.mirror_of(0, PAGES).tolist(),
@@ -60,7 +64,9 @@ def state(vm):
 KINDS = [{}, {"vcpus": 3}, {"zap_batch": 8}, {"zap_batch": 100}, {"discard": "after"}, {"shared_2m": True}]
 
 
-def compare(seed, monkeypatch, patches, **more):
+def compare(
+    seed: int, monkeypatch: pytest.MonkeyPatch, patches: list[tuple[Any, str, Any]], **more: int | str
+) -> None:
     many, said = play(seed, **more)
     for where, name, value in patches:
         monkeypatch.setattr(where, name, value)
@@ -72,19 +78,23 @@ def compare(seed, monkeypatch, patches, **more):
 
 @pytest.mark.parametrize("more", KINDS, ids=str)
 @pytest.mark.parametrize("seed", range(3))
-def test_requests_alike_do_as_one_what_they_do_one_by_one(monkeypatch, more, seed):
+def test_requests_alike_do_as_one_what_they_do_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], seed: int
+) -> None:
     compare(seed, monkeypatch, [(alike, "MOST", 1)], **more)
 
 
 @pytest.mark.parametrize("more", KINDS, ids=str)
 @pytest.mark.parametrize("seed", range(2))
-def test_zapped_leaves_alike_do_as_one_what_they_do_one_by_one(monkeypatch, more, seed):
+def test_zapped_leaves_alike_do_as_one_what_they_do_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], seed: int
+) -> None:
     patches = [(alike, "MOST", 1), (tdx_zap.Zap, "_alike", lambda *_: 0)]
     compare(10 + seed, monkeypatch, patches, **more)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_runs_of_pages_do_what_single_pages_do(monkeypatch, seed):
+def test_runs_of_pages_do_what_single_pages_do(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     patches = [(alike, "MOST", 1), (walk, "SMALLEST", 1), (walk, "LARGEST", 1)]
     compare(20 + seed, monkeypatch, patches)
 
@@ -93,13 +103,13 @@ def test_runs_of_pages_do_what_single_pages_do(monkeypatch, seed):
     "design",
     ["tdx-no-track", "tdx-no-kick", "tdx-no-remove", "tdx-kick-first", "tdx-no-clear", *shipped()],
 )
-def test_so_they_do_in_every_design(monkeypatch, design):
+def test_so_they_do_in_every_design(monkeypatch: pytest.MonkeyPatch, design: str) -> None:
     patches = [(alike, "MOST", 1), (tdx_zap.Zap, "_alike", lambda *_: 0)]
     compare(31, monkeypatch, patches, design=design, vcpus=2)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_whatever_happens_the_mirror_is_the_secure_ept_and_the_pamt_knows_its_pages(seed):
+def test_whatever_happens_the_mirror_is_the_secure_ept_and_the_pamt_knows_its_pages(seed: int) -> None:
     vm, _ = play(40 + seed, vcpus=2)
     module, mirror = vm.tdx.module, vm.tdx.mirror_of(0, PAGES)
     there = module.states(0, PAGES) != 0
@@ -113,7 +123,9 @@ def test_whatever_happens_the_mirror_is_the_secure_ept_and_the_pamt_knows_its_pa
 
 
 class TdConversions(Conversions):
-    def map_gpa(self, at, size, private, attributes=True, fallocate=False):
+    def map_gpa(
+        self, at: int, size: int, private: bool, attributes: Any = True, fallocate: bool = False
+    ) -> None:
         super().map_gpa(at, size, private, False, fallocate)
         base = self.base + at
         if private:
@@ -123,7 +135,7 @@ class TdConversions(Conversions):
 
 
 @pytest.mark.parametrize(("vcpus", "memslots"), [(1, 1), (2, 2)])
-def test_private_mem_conversions_test_explicit_half_on_a_td(vcpus, memslots):
+def test_private_mem_conversions_test_explicit_half_on_a_td(vcpus: int, memslots: int) -> None:
     part = SIZE * vcpus // memslots
     vm = Vm("tdx", slots=[(G4 + i * part, part) for i in range(memslots)], vcpus=vcpus, vmm="kill")
     threads = [TdConversions(vm, i, G4 + i * SIZE) for i in range(vcpus)]
@@ -138,62 +150,67 @@ def test_private_mem_conversions_test_explicit_half_on_a_td(vcpus, memslots):
 # A boot-like load
 
 
-def load(design="upstream", **more):
+def load(design: str = "upstream", **more: int) -> Load:
     return boot(Vm("tdx", 64 << 8, design, **more), bounce=8 << 20, scattered=32)
 
 
-def test_every_page_is_one_fault_one_aug_and_one_accept():
+def test_every_page_is_one_fault_one_aug_and_one_accept() -> None:
     phase = load().phases["accept"]
     assert phase["ept-violation"] == phase["TDH.MEM.PAGE.AUG"] == 64 << 8
     assert phase["TDG.MEM.PAGE.ACCEPT"] == (64 << 8) + 32
 
 
-def test_each_private_page_that_goes_shared_is_removed_and_costs_a_track_and_a_kick():
+def test_each_private_page_that_goes_shared_is_removed_and_costs_a_track_and_a_kick() -> None:
     total = load().total
     assert total["TDH.MEM.PAGE.REMOVE"] == total["TDH.MEM.TRACK"] == total["kick"] == 2048 + 32
 
 
-def test_in_batches_the_bounce_buffer_costs_as_many_tracks_as_batches():
+def test_in_batches_the_bounce_buffer_costs_as_many_tracks_as_batches() -> None:
     phases = load(zap_batch=512).phases
     assert phases["bounce buffer"]["TDH.MEM.TRACK"] == 4 and phases["scattered 4K"]["TDH.MEM.TRACK"] == 32
 
 
-def test_on_tdx_all_orderings_of_the_thread_issue_the_same_seamcalls():
+def test_on_tdx_all_orderings_of_the_thread_issue_the_same_seamcalls() -> None:
     totals = {d: load(d).total for d in ("upstream", "v8-post-hook", "set-mem-attr-op", "defer-to-fault")}
     seamcalls = {d: {k: n for k, n in t.items() if k.startswith("TDH.MEM")} for d, t in totals.items()}
     assert len({str(sorted(s.items())) for s in seamcalls.values()}) == 1
 
 
-def test_without_a_zap_the_way_back_finds_the_page_accepted_already():
+def test_without_a_zap_the_way_back_finds_the_page_accepted_already() -> None:
     with pytest.raises(SetMemoryFailed, match="PAGE_ALREADY_ACCEPTED"):
         load("no-zap")
 
 
-def test_a_design_that_unmaps_the_direct_map_first_oopses_at_the_first_page():
+def test_a_design_that_unmaps_the_direct_map_first_oopses_at_the_first_page() -> None:
     with pytest.raises(KernelBug, match="tdx_clflush_page"):
         load("pre-post-directmap")
 
 
-def test_the_cost_says_what_is_published_and_for_whom():
+def test_the_cost_says_what_is_published_and_for_whom() -> None:
     cost = load(vcpus=30).cost
     assert cost.vcpus == 32 and cost.removal_seconds == pytest.approx(2080 * REMOVAL_SECONDS[32])
     assert cost.accept_seconds == pytest.approx(((64 << 8) + 32) * ACCEPT_SECONDS)
     assert "kick-ipi" in cost.unknown and "us a page, 32 idle vCPUs" in cost.text()
 
 
-def test_16_gib_are_accepted_and_converted_in_few_steps(monkeypatch):
+def test_16_gib_are_accepted_and_converted_in_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     batch = tdx_zap.Zap._batch
-    monkeypatch.setattr(tdx_zap.Zap, "_batch", lambda *a: steps.append(a) or batch(*a))
+
+    def noted(*a: Any) -> Any:
+        steps.append(a)
+        return batch(*a)
+
+    monkeypatch.setattr(tdx_zap.Zap, "_batch", noted)
     vm = Vm("tdx", 4 << 20, private=True)
     vm.guest().accept_range(0, 16 << 30)
     vm.guest().set_memory_decrypted(0, 16 << 30)
     assert vm.counters["TDH.MEM.PAGE.REMOVE"] == 4 << 20 and len(steps) < 100
 
 
-def test_the_tdx_example_in_the_docs_runs_as_it_says(root):
+def test_the_tdx_example_in_the_docs_runs_as_it_says(root: Path) -> None:
     text = (root / "docs/emulator.md").read_text(encoding="utf-8")
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(text.partition("## TDX")[2].split("```python")[1].split("```")[0], names)
     vm, guest = names["vm"], names["guest"]
     assert guest.read(0x1000, 4) == bytes(4) and vm.counters["TDH.MEM.TRACK"] == 512

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from kvmlab.verdict.report import check_case
+
 pytest.importorskip("anywidget", reason="needs anywidget")
 
 from fuzz_messages import fuzz
@@ -299,7 +301,7 @@ class Gate:
     """Stands before the explorer: a check that is held waits there until it is let through, or given up."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.real, self.held, self.open = widget.check_case, threading.Event(), threading.Event()
+        self.real, self.held, self.open = check_case, threading.Event(), threading.Event()
         monkeypatch.setattr(widget, "check_case", self.check)
         monkeypatch.setattr(search_thread, "PROGRESS_EVERY", 0)
 

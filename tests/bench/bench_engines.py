@@ -18,11 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-if __package__:  # imported by a test
-    from . import promela, snpconv
-else:
-    import promela
-    import snpconv
+import promela
+import snpconv
 
 from kvmlab.explore import arrays, rows
 from kvmlab.model.step import Model

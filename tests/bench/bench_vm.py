@@ -11,6 +11,8 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 from kvmlab.emulator import Vm, linux
 from kvmlab.emulator.workloads import boot
@@ -30,7 +32,7 @@ def mapped(vm: Vm, size: int) -> None:
     ioctl(vm, size)
 
 
-def accept(large: bool):
+def accept(large: bool) -> Any:
     """What a guest does to accept its memory: PSC, fault, PVALIDATE."""
 
     def run(vm: Vm, size: int) -> None:
@@ -70,7 +72,7 @@ def page_by_page(vm: Vm, size: int) -> None:
 TDX = {"platform": "tdx"}
 TD = {**TDX, "private": True, "vcpus": 4}
 HUGE = {"shared_2m": True, "private_2m": True}
-CASES = {
+CASES: dict[str, tuple[Callable[[Vm, int], object], str, dict[str, Any], int]] = {
     "ioctl there and back, upstream": (ioctl, "upstream", {}, 2),
     "ioctl there and back, v8-post-hook (RMPUPDATE)": (ioctl, "v8-post-hook", {}, 2),
     "touch shared 4K, ioctl there and back, upstream": (mapped, "upstream", {}, 2),
@@ -93,11 +95,11 @@ CASES = {
 def child(case: str, size: int) -> None:
     """Run one case and print its seconds and its peak memory in KiB."""
     run, design, more, _ = CASES[case]
-    more = {"platform": "snp", **more}
-    Vm(pages=1, design=design, **more)
+    kind: dict[str, Any] = {"platform": "snp", **more}
+    Vm(pages=1, design=design, **kind)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    run(Vm(pages=size // 4096, design=design, **more), size)
+    run(Vm(pages=size // 4096, design=design, **kind), size)
     seconds = time.perf_counter() - start
     print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
 

@@ -184,16 +184,23 @@ STEPS = {
 }  # fmt: skip
 
 
-def converter_steps(pages: range, order: int) -> list[tuple[str, tuple[int, ...]]]:
+Call = tuple[str, tuple[int, ...]]
+
+
+def converter_steps(pages: range, order: int) -> list[Call]:
     """The ioctl, one atomic step an entry."""
-    each = {name: [(name, (p,)) for p in pages] for name in ("zap", "store", "unmap_directmap", "rmpupdate")}
-    one = {name: [(name, ())] for name in ("request", "lock", "begin", "flush_all", "end", "unlock")}
+    each: dict[str, list[Call]] = {
+        name: [(name, (p,)) for p in pages] for name in ("zap", "store", "unmap_directmap", "rmpupdate")
+    }
+    one: dict[str, list[Call]] = {
+        name: [(name, ())] for name in ("request", "lock", "begin", "flush_all", "end", "unlock")
+    }
     window = one["begin"] + each["zap"] + one["flush_all"] + each["store"]
     if order == 1:
         before = one["request"] + each["unmap_directmap"] + one["lock"]
         return before + window + each["rmpupdate"] + one["end"] + one["unlock"]
     pair = ("rmpupdate", "unmap_directmap") if order == 2 else ("unmap_directmap", "rmpupdate")
-    after = [(name, (p,)) for p in pages for name in pair]
+    after: list[Call] = [(name, (p,)) for p in pages for name in pair]
     return one["request"] + one["lock"] + window + one["end"] + one["unlock"] + after
 
 

@@ -107,7 +107,7 @@ def execute(nb: Notebook, folder: Path) -> None:
     for _, cell in rules.code(nb):  # what an earlier run has stored says nothing about this one
         cell["outputs"] = []
     client = NotebookClient(
-        nb,  # type: ignore[arg-type]
+        nb,
         timeout=CELL_TIMEOUT,
         kernel_name="python3",
         record_timing=False,
@@ -146,7 +146,9 @@ def treat(verb: str, path: Path) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line. Exit status: 0 all well, 1 problems found, 2 bad input."""
-    parser = argparse.ArgumentParser(prog="python tests/workbook/notebooks.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python tests/workbook/notebooks.py", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("verb", choices=["run", "normalise", "check"])
     parser.add_argument("paths", nargs="*", type=Path, help="default: notebooks/*.ipynb")
     args = parser.parse_args(argv)
