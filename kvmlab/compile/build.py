@@ -17,7 +17,7 @@ from ..kernel.failures import RMPUPDATE, SEAMCALL
 from ..kernel.keyids import HKID
 from ..kvm.mmu import tlb_entry_vanishes
 from ..machine.cells import build_layout, with_usage
-from ..machine.conf import ADDS, NEIGHBOUR, PLATFORMS, TLB, Conf, Switches
+from ..machine.conf import ADDS, FOLIO_2M, NEIGHBOUR, PLATFORMS, TLB, Conf, Switches
 from ..machine.out_of_sync import OutOfSync
 from ..machine.parts import PARTS
 from ..machine.properties import FATAL
@@ -147,7 +147,7 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
         ioctls=1 + sum(isinstance(thread, Converts) for thread in scenario.threads), parts=scenario.parts,
         request=_gfns(scenario.request), stray=scenario.stray, auto_convert=scenario.auto_convert,
         hostile=scenario.hostile, memslots=scenario.memslots, unused=_gfns(scenario.unused), linux=design.version,
-        switches=switches,
+        switches=switches, large_shared=FOLIO_2M not in scenario.parts,  # guest_memfd alone, or shared memory alone
     )  # fmt: skip
     discards = tuple(thread for thread in scenario.threads if isinstance(thread, Discards))
     threads = {cpu: vcpu_program(design, conf, cpu == conf.asker, discards) for cpu in vcpus}

@@ -255,13 +255,26 @@ class Call:
         while self.ranges.program[after].loop == instr.loop:
             rows += filter(None, [self.ranges.program[after].row])
             after += 1
+        last = max(self.reached[pc:after])
         for column in self.select(instr, step):
-            self.parts = list(column.split(1)) if self.single and column.units > 1 else [column]
-            for part in self.parts:
-                if not self._column(part, pc, rows):
+            rest: Column | Regions | None = column
+            went: int | None = None  # the situation of the page that went first
+            while rest is not None and rest.units:
+                part, rest = rest, None
+                if (
+                    self.single and self.next_row < last and part.units > 1
+                ):  # somebody is told of each row before it
+                    situation = part.load()[0]
+                    alike = part.leading() if situation == went else 1
+                    went = situation
+                    if alike < part.units:
+                        part, rest = part.split(alike)
+                self.parts = [part] if rest is None else [part, rest]
+                goes_on = self._column(part, pc, rows)
+                for one in self.parts:
+                    one.store()
+                if not goes_on:
                     break
-            for part in self.parts:
-                part.store()
             self.parts = []
         self.goto(after)
 
@@ -286,13 +299,18 @@ class Call:
                     self._log(column, found)
                     self.judge(done, column, group, engine)
                 value = after
-                at = engine.program[engine.at(self.kernel.x, self.a)]
-                if not (at.loop and at.row and any(same_row(at.row, row) for row in rows)):
+                at = engine.at(self.kernel.x, self.a)
+                instr = engine.program[at]
+                if not (instr.loop and instr.row and any(same_row(instr.row, row) for row in rows)):
                     break
-                if engine is self.ranges:
-                    self.reach(engine.at(self.kernel.x, self.a))
+                if self.next_row < (until := engine.reached(self.section)[at]):
+                    self._log(column, found)
+                    self.reach_rows(until)
                 if not column.loaded:
                     value = column.load()[group]
+                    if column.engine(group) is not engine:
+                        engine = column.engine(group)
+                        self.goto(engine.place(self.entry, [instr.row]) or at)
             if spent and self.injected(column, group):
                 self._log(column, found)
                 column.behind(column.unit(group))

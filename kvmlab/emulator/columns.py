@@ -21,7 +21,7 @@ from ..hw.memory import Gfn
 from ..hw.snp.pages import PAGES_2M
 from ..kernel.failures import RMPUPDATE
 from ..model.state import Cell
-from .memory import LIMIT, U8, U32, grown, runs
+from .memory import LIMIT, U8, U32, grown, prefix, runs
 from .rmp import SAME, decode, encode
 from .slots import File, MemSlot
 from .vm_state import VmState
@@ -153,6 +153,10 @@ class Column:
     def units(self) -> int:
         """How many pages are run: each by itself."""
         return self.n
+
+    def leading(self) -> int:
+        """How many pages from the first on are in its situation."""
+        return self.n if self.which is None else prefix(self.which == 0)
 
     def engine(self, group: int) -> Ranges:
         """The machine that runs a group."""

@@ -21,7 +21,7 @@ from ..hw.snp.pages import PAGES_2M
 from ..kernel.failures import RMPUPDATE
 from ..model.state import Cell
 from .columns import FAMILIES, Codes, Column, Family, Placed
-from .memory import runs
+from .memory import prefix, runs
 from .slots import MemSlot
 from .vm_state import VmState
 
@@ -114,6 +114,10 @@ class Regions:
         """Whether the first of them is mapped by one leaf."""
         assert self.whole.lo is not None
         return bool(self.vm.mmu.leaves(self.whole.lo, self.whole.lo + 1)[0] & 1)
+
+    def leading(self) -> int:
+        """How many 2M pages from the first on are in its situation."""
+        return prefix(self.which == 0)
 
     def engine(self, group: int) -> Ranges:
         """The machine that runs a group."""

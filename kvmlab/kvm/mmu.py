@@ -227,7 +227,7 @@ def _is_backed(s: View, kind: str, gfn: Gfn) -> bool:
     """Whether memory is large: private if its folio and its RMP entry are (sev_private_max_mapping_level())."""
     folio = s.conf.folio_2m
     if kind == "shared":
-        return bool(not folio if s.conf.large_shared is None else s.conf.large_shared)
+        return bool(s.conf.large_shared)
     entry = s.rmp[s.conf.backing["private", gfn]] if folio and s.conf.has_rmp else None
     return bool(entry.assigned and entry.size == "2M") if entry else folio and not s.conf.has_rmp
 

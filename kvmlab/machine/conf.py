@@ -77,7 +77,7 @@ class Conf:
     auto_convert: bool = False  # the VMM answers KVM_EXIT_MEMORY_FAULT by converting to what was touched
     hostile: bool = False  # a careless guest that also rescinds at any time
     children: int = 2  # of a 2M page: so many gfns stand for its 512
-    large_shared: bool | None = None  # whether shared memory is backed by 2M pages; None: where guest_memfd is not
+    large_shared: bool = False  # shared memory is backed by 2M pages
     memslots: tuple[MemSlot, ...] = ()  # if not one over all gfns
     unused: tuple[Gfn, ...] = ()  # gfns that the guest leaves alone
     linux: tuple[int, int] = (6, 2)  # the kernel version of which the design speaks: kvm/versions.py
