@@ -237,9 +237,9 @@ def large_run(design: str, splits: bool) -> tuple[tuple[Any, ...], tuple[Any, ..
 
 
 @pytest.mark.parametrize("splits", [False, True])
-@pytest.mark.parametrize("design", LARGE)
-def test_a_2m_page_ends_as_the_explorer_s_does(design: str, splits: bool) -> None:
-    assert large_run(design, splits) in large_ends(design, SPLIT if splits else ACCEPT)
+def test_a_2m_page_ends_as_the_explorer_s_does(splits: bool) -> None:
+    scenario = SPLIT if splits else ACCEPT
+    assert [design for design in LARGE if large_run(design, splits) not in large_ends(design, scenario)] == []
 
 
 def test_the_comparison_finds_a_difference_where_there_is_one() -> None:

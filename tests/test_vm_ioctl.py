@@ -288,8 +288,8 @@ def test_going_shared_with_a_failing_hook_restores_the_directmap_only_before_the
     assert vm.directmap.absent[vm.pfn(0, True) :][:4].tolist() == [0, 0, 1, 1]
 
 
-def test_a_row_that_the_first_page_skips_is_told_when_another_page_comes_to_it():
-    vm, rows = Vm("snp", 4, "v8-post-hook"), []
+def test_a_row_that_the_first_page_skips_is_told_when_another_page_comes_to_it() -> None:
+    vm, rows = Vm("snp", 4, "v8-post-hook"), list[str]()
     vm.set_memory_attributes(P, 3 * P, True)
     vm.on_row = lambda row: rows.append(row.call)
     vm.set_memory_attributes(0, 4 * P, False)  # nothing is to be restored for the page that was never assigned
