@@ -152,6 +152,18 @@ def test_no_modules_import_each_other_in_a_circle(root: Path) -> None:
     assert circle(root / "kvmlab") == []
 
 
+def test_the_emulator_lists_its_modules_in_the_order_in_which_they_import(root: Path) -> None:
+    folder = "kvmlab.emulator."
+    text = ast.get_docstring(ast.parse((root / "kvmlab/emulator/__init__.py").read_text())) or ""
+    lines = [names.split() for names in re.findall(r"^([a-z_ ]+?)  +\S", text, re.MULTILINE)]
+    level = {folder + name: at for at, names in enumerate(lines) for name in names}
+    found = {name: theirs for name, theirs in imports(root / "kvmlab").items() if name.startswith(folder)}
+    assert set(found) == set(level)
+    assert [
+        (name, other) for name in found for other in found[name] if level.get(other, 0) > level[name]
+    ] == []
+
+
 @pytest.mark.parametrize(
     "back",
     [
