@@ -72,7 +72,9 @@ def _results(pipes: list[Connection], items: Sequence[T]) -> Iterator[Any]:
                     done[busy.pop(pipe)] = pipe.recv()
                     hand_out(pipe)
                 except (EOFError, OSError):
-                    raise MemoryError("a process that checked was killed, perhaps for want of memory") from None
+                    raise MemoryError(
+                        "a process that checked was killed, perhaps for want of memory"
+                    ) from None
         result, problem = done.pop(number)
         if problem is not None:
             raise problem

@@ -292,5 +292,7 @@ def test_a_row_that_the_first_page_skips_is_told_when_another_page_comes_to_it()
     vm, rows = Vm("snp", 4, "v8-post-hook"), list[str]()
     vm.set_memory_attributes(P, 3 * P, True)
     vm.on_row = lambda row: rows.append(row.call)
-    vm.set_memory_attributes(0, 4 * P, False)  # nothing is to be restored for the page that was never assigned
+    vm.set_memory_attributes(
+        0, 4 * P, False
+    )  # nothing is to be restored for the page that was never assigned
     assert "kvm_map_directmap" in rows and not vm.directmap.absent[vm.pfn(0, True) :][:4].any()

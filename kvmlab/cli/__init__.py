@@ -21,7 +21,9 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
     # What signal.py wraps, without the wait for it.
     from _signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, getsignal, signal  # type: ignore[import-not-found]
 
-    caught = [number for number in (SIGINT, SIGTERM) if getsignal(number) != SIG_IGN]  # a shell may have its reasons
+    caught = [
+        number for number in (SIGINT, SIGTERM) if getsignal(number) != SIG_IGN
+    ]  # a shell may have its reasons
     for number in caught:
         signal(number, SIG_DFL)  # until there is somebody to catch it, Ctrl-C ends the process without a word
     from . import commands  # noqa: F401 - so that what follows takes no time

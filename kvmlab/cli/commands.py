@@ -68,7 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
     matrix.add_argument("--design", action="append", metavar="DESIGN", help="only this one (may be repeated)")
     matrix.add_argument("--json", action="store_true")
     matrix.add_argument(
-        "--jobs", type=_positive, metavar="N", help="processes that check (at most, and by default, one a CPU)"
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        help="processes that check (at most, and by default, one a CPU)",
     )
     trace = command("trace", "print a counterexample, or a sample run, as a race diagram")
     trace.add_argument("design")
@@ -114,7 +117,9 @@ def _case(parser: argparse.ArgumentParser, many: bool, switches: bool = True) ->
 
 def _positive(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or len(text) > 15 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a positive whole number (of at most 15 digits)")
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is not a positive whole number (of at most 15 digits)"
+        )
     return int(text)
 
 
@@ -399,7 +404,9 @@ def _lab(options: argparse.Namespace) -> int:
     where = ["--notebook-dir", str(root)] if folder.is_dir() else []
     tour = next(iter(sorted(folder.glob("00*.ipynb"))), None) if folder.is_dir() else None
     page = [f"--LabApp.default_url=/lab/tree/notebooks/{tour.name}"] if tour else []
-    server = root / "tests" / "workbook" / "notebook_server.py"  # keeps a notebook as it was when it is only opened
+    server = (
+        root / "tests" / "workbook" / "notebook_server.py"
+    )  # keeps a notebook as it was when it is only opened
     start = [str(server)] if server.is_file() else ["-m", "jupyterlab"]
     root_too = ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []  # as in a container
     os.execv(sys.executable, [sys.executable, *start, *where, *page, *root_too, *options.arguments])
@@ -410,4 +417,3 @@ _COMMANDS = {
     "show": _show, "diff": _diff, "check": _check, "matrix": _matrix, "trace": _trace, "replay": _replay,
     "report": _report, "lab": _lab,
 }  # fmt: skip
-

@@ -33,7 +33,9 @@ def _write(text: str) -> None:
         sys.stdout.flush()
     except UnicodeEncodeError as wrong:
         what = ascii(wrong.object[wrong.start : wrong.end][:10])
-        message = f"standard output takes {wrong.encoding} only, and {what} is none; try PYTHONUTF8=1 kvmlab ..."
+        message = (
+            f"standard output takes {wrong.encoding} only, and {what} is none; try PYTHONUTF8=1 kvmlab ..."
+        )
         raise OutputError(message) from None
     except BrokenPipeError:
         discard()

@@ -166,7 +166,9 @@ def _bare(design: Design, scenario: Scenario, platform: str, backing: str, switc
             written = Line(written, dirty=((HOST, written),))
             if conf.in_place:
                 start = {("uptodate", gfn): True for gfn in conf.gfns}
-        inside = [gfn for piece in conf.pieces(conf.gfns) for gfn in piece.gfns]  # in a hole there is no memory
+        inside = [
+            gfn for piece in conf.pieces(conf.gfns) for gfn in piece.gfns
+        ]  # in a hole there is no memory
         start |= {("memory", conf.backing["shared", gfn]): written for gfn in inside}
     if ADDS in conf.parts:  # nobody has used what is not there
         start = {("guest", gfn): "accepted" for gfn in conf.gfns}

@@ -286,7 +286,15 @@ def vcpu_program(design: Design, conf: Conf, asks: bool, discards: tuple[Discard
         ways["between"] = "between"
     body = [
         Draft(
-            actors.guest_idle, (), "", None, "guest", label="idle", after="guest", jumps={"idle": "idle"}, idle=True
+            actors.guest_idle,
+            (),
+            "",
+            None,
+            "guest",
+            label="idle",
+            after="guest",
+            jumps={"idle": "idle"},
+            idle=True,
         ),
         Draft(
             accesses_tdx.guest_runs if conf.tdx else accesses.guest_runs,

@@ -207,7 +207,12 @@ class Section:
 
         That is seen only where it must not; elsewhere nobody can tell it from a look-up before all locks.
         """
-        op = self.section == "ioctl" and len(rows) > 1 and rows[0].call in OP_PARTS and not self.is_absent(rows[0])
+        op = (
+            self.section == "ioctl"
+            and len(rows) > 1
+            and rows[0].call in OP_PARTS
+            and not self.is_absent(rows[0])
+        )
         if op and any(name in locks.SPINNING for _, name in self.holding):
             pages = ", ".join(self.conf.backing["private", gfn] for gfn in self.gfns or ())
             self.emit(gmem.look_up_in_ioctl, (self.gfns,), rows[0], f"kvm_restrictedmem_get_pfn({pages})")
@@ -253,7 +258,11 @@ class Section:
         known = self.known_to_a_step(row, gfn)
         faulting = "gfn" in call.wants and gfn is None
         args = tuple(known[name] for name in call.wants if not (faulting and name == "gfn"))
-        ways = {end: self.unwind(why) for end, why in call.ends.items() if why != "userspace" or self.has("memslots")}
+        ways = {
+            end: self.unwind(why)
+            for end, why in call.ends.items()
+            if why != "userspace" or self.has("memslots")
+        }
         self.emit(at_fault(call.step) if faulting else call.step, args, row, self.shown(call, row, gfn), ways)
 
     def known_to_a_step(self, row: Row, gfn: Gfn | None) -> dict[str, Any]:
@@ -445,7 +454,9 @@ class Section:
                 over = self.new_label()
                 self.emit(tdx.kvm_unmap_gfn_range, (gfn,), row, f"{row.call}(gfn {gfn})", {"skip": over})
                 self.gfns, self.section = (gfn,), str(call.opens)
-                for inner in self.design.rows(self.section, to=self.kind, platform="tdx") if self.design else ():
+                for inner in (
+                    self.design.rows(self.section, to=self.kind, platform="tdx") if self.design else ()
+                ):
                     self.row(inner)
                 self.gfns, self.section = gfns, within
                 self.mark(over)
@@ -454,7 +465,11 @@ class Section:
         """tdh_do_no_vcpus(): a SEAMCALL; if busy, every vCPU is kicked out and kept out, and once more."""
         (gfn,), seamcall = self.gfns or (Gfn(0),), row.target or ""
         leaf = meanings(seamcall, self.section)[0]
-        text, done, busy = self.shown(leaf, replace(row, call=seamcall), gfn), self.new_label(), self.new_label()
+        text, done, busy = (
+            self.shown(leaf, replace(row, call=seamcall), gfn),
+            self.new_label(),
+            self.new_label(),
+        )
         self.emit(tdx.zap_seamcall, (gfn, seamcall, "kick"), row, text, {"busy": busy})
         self.drafts[-1].after = done
         self.mark(busy)

@@ -35,7 +35,9 @@ from .tree import Condition, Node, as_written, calls_in, commented, shown, subst
 __all__ = ["Condition", "Design", "DesignError", "Row", "shipped"]
 
 DEFAULT_BASE = "v8-post-hook"
-LONGEST_NAME = 80  # signs of a design's name; one that cannot be printed, as in a file's, stands as its number
+LONGEST_NAME = (
+    80  # signs of a design's name; one that cannot be printed, as in a file's, stands as its number
+)
 DEEPEST_BASE = 16  # bases of a base
 REPLACED = with_role("zaps and flushes")  # the call whose place a fragment takes
 

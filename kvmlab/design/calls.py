@@ -39,7 +39,10 @@ FLUSHES = (*IOCTL, *RMP_FAULT, *PUNCH)  # where mappings are zapped by gfn: `if 
 # What a call goes over in the ioctl: each gfn of the request; the pages behind them; what memslots have of it,
 # memslot by memslot; the same in one walk with its neighbours (kvm_handle_gfn_range()).
 ONCE, GFNS, PAGES, MEMSLOT, WALK = "once", "gfns", "pages", "memslot", "walk"
-HAS_RMP, HAS_DIRECTMAP = ("snp",), ("snp", "tdx")  # the platforms with an RMP; those whose directmap is looked at
+HAS_RMP, HAS_DIRECTMAP = (
+    ("snp",),
+    ("snp", "tdx"),
+)  # the platforms with an RMP; those whose directmap is looked at
 HAS_OP = ("snp", "sev", "sw")  # TDX never had the series' op, nor what comes after it
 DIRECTMAP = ("kvm_unmap_directmap", "kvm_map_directmap")
 MIRROR = ("leaf", "table")  # which SPTE of the mirror
@@ -108,7 +111,9 @@ def _both(*parts: str) -> dict[str, tuple[str, ...]]:
 
 
 OP = {"private": ("kvm_unmap_directmap", "rmpupdate"), "shared": ("rmpupdate", "kvm_map_directmap")}
-WAYS = {way: way for way in ("retry", "exit", "leave", "userspace")}  # RET_PF_RETRY; exits; back into the guest
+WAYS = {
+    way: way for way in ("retry", "exit", "leave", "userspace")
+}  # RET_PF_RETRY; exits; back into the guest
 MUTEX_C, QRWLOCK_C, KVM_MAIN_C = "kernel/locking/mutex.c", "kernel/locking/qrwlock.c", "virt/kvm/kvm_main.c"
 GMEM_C, MMU_C, TDP_MMU_C = "virt/kvm/guest_memfd.c", "arch/x86/kvm/mmu/mmu.c", "arch/x86/kvm/mmu/tdp_mmu.c"
 SEV_C, VIRT_SEV_C, TDX_C = "arch/x86/kvm/svm/sev.c", "arch/x86/virt/svm/sev.c", "arch/x86/kvm/vmx/tdx.c"

@@ -99,7 +99,9 @@ class _Builder:
         if calls.keeps_body(head.call):
             inner = _Builder(self.section, self.source, head.call)
             yield replace(head, body=tuple(inner.rows(node.body, ())))
-        elif calls.meanings(head.call)[0].on == calls.HAS_OP:  # the body of an op runs where the op does something
+        elif (
+            calls.meanings(head.call)[0].on == calls.HAS_OP
+        ):  # the body of an op runs where the op does something
             yield from self.rows(node.body, (*when, Condition("platform", *calls.HAS_RMP)))
         else:
             yield from self.rows(node.body, when)
@@ -146,7 +148,9 @@ class _Builder:
         words = calls.words(call.name)
         named = [word for word in dict.fromkeys(re.findall(r"\w+", node.args)) if word in words]
         if wrong := self._wrong_word(node.args, call, named):
-            raise self.source.error(f"{node.name}() {wrong}", node.place, calls.words(call.name, self.section))
+            raise self.source.error(
+                f"{node.name}() {wrong}", node.place, calls.words(call.name, self.section)
+            )
         return named[0] if named else call.usual
 
     def _wrong_word(self, args: str, call: calls.Call, named: list[str]) -> str:

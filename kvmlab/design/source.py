@@ -44,7 +44,9 @@ class Source:
         if found := _BINARY.search(text):
             raise self._hidden(found, f"a control character (0x{ord(found[0]):02x}): not a text")
         if found := _REORDERS.search(text):
-            raise self._hidden(found, f"an invisible character (U+{ord(found[0]):04X}) that reorders what is shown")
+            raise self._hidden(
+                found, f"an invisible character (U+{ord(found[0]):04X}) that reorders what is shown"
+            )
 
     def _hidden(self, found: re.Match[str], message: str) -> DesignError:
         before = re.split(r"\r\n|\n|\r", found.string[: found.start()])

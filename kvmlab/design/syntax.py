@@ -109,7 +109,9 @@ class _Reader:
         token = _token(tree, 1)
         place = at(token, self.source)
         if not _VERSION.fullmatch(token):
-            raise self.source.error(f"'{quoted(token)}' is no version of Linux", place, ("v6.2", "v6.19"), "such as")
+            raise self.source.error(
+                f"'{quoted(token)}' is no version of Linux", place, ("v6.2", "v6.19"), "such as"
+            )
         if self.parsed.linux is not None:
             raise self.source.error("'linux:' is given twice", place)
         self.parsed.linux = str(token)

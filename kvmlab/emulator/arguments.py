@@ -72,7 +72,9 @@ def settable(owner: object, name: str, value: Any, check: Check) -> Any:
 
 
 def _order(parameters: Any) -> str:
-    return ", ".join(p.name for p in parameters.values() if p.name != "self" and p.kind != Parameter.KEYWORD_ONLY)
+    return ", ".join(
+        p.name for p in parameters.values() if p.name != "self" and p.kind != Parameter.KEYWORD_ONLY
+    )
 
 
 def _stays_inside(title: str, seen: dict[str, Any], extent: str, reach: Any) -> None:

@@ -168,7 +168,9 @@ class Mmu:
 
     def retry(self, gfn: int, snapshot: int | None) -> bool:
         """mmu_invalidate_retry_gfn()."""
-        return must_retry(self.window if self.in_progress else None, Gfn(gfn), snapshot not in (None, self.seq))
+        return must_retry(
+            self.window if self.in_progress else None, Gfn(gfn), snapshot not in (None, self.seq)
+        )
 
     def flush(self) -> None:
         """kvm_flush_remote_tlbs(): one IPI a vCPU, counted as if every vCPU were in the guest."""

@@ -17,7 +17,11 @@ class Guest(Vcpu):
     """
 
     @takes(
-        gpa=PAGE_ADDRESS, size=PAGES, private=FLAG, page_size=SIZE, batch=whole(1, 0xFFFF, "entries, from 1 to 253")
+        gpa=PAGE_ADDRESS,
+        size=PAGES,
+        private=FLAG,
+        page_size=SIZE,
+        batch=whole(1, 0xFFFF, "entries, from 1 to 253"),
     )
     def page_state_change(
         self, gpa: int, size: int, private: bool, *, page_size: int = 1 << 21, batch: int = psc.MAX_ENTRIES

@@ -74,7 +74,9 @@ class Host:
         if vm.in_place:
             raise VmError("in-place, the shared backing is the guest_memfd: punch it")
         if sum(hi - lo for _, lo, hi in pieces) * PAGE < size:
-            raise VmError(f"not all of gpa {gpa:#x}, size {size:#x} is in memslots: the VMM has nothing mapped there")
+            raise VmError(
+                f"not all of gpa {gpa:#x}, size {size:#x} is in memslots: the VMM has nothing mapped there"
+            )
         for slot, lo, hi in pieces:
             kvm_calls.Zap(vm, "MMU notifier", "notifier", slot, lo, hi).run()
             for a, b in runs(slot.user.present, lo - slot.base, hi - slot.base):
@@ -139,4 +141,6 @@ class Host:
 def _within(pfn: int, offset: int, n: int, size: int, what: str) -> None:
     """InputError if bytes do not lie in one page or one line."""
     if offset + n > size:
-        raise InputError(f"{n} bytes from offset {offset} do not fit into a {what} of PFN {pfn:#x}: it has {size}")
+        raise InputError(
+            f"{n} bytes from offset {offset} do not fit into a {what} of PFN {pfn:#x}: it has {size}"
+        )

@@ -108,7 +108,9 @@ class Regions:
     def maps(self, private: bool) -> bool:
         """Whether the first 2M page may be mapped by one leaf."""
         possible = self.folio(0) if private else self.large_shared(0)
-        return bool(possible and self.slot and self.whole.lo is not None and self.slot.allows(self.whole.lo, "2M"))
+        return bool(
+            possible and self.slot and self.whole.lo is not None and self.slot.allows(self.whole.lo, "2M")
+        )
 
     def is_large(self) -> bool:
         """Whether the first of them is mapped by one leaf."""
@@ -149,7 +151,9 @@ class Regions:
         whole = self.whole
         n = whole.n
         columns = [family.gather(whole) for family in families_of_pages()]
-        leaves = self.vm.mmu.leaves(whole.lo, whole.lo + n) if whole.lo is not None else np.zeros(n, np.uint32)
+        leaves = (
+            self.vm.mmu.leaves(whole.lo, whole.lo + n) if whole.lo is not None else np.zeros(n, np.uint32)
+        )
         self.leaves = leaves
         small, asked = _npt(whole, leaves), self._asked()
         found = [_plain(codes) for codes in (*columns, small, asked, self._places())]

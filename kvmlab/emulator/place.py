@@ -41,7 +41,10 @@ TDX = {
     State.BLOCKED: "MAPPED, then BLOCK and nothing else: only a wrong host leaves it so",
     State.PENDING_BLOCKED: "PENDING, then BLOCK and nothing else: only a wrong host leaves it so",
 }
-OTHERS = {SHARED: "attribute shared; the guest has read the page", PRIVATE: "attribute private; nothing mapped"}
+OTHERS = {
+    SHARED: "attribute shared; the guest has read the page",
+    PRIVATE: "attribute private; nothing mapped",
+}
 STATES: dict[str, Mapping[str, str]] = {"snp": SNP, "tdx": TDX, "sev": OTHERS, "sw": OTHERS}
 CHAIN = (State.FREE, State.PENDING, State.MAPPED)  # in which a TD's page gets on
 BEFORE_BLOCK: dict[str, State] = {State.BLOCKED: State.MAPPED, State.PENDING_BLOCKED: State.PENDING}
@@ -55,13 +58,17 @@ def place(guest: Guest, gpa: int, state: str, size: int, attribute: str | None) 
         raise InputError(f"Vm.place(state={shown(state)}): on {vm.platform} there are: {', '.join(known)}")
     lo, hi = gpa // PAGE, (gpa + size) // PAGE
     if sum(b - a for slot, a, b in vm.slots.pieces(lo, hi) if slot.gmem) < hi - lo:
-        raise InputError(f"Vm.place(gpa={gpa:#x}, size={size:#x}): not all of it is a memslot with a guest_memfd")
+        raise InputError(
+            f"Vm.place(gpa={gpa:#x}, size={size:#x}): not all of it is a memslot with a guest_memfd"
+        )
     for _, run in groupby(range(lo, hi), key=lambda gfn: placed(vm, gfn)):
         gfns = list(run)
         _run(guest, gfns[0], len(gfns), state)
         for gfn in gfns:
             if (now := placed(vm, gfn)) != (state, SHARED if state == SHARED else PRIVATE):
-                raise VmError(f"{vm.design.name} brings gpa {gfn * PAGE:#x} to {' and '.join(now)}, not to {state}")
+                raise VmError(
+                    f"{vm.design.name} brings gpa {gfn * PAGE:#x} to {' and '.join(now)}, not to {state}"
+                )
     if attribute is not None:
         vm.attributes.store(lo, hi, attribute == PRIVATE)
 
@@ -96,7 +103,9 @@ def _run(guest: Guest, gfn: int, n: int, state: str) -> None:
 
 def _convert(guest: Guest, gfn: int, n: int, private: bool) -> None:
     vm = guest.vm
-    if vm.has_rmp or vm.attributes.is_private(gfn) != private:  # v8's assigns, whatever the attribute said before
+    if (
+        vm.has_rmp or vm.attributes.is_private(gfn) != private
+    ):  # v8's assigns, whatever the attribute said before
         set_memory_attributes(vm, gfn * PAGE, n * PAGE, private)
     guest.set_private(gfn * PAGE, private, n * PAGE)
 

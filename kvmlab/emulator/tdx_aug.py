@@ -29,6 +29,7 @@ class Faults(Protocol):
     n: int
     pfn: int
 
+
 ABSENT, PRESENT, FROZEN_TABLE = 0, 1, 2
 CALLS = {"tdh_mem_sept_add": Leaf.SEPT_ADD, "tdh_mem_page_aug": Leaf.PAGE_AUG}
 

@@ -190,7 +190,9 @@ class TdxKvm:
 
     def _seamcall(self, leaf: Leaf, gfn: int, n: int, pfn: int) -> Done:
         module = self.module
-        found = answer(leaf, self.situation(leaf), CHECKS[leaf] if leaf == Leaf.TRACK else for_td_and_page(leaf)[0])
+        found = answer(
+            leaf, self.situation(leaf), CHECKS[leaf] if leaf == Leaf.TRACK else for_td_and_page(leaf)[0]
+        )
         if not found.ok:
             return Done(0, found.rax)
         if leaf == Leaf.TRACK:

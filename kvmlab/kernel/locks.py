@@ -138,4 +138,8 @@ def stuck(s: View, me: str) -> None:
     s.wait(False)
 
 
-UNDO = {mutex_lock: mutex_unlock, write_lock: write_unlock, read_lock: read_unlock}  # what drops what was taken so
+UNDO = {
+    mutex_lock: mutex_unlock,
+    write_lock: write_unlock,
+    read_lock: read_unlock,
+}  # what drops what was taken so

@@ -89,7 +89,9 @@ def kvm_range_has_memory_attributes(
 
     Word "reserved": an entry that is reserved and empty is taken for one with attributes (277d3623d99a).
     """
-    if all(s.attr[gfn] == to for gfn in gfns) and not (word == "reserved" and to == "shared" and left_reserved(s)):
+    if all(s.attr[gfn] == to for gfn in gfns) and not (
+        word == "reserved" and to == "shared" and left_reserved(s)
+    ):
         s.say("[uniform already]")
         return "done"
     return None

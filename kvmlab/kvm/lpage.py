@@ -60,9 +60,7 @@ def hugepage_has_attrs(s: View, page: LargePage, to: str, counts_reserved: bool)
     return not any(s.mixed[p.key] for p in children) and all(s.attr[p.gfns[0]] == to for p in children)
 
 
-def kvm_update_lpage_mixed_flag(
-    s: View, me: str, gfns: tuple[Gfn, ...], to: str, word: str | None
-) -> None:
+def kvm_update_lpage_mixed_flag(s: View, me: str, gfns: tuple[Gfn, ...], to: str, word: str | None) -> None:
     """kvm_arch_post_set_memory_attributes(): a page with mixed attributes must not be mapped large.
 
     2M before 1G, which reads what has just become of its children; a page that is covered whole is not mixed.

@@ -53,7 +53,9 @@ def with_usage(conf: Conf, programs: Mapping[str, Sequence[Instr]]) -> Conf:
     }
     for actor, program in programs.items():
         for instr in program:
-            step = getattr(instr.step, "step", instr.step)  # a lock call may be wrapped, as the last of a fault is
+            step = getattr(
+                instr.step, "step", instr.step
+            )  # a lock call may be wrapped, as the last of a fault is
             if step in takes:
                 takes[step].setdefault(instr.args[0], set()).add(actor)
     frozen = [

@@ -32,6 +32,7 @@ from .conf import (
 
 Programs = Mapping[str, Sequence[Instr]]
 
+
 class Part(NamedTuple):
     """A part: its name, one sentence, its cells, the steps that bring it, and what must hold when all is quiet.
 
@@ -61,7 +62,9 @@ def _may_fail(what: str, sentence: str) -> Part:
 
 def _slot(conf: Conf, programs: Programs) -> list[Field]:
     deleted = ("valid", "invalid", "none")
-    states = ("none", "bound", "valid") if ADDS in conf.parts else deleted[: 3 if DELETES in conf.parts else 1]
+    states = (
+        ("none", "bound", "valid") if ADDS in conf.parts else deleted[: 3 if DELETES in conf.parts else 1]
+    )
     found = tuple(state for state in states if state != "bound")
     return [Field("slot", states), Field("fault_slot", (None, *found), conf.vcpus)]
 
@@ -86,7 +89,10 @@ def mixed_flags_hold(s: View) -> None:
     for page in s.conf.large:
         mixed = s.mixed[page.key]
         if mixed != (len({s.attr[gfn] for gfn in page.gfns}) > 1):
-            s.violate("out-of-sync", f"the {page.level} page is marked {'mixed' if mixed else 'uniform'}, and is not")
+            s.violate(
+                "out-of-sync",
+                f"the {page.level} page is marked {'mixed' if mixed else 'uniform'}, and is not",
+            )
 
 
 def nothing_maps_what_has_no_memslot(s: View) -> None:

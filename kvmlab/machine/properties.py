@@ -105,7 +105,7 @@ PROPERTIES = (
     Property(
         "warning",
         "the kernel warns of a state held to be impossible",
-        "tdp_mmu.c since v6.15, WARN_ON_ONCE(); sev_handle_rmp_fault(), \"Unexpected RMP fault\"",
+        'tdp_mmu.c since v6.15, WARN_ON_ONCE(); sev_handle_rmp_fault(), "Unexpected RMP fault"',
         False,
     ),
 )

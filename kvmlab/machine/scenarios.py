@@ -91,7 +91,9 @@ class Scenario:
         found |= {parts.LARGE} if self.huge else set()
         found |= {parts.FOLIO_2M} if self.folio_2m else set()
         found |= {parts.SMM, parts.MEMSLOTS} if self.smm else set()
-        found |= {parts.RESERVED} if any(isinstance(t, Converts) and t.refused for t in self.threads) else set()
+        found |= (
+            {parts.RESERVED} if any(isinstance(t, Converts) and t.refused for t in self.threads) else set()
+        )
         return found
 
     @property
@@ -105,7 +107,9 @@ class Scenario:
         InputError if both say of memory or guest, and differ.
         """
         said = dict[str, object]()
-        for name in (f.name for f in fields(self) if f.name not in ("name", "title", "eras", "threads", "may")):
+        for name in (
+            f.name for f in fields(self) if f.name not in ("name", "title", "eras", "threads", "may")
+        ):
             mine, theirs, usual = getattr(self, name), getattr(other, name), getattr(_USUAL, name)
             if usual not in (mine, theirs) and mine != theirs and name != "racers":
                 raise InputError(f"{self.name} and {other.name} do not fit: {name} is {mine} and {theirs}")
@@ -147,7 +151,10 @@ _ALL = (
         threads=(HostWrites("private"),),
     ),
     Scenario(
-        "range", "to private, two gfns in two memslots; one racing vCPU", ("shared", "private"), gfns=(0, 1),
+        "range",
+        "to private, two gfns in two memslots; one racing vCPU",
+        ("shared", "private"),
+        gfns=(0, 1),
         memslots=(MemSlot(0), MemSlot(1)),
     ),
     Scenario(
