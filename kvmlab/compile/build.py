@@ -21,7 +21,15 @@ from ..machine.conf import ADDS, FOLIO_2M, NEIGHBOUR, PLATFORMS, TLB, Conf, Swit
 from ..machine.out_of_sync import OutOfSync
 from ..machine.parts import PARTS
 from ..machine.properties import FATAL
-from ..machine.scenarios import Converts, CreatesMemslot, DeletesMemslot, Discards, HostWrites, Scenario
+from ..machine.scenarios import (
+    ANY_TIME,
+    Converts,
+    CreatesMemslot,
+    DeletesMemslot,
+    Discards,
+    HostWrites,
+    Scenario,
+)
 from ..model.step import Actor, Instr, Model, run_step
 from .programs import (
     Program,
@@ -33,8 +41,6 @@ from .programs import (
     vmm_program,
     vmm_punch_program,
 )
-
-ANY_TIME = "any time"
 
 
 def check_names(platform: str, backing: str) -> None:

@@ -164,7 +164,7 @@ class Ioctl:
         drafts = _unwound(section, self._to(done, section.drafts), ways)
         self.nests |= section.nests
         for partly in section.partly:
-            # The failure that may be has been.
+            # The one failure that is allowed is used up.
             stored, spent = partly.stored, replace(self.conf, parts=self.conf.parts - {XARRAY})
             part = Section(spent, "ioctl", self.to, partly.label, gfns[:stored], self.design)
             part.holding = list(partly.holding)

@@ -10,8 +10,11 @@ from typing import Any
 
 from ..design import Design, Row
 from ..design.calls import (
+    ATTRIBUTES,
+    DISCARDS,
     INCLUSIVE,
     MEMSLOT,
+    MEMSLOTS,
     MIRROR,
     ONCE,
     OP,
@@ -33,7 +36,7 @@ from ..model.state import View
 from ..model.step import Step
 from .assemble import Draft, nothing
 
-KINDS = ("private", "shared")
+KINDS = ATTRIBUTES
 OP_PARTS = frozenset(chain(*OP.values()))  # the calls for which the series' op stands
 
 
@@ -93,10 +96,10 @@ class Section:
         if self.gfns and not adds_ranges(rows):
             self.covered = (min(self.gfns), max(self.gfns) + 1)
         on_pages = any(self.first(row).on_page and not self.is_absent(row) for row in rows)
-        if self.section == "ioctl" and self.has("discards") and on_pages:
+        if self.section == "ioctl" and self.has(DISCARDS) and on_pages:
             self.hold_pages(rows[0])
         self.rows = rows
-        looks_up = self.section == "fault" and self.has("memslots")
+        looks_up = self.section == "fault" and self.has(MEMSLOTS)
         if looks_up and not any(does(row.call, "looks up") for row in rows):
             self.row(Row(with_role("looks up")))
         for without, group in groupby(rows, self.needs_memslot):
@@ -205,7 +208,8 @@ class Section:
     def look_up(self, rows: Sequence[Row]) -> None:
         """The op of the series looks its pages up itself (kvm_restrictedmem_get_pfn(), RFC v8 48/56); it may sleep.
 
-        That is seen only where it must not; elsewhere nobody can tell it from a look-up before all locks.
+        It is laid out only under mmu_lock, where sleeping is a bug; elsewhere nobody could tell it from a look-up
+        before all locks.
         """
         op = (
             self.section == "ioctl"
@@ -261,7 +265,7 @@ class Section:
         ways = {
             end: self.unwind(why)
             for end, why in call.ends.items()
-            if why != "userspace" or self.has("memslots")
+            if why != "userspace" or self.has(MEMSLOTS)
         }
         self.emit(at_fault(call.step) if faulting else call.step, args, row, self.shown(call, row, gfn), ways)
 
@@ -510,7 +514,7 @@ class Section:
         return f"{self.prefix}-{self._labels}"
 
     def mark(self, label: str) -> None:
-        """Give the place reached now a name; a step that does nothing stands there only if it must."""
+        """Emit a label at the place reached now, on a step that does nothing: `without_markers()` removes it."""
         self.drafts.append(Draft(nothing, (), "", None, self.section, label=label))
 
 

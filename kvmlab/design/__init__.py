@@ -8,7 +8,7 @@ augmenting of a private leaf do, one call a line.  What it does not say it inher
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -302,7 +302,7 @@ def _about(header: list[str]) -> tuple[str, str, str]:
     return title, " ".join(origin), " ".join(rest)
 
 
-def _check_words(*pairs: tuple[str, tuple[str, ...]]) -> None:
+def _check_words(*pairs: tuple[str, Collection[str]]) -> None:
     for word, allowed in pairs:
         if word not in allowed:
             raise DesignError(f"unknown: '{quoted(str(word))}'", Place("design", 0, 0), allowed=allowed)

@@ -20,9 +20,14 @@ SECTIONS = ("ioctl", "fault", "rmp_fault", "punch", "zap", "aug")
 DEFAULTED = ("punch", "zap", "aug")  # what no base gives of these is that of DEFAULTS_FROM
 DEFAULTS_FROM = "upstream"
 ONE_WAY = {"punch": "shared", "aug": "private"}  # sections that run for one attribute only
-PLATFORMS = ("snp", "tdx", "sev", "sw")
+PLATFORMS = {
+    "snp": "AMD SEV-SNP: encrypted, ownership checked by the RMP",
+    "tdx": "Intel TDX: secure EPT and PAMT kept by the module, memory owned by KeyID",
+    "sev": "AMD SEV: encrypted, no RMP",
+    "sw": "software-protected VM, as the KVM selftests use it: neither encryption nor RMP",
+}
 ATTRIBUTES = ("private", "shared")
-MEMSLOTS = ("gfn_to_memslot", "kvm_memslots")  # what a hook visits if not every memslot: kvm/memslots.py
+VISITS = ("gfn_to_memslot", "kvm_memslots")  # what a hook visits if not every memslot: kvm/memslots.py
 INCLUSIVE = "inclusive"  # a loop up to and with the end of a range, one page too far
 CONDITIONS = ("attr == private", "attr == shared", *(f"platform == {p}" for p in PLATFORMS), "flush")
 STATEMENTS = ("one call a line", "if (...)", "else", "return", *(f"{s}:" for s in SECTIONS), "// comment")
@@ -45,10 +50,12 @@ HAS_RMP, HAS_DIRECTMAP = (
 )  # the platforms with an RMP; those whose directmap is looked at
 HAS_OP = ("snp", "sev", "sw")  # TDX never had the series' op, nor what comes after it
 DIRECTMAP = ("kvm_unmap_directmap", "kvm_map_directmap")
+# The parts that not every machine has, as far as a call needs them (machine/parts.py).
+DISCARDS, MEMSLOTS, LARGE, FOLIO_2M = "discards", "memslots", "large pages", "2M folio"
 MIRROR = ("leaf", "table")  # which SPTE of the mirror
 SEAMCALLS = ("tdh_mem_range_block", "tdh_mem_track", "tdh_mem_page_remove")
 # The words that say over what a call goes, and where they mean something.
-SECTIONS_OF_WORD = {INCLUSIVE: PUNCH, **dict.fromkeys(MEMSLOTS, IOCTL)}
+SECTIONS_OF_WORD = {INCLUSIVE: PUNCH, **dict.fromkeys(VISITS, IOCTL)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,7 @@ class Call:
     it needs, if any.  `words` are the arguments that carry meaning, at most one a call; `usual` is meant where none
     is said, `needs` says what is missing then.  `parts` are the calls for which it stands, by direction.  `opens` is
     the section that takes over for a private page of a TD.  `lays` is how the compiler lays it out, if not as its
-    step.  `role` is what the rest of a text may ask for.  `spte` is the mirror's SPTE on which it works.
+    step.  `role` is a tag by which code finds a call without its name.  `spte` is the SPTE of the mirror that it is for.
     """
 
     name: str
@@ -73,7 +80,7 @@ class Call:
     aliases: tuple[str, ...] = ()
     over: str = ONCE
     ends: Mapping[str, str] = field(default_factory=dict, hash=False)
-    on: tuple[str, ...] = PLATFORMS
+    on: tuple[str, ...] = tuple(PLATFORMS)
     part: str = ""
     lock: str | None = None
     words: tuple[str, ...] = ()
@@ -178,23 +185,23 @@ CALLS = (
     Call("kvm_mmu_invalidate_range_add", INVALIDATES, "add the request to the window's range", KVM_MAIN_C,
          attributes.kvm_mmu_invalidate_range_add, over=WALK, role="widens", under_mmu_lock=True),
     Call("kvm_mmu_invalidate_range_add", INVALIDATES, "add the request to the window's range", MMU_C,
-         lpage.widen_hull, over=WALK, part="large pages", words=tuple(lpage.LEVELS), role="widens", shows="word",
+         lpage.widen_hull, over=WALK, part=LARGE, words=tuple(lpage.LEVELS), role="widens", shows="word",
          under_mmu_lock=True),
     Call("kvm_mmu_invalidate_end", INVALIDATES, "close the window: the sequence count moves", KVM_MAIN_C,
          attributes.kvm_mmu_invalidate_end, role="closes", under_mmu_lock=True),
     Call("kvm_vm_set_region_attr", IOCTL, "store the attribute, gfn by gfn", KVM_MAIN_C,
          attributes.kvm_vm_set_region_attr, ("xa_store",), over=GFNS, lays="store", role="stores", shows="gfn"),
     Call("kvm_unmap_gfn_range", FLUSHES, "zap the mappings of the range, gfn by gfn", MMU_C,
-         mmu.kvm_unmap_gfn_range, over=WALK, words=MEMSLOTS, opens="zap", lays="zap", shows="gfn",
+         mmu.kvm_unmap_gfn_range, over=WALK, words=VISITS, opens="zap", lays="zap", shows="gfn",
          under_mmu_lock=True),
     Call("kvm_flush_remote_tlbs", FLUSHES, "flush the TLBs of all vCPUs", KVM_MAIN_C, mmu.kvm_flush_remote_tlbs,
          under_mmu_lock=True),
-    Call("kvm_mem_attrs_changed", IOCTL, "zap and flush", "RFC v8 02/56", words=MEMSLOTS, role="zaps and flushes",
+    Call("kvm_mem_attrs_changed", IOCTL, "zap and flush", "RFC v8 02/56", words=VISITS, role="zaps and flushes",
          parts=_both("kvm_unmap_gfn_range", "kvm_flush_remote_tlbs")),
     Call("kvm_update_lpage_mixed_flag", IOCTL, "large-page bookkeeping", MMU_C, lpage.kvm_update_lpage_mixed_flag,
          over=MEMSLOT, words=("reserved",)),
     Call("kvm_unmap_directmap", FAULT, "remove from the directmap, page by page; may sleep", SET_MEMORY_C,
-         directmap.unmap_folio, over=PAGES, on=HAS_RMP, part="2M folio", sleeps=True, on_page=True,
+         directmap.unmap_folio, over=PAGES, on=HAS_RMP, part=FOLIO_2M, sleeps=True, on_page=True,
          in_folio_lock=True),
     Call("kvm_unmap_directmap", (*PATHS, *PUNCH, *ZAP), "remove from the directmap, page by page; may sleep",
          SET_MEMORY_C, directmap.kvm_unmap_directmap, over=PAGES, on=HAS_DIRECTMAP, shows="gfn", sleeps=True,
@@ -210,24 +217,24 @@ CALLS = (
          shows="pfn", on_page=True, in_folio_lock=True),
     Call("kvm_x86_update_mem_attr", (*PATHS, *PUNCH),
          "the series' helper: private: unmap the directmap, RMPUPDATE; shared: RMPUPDATE, map", "RFC v8 48/56",
-         aliases=("kvm_x86_set_mem_attr",), on=HAS_OP, words=(*ATTRIBUTES, *MEMSLOTS, INCLUSIVE), parts=OP,
+         aliases=("kvm_x86_set_mem_attr",), on=HAS_OP, words=(*ATTRIBUTES, *VISITS, INCLUSIVE), parts=OP,
          sleeps=True, in_folio_lock=True),
     Call("kvm_vcpu_gfn_to_memslot", FAULT,
          "look up the memslot; where no row says so, it comes before the first", KVM_MAIN_C,
-         memslots.kvm_vcpu_gfn_to_memslot, ends=WAYS, part="memslots", role="looks up"),
+         memslots.kvm_vcpu_gfn_to_memslot, ends=WAYS, part=MEMSLOTS, role="looks up"),
     Call("mmu_seq_snapshot", FAULT, "note mmu_invalidate_seq", MMU_C, mmu.mmu_seq_snapshot, ends=WAYS),
     Call("kvm_mem_is_private", FAULT, "compare with the attribute; a mismatch exits to userspace", MMU_C,
          mmu.kvm_mem_is_private, ends=WAYS),
     Call("kvm_gmem_get_pfn", FAULT, "get the PFN; may sleep", GMEM_C, gmem.kvm_gmem_get_pfn,
          ("kvm_restrictedmem_get_pfn",), ends=WAYS, sleeps=True),
     Call("kvm_gmem_get_pfn", IOCTL, "get the PFN; may sleep", GMEM_C, gmem.hold_page,
-         ("kvm_restrictedmem_get_pfn",), over=PAGES, part="discards", lays="hold", sleeps=True),
+         ("kvm_restrictedmem_get_pfn",), over=PAGES, part=DISCARDS, lays="hold", sleeps=True),
     Call("kvm_gmem_get_pfn", IOCTL, "get the PFN; may sleep", GMEM_C, gmem.look_up_in_ioctl,
          ("kvm_restrictedmem_get_pfn",), over=PAGES, sleeps=True),
     Call("memslot_invalid", FAULT,
          "the memslot is being deleted: retry; (leave): and leave the loop in which tdx repeats a private fault, "
          "since v6.18; elsewhere there is no such loop, and the word changes nothing", MMU_C,
-         memslots.memslot_invalid, ends=WAYS, part="memslots", words=("leave",), role="asks the slot"),
+         memslots.memslot_invalid, ends=WAYS, part=MEMSLOTS, words=("leave",), role="asks the slot"),
     Call("kvm_gmem_is_private", FAULT, "the same comparison again, under invalidate_lock", GMEM_C,
          mmu.kvm_mem_is_private, ends=WAYS),
     Call("is_page_fault_stale", FAULT, "a fault that raced with an invalidation retries", MMU_C,
@@ -248,14 +255,14 @@ CALLS = (
          sev.snp_lookup_rmpentry, ends=WAYS, on=HAS_RMP, words=("warn",)),
     Call("psmash", RMP_FAULT, PSMASH, "APM vol. 3, PSMASH", sev.psmash, ends=WAYS, on=HAS_RMP,
          words=("recheck", "recheck_unassigned"), on_page=True),
-    Call("psmash", PUNCH, PSMASH, SEV_C, sev.psmash_if_partial, on=HAS_RMP, part="2M folio", on_page=True),
+    Call("psmash", PUNCH, PSMASH, SEV_C, sev.psmash_if_partial, on=HAS_RMP, part=FOLIO_2M, on_page=True),
     Call("kvm_zap_gfn_range", RMP_FAULT, "zap and flush; takes mmu_lock itself", MMU_C, lays="whole",
          parts=_both("write_lock", "kvm_unmap_gfn_range", "kvm_flush_remote_tlbs", "write_unlock")),
     Call("truncate_inode_pages_range", PUNCH,
          "take the page out of guest_memfd, once nobody holds it; may sleep", "mm/truncate.c",
-         gmem.truncate_inode_pages_range, over=PAGES, part="discards", shows="gfn", sleeps=True),
+         gmem.truncate_inode_pages_range, over=PAGES, part=DISCARDS, shows="gfn", sleeps=True),
     Call("folio_put", PUNCH, "give the page back to the host: from here on it is anybody's", "mm/swap.c",
-         gmem.folio_put, over=PAGES, part="discards", shows="gfn"),
+         gmem.folio_put, over=PAGES, part=DISCARDS, shows="gfn"),
     Call("tdh_mem_range_block", ZAP,
          "TDH.MEM.RANGE.BLOCK; a status other than 0 is KVM_BUG_ON; (retry): while busy, again without end", TDX_C,
          tdx.zap_seamcall, over=GFNS, words=("retry",), shows="gfn"),

@@ -18,8 +18,8 @@ from .tree import Body, Call, Condition, If, Leave, Node
 class Row:
     """One call of a section, with the conditions of the ifs around it.
 
-    `call` is the canonical name ("return" for a return); `lock` the lock of a lock call; `target` the word of
-    `calls.WORDS` that the text names, and in `Design.rows` of each `rmpupdate` the direction that it takes;
+    `call` is the canonical name ("return" for a return); `lock` the lock of a lock call; `target` the word
+    (`Call.words`) that the text names, and in `Design.rows` of each `rmpupdate` the direction that it takes;
     `body` is there for `rmp_prepare` and `rmp_match` only.  `text`, `line` and `origin` (a design's name)
     tell where the row was written (line 0: nowhere, it is implied); rows that differ only there are equal.
     `walk`, in `Design.rows`, is the word of `calls.SECTIONS_OF_WORD` that it was given.

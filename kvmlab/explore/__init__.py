@@ -8,4 +8,5 @@ arrays.py     the array engine, the same search on numpy words; it uses
   levels.py     a search too large to keep its edges
 liveness.py   fair cycles, Always, measures: properties of the whole graph
 paths.py      shortest runs with the fewest changes of actor
+ranges.py     the range engine: the same rows on millions of pages, for the emulator
 """

@@ -30,7 +30,7 @@ def kvm_unmap_directmap(s: View, me: str, gfn: Gfn) -> None:
 
 
 def unmap_folio(s: View, me: str, gfn: Gfn) -> None:
-    """The same ahead of an RMPUPDATE of all that the 2M folio around `gfn` has, if none of it is assigned yet."""
+    """Before a fault's RMPUPDATE: unmap the whole 2M folio if none of it is assigned yet, else only `gfn`."""
     whole = not any(s.rmp[pfn].assigned for pfn in s.rmp)
     for g in s.conf.gfns if whole else (gfn,):
         kvm_unmap_directmap(s, me, g)

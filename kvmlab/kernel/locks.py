@@ -2,7 +2,7 @@
 
 `mmu_lock` is a queued rwlock (kernel/locking/qrwlock.c): a waiting writer stops new readers; holding it
 disables preemption.  `slots_lock` and the folio lock sleep, and so does guest_memfd's `invalidate_lock`
-(a rwsem).  Which actors can ever hold a lock is in `s.conf`, so nobody else costs bits.
+(a rwsem).  `s.conf` says which actors' programs take a lock; only for those bits are reserved.
 """
 
 from __future__ import annotations

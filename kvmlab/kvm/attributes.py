@@ -17,7 +17,7 @@ NO_RANGE = None
 def kvm_mmu_invalidate_begin(s: View, me: str, covered: tuple[int, int] | None) -> None:
     """Open the window; the first one resets the range.  v8-era: the whole request at once (`covered`).
 
-    More than all programs together can have open, if each is ended, is `many`, and stays so.
+    The count saturates at `conf.many`, one more than all programs together can have open, and then never goes down.
     """
     assert_held(s, me, "kvm_mmu_invalidate_begin()")
     s.note("invalidate-begin")

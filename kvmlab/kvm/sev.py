@@ -23,7 +23,7 @@ def rmpupdate(s: View, me: str, gfn: Gfn, to: str, section: str, request: tuple[
     pfn = s.conf.backing["private", gfn]
     if to == "shared" and not s.rmp[pfn].assigned:
         if s.conf.folio_2m:
-            return None  # it may have gone with the first page of the folio, and then goes on with it
+            return None  # the 2M RMPUPDATE of the folio's first page may have taken it back already
         s.say(f"[{pfn} is not assigned]")
         return "unassigned"
     if fails(s, RMPUPDATE):

@@ -1,19 +1,19 @@
 """The cells of the machine that a scenario runs on.
 
 global      era, running, guest[gfn]                     what the guest has asked for, and knows
-per gfn     attr, npt                                    the xarray; the NPT leaf
-            reserved                                     empty entries of the xarray
+per gfn     attr, npt, npt_smm                           the xarray; the NPT leaf, and that in address space 1
+            reserved, gmem                               empty entries of the xarray; the private page's life
 per 2M, 1G  npt_large, mixed                             a leaf of that size; the lpage flag
-            npt_smm                                      the leaf in the page table of address space 1
-per gfn     gmem                                         the private page: cached, dying or free
 per PFN     rmp, memory, directmap (+ directmap_2m)      RMP entry, contents, directmap of one 2M region
-KVM         in_progress, invalidate_range, flush         the invalidation window
+KVM         in_progress, invalidate_range, flush         the invalidation window; what a zap has found
+            slot                                         the memslot, where it comes or goes
 locks       slots_lock, folio_lock, mmu_lock_*, invalidate_lock_*
-per vCPU    acc, tlb[vcpu, gfn], tlb_2m, snapshot, rmp_bit   the pending access, its translations, its fault
-            folio_ref, srcu, grace                       whether its thread holds a guest_memfd page, or kvm->srcu
-            smm, fault_slot                              whether it runs in SMM; the memslot that its fault found
-one         slot                                         the memslot, where it comes or goes
-per actor   pc
+per vCPU    acc, tlb[vcpu, gfn], tlb_2m, checked[vcpu, gfn]   the pending access, its translations, what was checked
+            snapshot, rmp_bit, fault_slot                its fault: sequence count, error code, memslot
+            smm, srcu, grace                             whether it runs in SMM; whether its thread is in KVM
+per actor   pc, folio_ref[actor, gfn]                    where it is in its program; which pages it holds
+failures    failures_left[what]                          what may still fail, once
+tdx         see cells_tdx.py
 """
 
 from __future__ import annotations

@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
+from ..design.calls import DISCARDS as DISCARDS
+from ..design.calls import FOLIO_2M as FOLIO_2M
+from ..design.calls import LARGE as LARGE
+from ..design.calls import MEMSLOTS as MEMSLOTS
+from ..design.calls import PLATFORMS as PLATFORMS
 from ..errors import InputError, shown
 from ..hw.memory import Gfn, Pfn
 from ..kvm.lpage import LargePage, large_pages
 from ..kvm.memslots import MemSlot, Piece, pieces
 
-PLATFORMS = {
-    "snp": "AMD SEV-SNP: encrypted, ownership checked by the RMP",
-    "tdx": "Intel TDX: secure EPT and PAMT kept by the module, memory owned by KeyID",
-    "sev": "AMD SEV: encrypted, no RMP",
-    "sw": "software-protected VM, as the KVM selftests use it: neither encryption nor RMP",
-}
 NEIGHBOUR = "N"
 TLB = "TLB"  # who drops entries of TLBs, where that is asked: compile.build.with_forgetful_tlbs()
 
-# The parts that not every machine has (machine/parts.py).
-DISCARDS, MEMSLOTS, DELETES, ADDS, SMM = "discards", "memslots", "deletes a memslot", "adds a memslot", "SMM"
-LARGE, FOLIO_2M, RESERVED = "large pages", "2M folio", "reserved entries"
+# The parts that not every machine has (machine/parts.py), beside those that a call needs (design/calls.py).
+DELETES, ADDS, SMM, RESERVED = "deletes a memslot", "adds a memslot", "SMM", "reserved entries"
 FLUSH, RMP_BIT, YIELDS = "if (flush)", "RMP bit", "zap yields"
 
 

@@ -42,8 +42,7 @@ def four_places_agree(s: View) -> None:
             continue
         private = conf.backing["private", gfn]
         entry = s.rmp[private]
-        # Used is written.  A read before that needs no clause here: one through an entry of the other state has
-        # completed as a stale-mapping, or can be repeated and then does.
+        # In use: written.  A wrong read before that is reported as stale-mapping, at once or when it is repeated.
         used = conf.correct_guest and s.guest[gfn] == "ready"
         if used and (
             (attr == "private" and not (entry.assigned and entry.validated))

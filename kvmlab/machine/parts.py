@@ -1,8 +1,8 @@
 """The parts of a machine that not every model has: each brings its cells and its clause of out-of-sync.
 
 A model has a part if a thread of its scenario does, or if a step of its programs belongs to it.  The cells of a part
-that a model does not have are fixed: they hold one value, and what is written to them is lost.  So no step asks
-whether a part is there.
+that a model does not have are fixed: they hold one value, and what is written to them is lost.  So steps need not ask
+whether a part is there; what they do ask is the shape of memory (2M pages) and who the guest is.
 """
 
 from __future__ import annotations

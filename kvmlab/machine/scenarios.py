@@ -9,8 +9,7 @@ from ..errors import InputError
 from ..kernel.failures import RMPUPDATE, SEAMCALL, XARRAY
 from ..kvm.memslots import SMM as ADDRESS_SPACE_SMM
 from ..kvm.memslots import MemSlot
-from . import conf as parts
-from .conf import YIELDS
+from .conf import ADDS, DELETES, DISCARDS, FOLIO_2M, LARGE, MEMSLOTS, RESERVED, SMM, YIELDS
 
 
 @dataclass(frozen=True)
@@ -20,6 +19,9 @@ class HostWrites:
     """
 
     what: str
+
+
+ANY_TIME = "any time"
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,9 @@ class CreatesMemslot:
 
 Thread: TypeAlias = HostWrites | Discards | Converts | DeletesMemslot | CreatesMemslot
 BRINGS: dict[type, frozenset[str]] = {
-    Discards: frozenset({parts.DISCARDS}),
-    DeletesMemslot: frozenset({parts.MEMSLOTS, parts.DELETES}),
-    CreatesMemslot: frozenset({parts.MEMSLOTS, parts.ADDS}),
+    Discards: frozenset({DISCARDS}),
+    DeletesMemslot: frozenset({MEMSLOTS, DELETES}),
+    CreatesMemslot: frozenset({MEMSLOTS, ADDS}),
 }
 
 
@@ -88,12 +90,10 @@ class Scenario:
     def parts(self) -> frozenset[str]:
         """What the machine needs for its threads, its memory and its failures."""
         found = frozenset(self.may).union(*(BRINGS.get(type(thread), frozenset()) for thread in self.threads))
-        found |= {parts.LARGE} if self.huge else set()
-        found |= {parts.FOLIO_2M} if self.folio_2m else set()
-        found |= {parts.SMM, parts.MEMSLOTS} if self.smm else set()
-        found |= (
-            {parts.RESERVED} if any(isinstance(t, Converts) and t.refused for t in self.threads) else set()
-        )
+        found |= {LARGE} if self.huge else set()
+        found |= {FOLIO_2M} if self.folio_2m else set()
+        found |= {SMM, MEMSLOTS} if self.smm else set()
+        found |= {RESERVED} if any(isinstance(t, Converts) and t.refused for t in self.threads) else set()
         return found
 
     @property
@@ -189,7 +189,7 @@ _ALL = (
         ("shared", "private"),
         gfns=(0, 1, 2),
         request=(0,),
-        threads=(Discards("any time", (2,)),),
+        threads=(Discards(ANY_TIME, (2,)),),
         unused=(2,),
     ),
     Scenario(
@@ -235,7 +235,7 @@ _ALL = (
         ("shared", "private"),
         racers=0,
         correct_guest=False,
-        threads=(Discards("any time"), HostWrites("freed")),
+        threads=(Discards(ANY_TIME), HostWrites("freed")),
     ),
     Scenario(
         "huge-accept",
@@ -264,7 +264,7 @@ _ALL = (
         gfns=(0, 1),
         huge=True,
         folio_2m=True,
-        threads=(Discards("any time"), HostWrites("freed")),
+        threads=(Discards(ANY_TIME), HostWrites("freed")),
     ),
     Scenario(
         "punch-4k",
@@ -275,7 +275,7 @@ _ALL = (
         gfns=(0, 1),
         huge=True,
         folio_2m=True,
-        threads=(Discards("any time", (1,)), HostWrites("freed")),
+        threads=(Discards(ANY_TIME, (1,)), HostWrites("freed")),
     ),
     Scenario(
         "zap-yields",

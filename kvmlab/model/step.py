@@ -60,8 +60,8 @@ class Actor:
 class Model:
     """A machine and its actors: everything the engines need.
 
-    `fatal` names the properties whose violation ends the run; `watch` is called in each quiet state
-    (every actor idle) and may violate further properties; `steady` is like it, in every state.
+    `fatal` names the properties whose violation ends the run; `quiet` is called in each quiet state (every actor is
+    idle) and may violate further properties.
     """
 
     layout: Layout

@@ -95,9 +95,9 @@ class Report(Displayed):
         return self.graph.hit_depth.get(name)
 
     def _unavoidable(self, names: Sequence[str]) -> list[str]:
-        """Those that every run that finishes violates, also where TLBs lose entries.
+        """Those that every run that finishes violates, even if TLB entries may vanish at any time (Always).
 
-        Where only one is asked about, what follows its violation needs no search.
+        For a single property the search does not go past its violation.
         """
 
         def never_avoided(graph: Graph, name: str) -> bool:

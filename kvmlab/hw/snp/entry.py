@@ -8,7 +8,7 @@ __rmpadjust, the RMP model of github microsoft/verismo (arch/rmp/*_s.rs, 7 Augus
 (arch/x86/virt/svm/sev.c, arch/x86/kvm/svm/sev.c).  A comment names the one that a surprising row rests on.
 
 Left out: the spurious fault on an entry that another CPU has locked.  An address that the RMP does not cover counts
-as HYPERVISOR, and cannot be assigned (`covered` in snp_pages).
+as HYPERVISOR, and cannot be assigned (`covered` in pages.py).
 """
 
 from __future__ import annotations

@@ -34,11 +34,13 @@ class Situation(NamedTuple):
     """All that a leaf may ask about the machine that it meets; where nothing is said, nothing is in its way.
 
     Each question is a function that answers it.  It is called when a check asks, so that what it reads is read only
-    if it matters, and it may do what asking does, as a failure that strikes whoever first tries a lock.
+    if it matters.  Answering may have an effect: the first attempt to take a lock may use up an injected failure.
     """
 
     td: Callable[[], TdState] = TdState  # how far the TD is in its life
-    held: Callable[[Lock], str] = lambda lock: NONE  # how others hold a lock, but for that of an S-EPT entry
+    held: Callable[[Lock], str] = lambda lock: (
+        NONE
+    )  # how others hold any lock but an S-EPT entry's: see entry_lock
     armed: Callable[[], bool] = lambda: False  # the vCPU's zero-step mitigation has GPAs to look at
     steps: Callable[[], bool] = lambda: False  # one of them would raise an EPT violation again
     named: Callable[[], bool] = lambda: True  # level and GPA name an entry that the leaf takes
