@@ -69,7 +69,7 @@ class Call:
     it needs, if any.  `words` are the arguments that carry meaning, at most one a call; `usual` is meant where none
     is said, `needs` says what is missing then.  `parts` are the calls for which it stands, by direction.  `opens` is
     the section that takes over for a private page of a TD.  `lays` is how the compiler lays it out, if not as its
-    step.  `role` is a tag by which code finds a call without its name.  `spte` is the SPTE of the mirror that it is for.
+    step.  `role` is a tag by which code finds a call without its name.  `spte` is the SPTE that it is for.
     """
 
     name: str
