@@ -47,6 +47,7 @@ class Call:
         """The rows that are reached from here on."""
         self.section, self.next_row = section, 0
         self.rows, self.reached = self.ranges.pages.rows[section], self.ranges.reached(section)
+        self.uncompiled = self.ranges.uncompiled(section)
 
     def adopt(self, engine: Ranges) -> None:
         """Go on in a machine of another shape."""
@@ -191,12 +192,12 @@ class Call:
 
     def reach_rows(self, until: int) -> None:
         """The same for the first rows of the text."""
-        while self.next_row < until:
-            row = self.rows[self.next_row]
-            self.next_row += 1
-            self.skipped(row)
+        for n in range(self.next_row, until):
+            self.next_row = n + 1
+            if n in self.uncompiled:
+                self.skipped(self.rows[n])
             if self.vm.on_row is not None:
-                self.hook(partial(self.vm.reached, row))
+                self.hook(partial(self.vm.reached, self.rows[n]))
 
     def hook(self, call: Callable[[], None]) -> None:
         """Let a script look on, or act as somebody else."""
@@ -271,7 +272,7 @@ class Call:
                         part, rest = part.split(alike)
                 self.parts = [part] if rest is None else [part, rest]
                 goes_on = self._column(part, pc, rows)
-                for one in self.parts:
+                for one in self.parts if part is not column or column not in self.columns else ():
                     one.store()
                 if not goes_on:
                     break

@@ -84,6 +84,7 @@ class Ranges:
             for thread in THREADS
         ]
         self._reached: dict[str, list[int]] = {}
+        self._uncompiled: dict[str, frozenset[int]] = {}
         self._known: dict[tuple[int, int, bool], Pass] = {}
 
     def cell(self, name: str, key: Any = None) -> Cell:
@@ -104,6 +105,13 @@ class Ranges:
 
             self._reached[section] = [until(instr.row) for instr in self.program]
         return self._reached[section]
+
+    def uncompiled(self, section: str) -> frozenset[int]:
+        """The rows of a section for which nothing was compiled, by number."""
+        if section not in self._uncompiled:
+            there = {number - 1 for number in self.reached(section)}
+            self._uncompiled[section] = frozenset(range(len(self.pages.rows[section]))) - there
+        return self._uncompiled[section]
 
     def set(self, x: int, cell: Cell, value: Any) -> int:
         """The packed state with another value in one cell."""
