@@ -36,6 +36,8 @@ def property_of(wrong: Any) -> str:
     """The property that the explorer charges for what ends a run of the emulator."""
     if isinstance(wrong, GuestSpins):  # an exit that is answered by running again is a dead guest, not a loop
         return "guest-killed" if "userspace re-enters" in wrong.why else "livelock"
+    if isinstance(wrong, Deadlock) and "to be freed" in str(wrong):  # a page that a punch never gives back
+        return "deadlock"
     return {
         KernelBug: "kernel-bug",
         RmpFault: "host-rmp-fault",
