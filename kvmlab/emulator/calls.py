@@ -108,6 +108,9 @@ class Call:
             raise VmError(f"{self.name}: more than {len(THREADS)} calls inside one another")
         kernel.depth += 1
         kernel.names[self.a] = self.name
+        flush = ranges.cell("flush")  # a variable of the function in KVM: each call has its own
+        outer = flush.get(kernel.x)
+        kernel.x = ranges.set(kernel.x, flush, flush.domain[0])
         kernel.x = ranges.begin(kernel.x, self.a, self.entry, kind, rmp_bit, gfn)
         try:
             return self._run()
@@ -115,7 +118,7 @@ class Call:
             kernel.x = ranges.unwind(kernel.x, self.a)
             raise
         finally:
-            kernel.x = ranges.forget(kernel.x, self.a)
+            kernel.x = ranges.set(ranges.forget(kernel.x, self.a), flush, outer)
             kernel.depth -= 1
 
     def _run(self) -> str:

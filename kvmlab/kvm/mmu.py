@@ -240,6 +240,7 @@ def _map_large(s: View, page: LargePage, kind: str) -> None:
         return
     if present:
         s.count("spurious-npf")
+        s.note("spurious-npf", gfn=page.gfns[0])
         s.say(f"[{level} already mapped]")
         return
     if any(leaf(s, gfn) is not None for gfn in page.gfns):
