@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from kvmlab.design import Design, shipped
+from kvmlab.design import Design, Row, shipped
 from kvmlab.emulator import (
     Deadlock,
     GuestSpins,
@@ -315,3 +316,22 @@ def test_a_closed_file_is_no_descriptor_any_more_and_closing_it_again_does_nothi
     with pytest.raises(VmErrno) as caught:
         vm.gmem.allocate(0, P)
     assert caught.value.errno == errno.EBADF
+
+
+@pytest.mark.parametrize(("page", "waits"), [(0, True), (7, False)])
+def test_a_punch_waits_for_a_fault_that_holds_the_page_and_for_no_other(page: int, waits: bool) -> None:
+    vm, waited = Vm("snp", 8, private=True), list[bool]()
+    vm.gmem.allocate(0, 8 * P)
+
+    def punch(row: Row) -> None:
+        if row.call == "rmp_prepare" and not waited:
+            try:
+                vm.gmem.punch_hole(page * P, P)
+                waited.append(False)
+            except Deadlock:
+                waited.append(True)
+
+    vm.on_row = punch
+    with suppress(GuestSpins):  # a punch that waits for ever has its window open for ever
+        vm.guest().pvalidate(0, True)
+    assert waited == [waits]

@@ -36,7 +36,7 @@ class Call:
         self.text(section)
         self.columns: list[Column | Regions] = []
         self.parts: list[Column | Regions] = []  # of the column that a loop is at
-        self.slot_state = "none"
+        self.slot_state, self.others = "none", 0
         self.in_progress, self.failing = (
             self.ranges.cell("in_progress"),
             self.ranges.cell("failures_left", RMPUPDATE),
@@ -107,6 +107,7 @@ class Call:
         if self.a >= len(THREADS):
             raise VmError(f"{self.name}: more than {len(THREADS)} calls inside one another")
         kernel.depth += 1
+        self.others = self._others()
         kernel.names[self.a] = self.name
         flush = ranges.cell("flush")  # a variable of the function in KVM: each call has its own
         outer = flush.get(kernel.x)
@@ -120,6 +121,7 @@ class Call:
         finally:
             kernel.x = ranges.set(ranges.forget(kernel.x, self.a), flush, outer)
             kernel.depth -= 1
+            kernel.pages.pop()
 
     def _run(self) -> str:
         begun = False
@@ -209,6 +211,16 @@ class Call:
         for column in (*self.columns, *self.parts):
             column.loaded = False
 
+    def _others(self) -> int:
+        """The references of calls around this one to pages that are none of its own; and note which pages are."""
+        around, found = self.kernel.pages, 0
+        mine = [(c.pfn, c.pfn + getattr(c, "whole", c).n) for c in self.columns if c.pfn is not None]
+        for thread, theirs in enumerate(around):
+            if not any(lo < end and start < hi for lo, hi in mine for start, end in theirs):
+                found |= self.ranges.cell("folio_ref", (THREADS[thread], 0)).mask
+        around.append(mine)
+        return found
+
     def global_state(self, page: int) -> int:
         """The state with a page's cells, and the numbers of the window as the model has them."""
         cell, now = self.in_progress, self.vm.mmu.in_progress
@@ -217,8 +229,9 @@ class Call:
 
     def _go(self, page: int, engine: Ranges | None = None) -> Pass:
         engine = engine or self.ranges
-        done = engine.go(self.global_state(page), self.a, self.single)
-        self.kernel.x = done.after & ~engine.page_mask
+        others = self.kernel.x & self.others
+        done = engine.go(self.global_state(page) ^ others, self.a, self.single)
+        self.kernel.x = done.after & ~engine.page_mask | others
         return done
 
     def _once(self) -> None:

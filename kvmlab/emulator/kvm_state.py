@@ -46,6 +46,7 @@ class Kernel:
         self.ranges = self.shaped(ONE_PAGE)
         self.x = self.ranges.model.initial & ~self.ranges.page_mask
         self.depth = 0
+        self.pages: list[list[tuple[int, int]]] = []  # the PFNs that each call under way is about
         self.names = ["nobody"] * len(THREADS)
 
     def threads(self) -> list[Held]:
