@@ -650,7 +650,7 @@ def test_a_look_up_in_the_ioctl_may_sleep_and_changes_nothing(tiny: Machine) -> 
 
 def test_a_zap_removes_the_leaf_and_tells_if_there_was_one(tiny: Machine) -> None:
     zap = mmu.kvm_unmap_gfn_range, "CPU0", 0
-    assert tiny.run(*zap, at=WRITER | {"npt[0]": "S0"}) == did(None, {"npt[0]": None, "flush": True})
+    assert tiny.run(*zap, at=WRITER | {"npt[0]": "S0"}) == did(None, {"npt[0]": None, "flush[CPU0]": True})
     assert tiny.run(*zap, at=WRITER) == did()
 
 
@@ -658,12 +658,12 @@ def test_a_large_leaf_goes_whole(huge: Machine) -> None:
     at = WRITER | {"npt_large[2M, 2]": "shared", "npt_large[2M, 4]": "shared"}
     assert huge.run(mmu.kvm_unmap_gfn_range, "CPU0", 2, at=at).wrote == {
         "npt_large[2M, 2]": None,
-        "flush": True,
+        "flush[CPU0]": True,
     }
     at = WRITER | {"npt_large[1G, 0]": "shared"}
     assert huge.run(mmu.kvm_unmap_gfn_range, "CPU0", 5, at=at).wrote == {
         "npt_large[1G, 0]": None,
-        "flush": True,
+        "flush[CPU0]": True,
     }
 
 
@@ -726,7 +726,9 @@ def test_a_zap_may_yield_or_not(tiny: Machine) -> None:
 
 
 def test_if_flush_is_asked_once(tiny: Machine) -> None:
-    assert tiny.run(mmu.flush_if_zapped, "CPU0", at={"flush": True}) == did(None, {"flush": False})
+    assert tiny.run(mmu.flush_if_zapped, "CPU0", at={"flush[CPU0]": True}) == did(
+        None, {"flush[CPU0]": False}
+    )
     assert tiny.run(mmu.flush_if_zapped, "CPU0") == did("skip")
 
 

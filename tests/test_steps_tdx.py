@@ -201,7 +201,9 @@ def test_busy_is_one_status_exactly(status: Status, busy: bool) -> None:
 
 def test_a_zap_takes_the_mirror_leaf_away_first(tiny: Machine) -> None:
     zap = tdx.kvm_unmap_gfn_range, "CPU0", 0
-    assert tiny.run(*zap, at=WRITER | {"mirror[0]": "P0"}) == did(None, {"mirror[0]": None, "flush": True})
+    assert tiny.run(*zap, at=WRITER | {"mirror[0]": "P0"}) == did(
+        None, {"mirror[0]": None, "flush[CPU0]": True}
+    )
     assert tiny.run(*zap, at=WRITER) == did("skip")
     assert tiny.run(*zap, at=READER).broke == ["lock-misuse"]
 

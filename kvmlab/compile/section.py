@@ -440,12 +440,13 @@ class Section:
     def lay_whole(self, call: Call, row: Row) -> None:
         """A call that stands for others and takes its lock itself: they are shown as its own."""
         for part in (meanings(name, self.section)[0] for name in call.parts[self.kind]):
-            assert part.step is not None
+            does_it = call.step if part.lays == "zap" else part.step
+            assert part.step is not None and does_it is not None
             if part.lock and part.step in locks.UNDO:
                 self.take(part.step, part.lock)
             elif part.lock:
                 self.drop(part.step, part.lock)
-            step = at_fault(part.step) if "gfn" in part.wants else part.step
+            step = at_fault(does_it) if "gfn" in part.wants else does_it
             self.emit(step, (part.lock,) if part.lock else (), row, f"{row.call}(): {part.name}()")
 
     def zap_private(self, call: Call, row: Row) -> None:

@@ -256,7 +256,7 @@ CALLS = (
     Call("psmash", RMP_FAULT, PSMASH, "APM vol. 3, PSMASH", sev.psmash, ends=WAYS, on=HAS_RMP,
          words=("recheck", "recheck_unassigned"), on_page=True),
     Call("psmash", PUNCH, PSMASH, SEV_C, sev.psmash_if_partial, on=HAS_RMP, part=FOLIO_2M, on_page=True),
-    Call("kvm_zap_gfn_range", RMP_FAULT, "zap and flush; takes mmu_lock itself", MMU_C, lays="whole",
+    Call("kvm_zap_gfn_range", RMP_FAULT, "zap and flush; takes mmu_lock itself", MMU_C, mmu.zap_leaf, lays="whole",
          parts=_both("write_lock", "kvm_unmap_gfn_range", "kvm_flush_remote_tlbs", "write_unlock")),
     Call("truncate_inode_pages_range", PUNCH,
          "take the page out of guest_memfd, once nobody holds it; may sleep", "mm/truncate.c",

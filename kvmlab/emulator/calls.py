@@ -109,9 +109,6 @@ class Call:
         kernel.depth += 1
         self.others = self._others()
         kernel.names[self.a] = self.name
-        flush = ranges.cell("flush")  # a variable of the function in KVM: each call has its own
-        outer = flush.get(kernel.x)
-        kernel.x = ranges.set(kernel.x, flush, flush.domain[0])
         kernel.x = ranges.begin(kernel.x, self.a, self.entry, kind, rmp_bit, gfn)
         try:
             return self._run()
@@ -119,7 +116,7 @@ class Call:
             kernel.x = ranges.unwind(kernel.x, self.a)
             raise
         finally:
-            kernel.x = ranges.set(ranges.forget(kernel.x, self.a), flush, outer)
+            kernel.x = ranges.forget(kernel.x, self.a)
             kernel.depth -= 1
             kernel.pages.pop()
 
@@ -177,7 +174,7 @@ class Call:
         """tdx: zap private leaves, by the rows of the section zap; where it goes on."""
         assert self.vm.tdx
         found = [PrivateZap(self.vm, self.vm.tdx, self).range(lo, hi) for lo, hi in ranges]
-        if any(found) and (flush := self.ranges.cell("flush")).bits:
+        if any(found) and (flush := self.ranges.cell("flush", THREADS[self.a])).bits:
             self.kernel.x = self.ranges.set(self.kernel.x, flush, True)
         return "skip"
 

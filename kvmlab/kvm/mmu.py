@@ -34,13 +34,18 @@ def leaf(s: View, gfn: Gfn, smm: bool = False) -> Pfn | None:
 
 
 def kvm_unmap_gfn_range(s: View, me: str, gfn: Gfn, as_id: int = 0) -> None:
-    """Zap the leaf of one gfn; `s.flush` remembers whether there was one, for `if (flush)`.
+    """Zap the leaf of one gfn; `s.flush` remembers whether there was one, for an `if (flush)` of the same thread."""
+    if leaf(s, gfn, as_id == SMM) is not None:
+        s.flush[me] = True
+    zap_leaf(s, me, gfn, as_id)
+
+
+def zap_leaf(s: View, me: str, gfn: Gfn, as_id: int = 0) -> None:
+    """Zap the leaf of one gfn, by whoever flushes by himself.
 
     Only in the page tables of the memslot's address space (for_each_valid_tdp_mmu_root()).
     """
     assert_held(s, me, "kvm_unmap_gfn_range()")
-    if leaf(s, gfn, as_id == SMM) is not None:
-        s.flush = True
     s.note("zap", gfn=gfn)
     if as_id == SMM:
         s.npt_smm[gfn] = None
@@ -108,10 +113,10 @@ def tdp_mmu_yields(s: View, me: str) -> str | None:
 
 
 def flush_if_zapped(s: View, me: str) -> str | None:
-    """`if (flush)`: skip what follows unless the last zap found a leaf."""
-    if not s.flush:
+    """`if (flush)`: skip what follows unless a zap of this thread has found a leaf; its own variable in KVM."""
+    if not s.flush[me]:
         return "skip"
-    s.flush = False
+    s.flush[me] = False
     return None
 
 

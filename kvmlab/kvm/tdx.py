@@ -173,7 +173,7 @@ def kvm_unmap_gfn_range(s: View, me: str, gfn: Gfn) -> str | None:
     assert_held(s, me, "kvm_unmap_gfn_range()")
     if s.mirror[gfn] in (None, FROZEN):
         return "skip"
-    s.flush = True
+    s.flush[me] = True
     s.mirror[gfn] = None
     return None
 

@@ -5,13 +5,13 @@ per gfn     attr, npt, npt_smm                           the xarray; the NPT lea
             reserved, gmem                               empty entries of the xarray; the private page's life
 per 2M, 1G  npt_large, mixed                             a leaf of that size; the lpage flag
 per PFN     rmp, memory, directmap (+ directmap_2m)      RMP entry, contents, directmap of one 2M region
-KVM         in_progress, invalidate_range, flush         the invalidation window; what a zap has found
+KVM         in_progress, invalidate_range                the invalidation window
             slot                                         the memslot, where it comes or goes
 locks       slots_lock, folio_lock, mmu_lock_*, invalidate_lock_*
 per vCPU    acc, tlb[vcpu, gfn], tlb_2m, checked[vcpu, gfn]   the pending access, its translations, what was checked
             snapshot, rmp_bit, fault_slot                its fault: sequence count, error code, memslot
             smm, srcu, grace                             whether it runs in SMM; whether its thread is in KVM
-per actor   pc, folio_ref[actor, gfn]                    where it is in its program; which pages it holds
+per actor   pc, flush, folio_ref[actor, gfn]             where it is in its program; what its zap found; its pages
 failures    failures_left[what]                          what may still fail, once
 tdx         see cells_tdx.py
 """

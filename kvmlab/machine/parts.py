@@ -130,7 +130,7 @@ PARTS = (
     Part(RESERVED, "a reservation that failed leaves entries behind",
          lambda conf, programs: [Field("reserved", (False, True), conf.gfns)]),
     Part(FLUSH, "a text asks whether a zap has found anything",
-         lambda conf, programs: [Field("flush", (False, True))], frozenset({flush_if_zapped})),
+         lambda conf, programs: [Field("flush", (False, True), tuple(programs))], frozenset({flush_if_zapped})),
     Part(RMP_BIT, "a handler asks for the RMP bit of a fault",
          lambda conf, programs: [Field("rmp_bit", (None, "RMP", "SIZEM"), conf.vcpus)], frozenset({had_rmp_bit})),
     Part(YIELDS, "a zap may yield mmu_lock between two gfns"),
