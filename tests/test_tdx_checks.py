@@ -6,6 +6,7 @@ checks alone, by the reference Module, by a step of the explorer and by the emul
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 from step_tools import Machine
 from test_tdx_module import GPA, HPA, LARGE, TDR, World, large, split
 
-from kvmlab import TdxError, Vm
-from kvmlab.emulator.tdx_kvm import ENTERING
+from kvmlab import Design, TdxError, Vm
+from kvmlab.emulator import PlatformError
+from kvmlab.emulator.kvm_calls import run_fault
+from kvmlab.emulator.tdx_kvm import ENTERING, INSIDE
 from kvmlab.emulator.tdx_module import CODE
 from kvmlab.hw.tdx import (
     CHECKS,
@@ -268,23 +271,42 @@ EMULATORS = {
     Leaf.ACCEPT: ON_ENTRY,
     Leaf.VP_ENTER: (Check.BUILT,),
 }
+ONE_CALL = """
+base: upstream
+zap:
+    {}()
+aug:
+    freeze_spte({})
+    {}()
+"""
 
 
 class InTheEmulator:
-    """A Vm: arrays, injected busy answers, a vCPU in VP.ENTER or ACCEPT."""
+    """A Vm: arrays, injected busy answers, a vCPU in VP.ENTER or ACCEPT; KVM makes the one SEAMCALL, and no other."""
 
     checks = EMULATORS
 
     def __init__(self, leaf: Any) -> None:
-        self.leaf, self.vm = leaf, Vm("tdx", 1024, private=True, vcpus=2)
-        self.vm.guest().accept(0)
+        self.leaf = leaf
+        adds = leaf in (Leaf.SEPT_ADD, Leaf.PAGE_AUG)
+        call, table = leaf.lower().replace(".", "_"), leaf == Leaf.SEPT_ADD
+        said = (
+            ("tdh_mem_track", "table" if table else "leaf", call)
+            if adds
+            else (call, "leaf", "tdh_mem_page_aug")
+        )
+        kvms = leaf in KVMS and leaf != Leaf.ACCEPT
+        design = Design.parse(ONE_CALL.format(*said)) if kvms else "upstream"
+        self.vm = Vm("tdx", 1024, design, private=True, vcpus=2)
         self.kvm, self.module = self.vm.tdx, self.vm.tdx.module
-        self.kvm.everybody_out()
-        self.pfn, state = int(self.module.hpa[0]), STATES.get(leaf, FREE)
-        self.put(state)
+        self.module.add_tables(0, 1)
+        self.vm.gmem.allocate(0, 4 << 20)
+        self.pfn, state = self.vm.pfn(0, True), STATES.get(leaf, FREE)
+        self.module.states(0, 1)[0], self.module.hpa[0] = CODE[state], self.pfn
         self.module.pamt[self.pfn] = PageType.NDA if state == FREE else PageType.REG
+        self.kvm.mirror_of(0, 1)[0] = 0 if adds else self.pfn + 1
         self.module.epochs = self.module.epochs._replace(td_epoch=5)
-        self.gfn = 512 if leaf == Leaf.SEPT_ADD else 0
+        self.gfn = 512 if table else 0
 
     def put(self, state: State) -> None:
         self.module.states(0, 1)[0] = CODE[state]
@@ -298,7 +320,7 @@ class InTheEmulator:
             case Check.EPOCH:
                 self.kvm.vcpus[1].mode = ENTERING
             case Check.PREVIOUS:
-                self.module.epochs = self.module.epochs._replace(refcount=(1, 1))
+                self.kvm.vcpus[0].mode, self.kvm.vcpus[0].epoch = INSIDE, 4
             case Check.WALK:
                 self.module.tables[Level.PD][0] = 0
             case Check.ENTRY:
@@ -317,7 +339,12 @@ class InTheEmulator:
             return self.kvm.accept(0, 0, 1).rax
         if self.leaf == Leaf.VP_ENTER:
             return self.enter()
-        return self.kvm.seamcall(self.leaf, self.gfn, 1, self.pfn).rax
+        with suppress(PlatformError):
+            if self.leaf in (Leaf.SEPT_ADD, Leaf.PAGE_AUG):
+                run_fault(self.vm, 0, self.gfn, 1, True, True, 0, "ept-violation")
+            else:
+                self.vm.set_memory_attributes(0, 4096, False)
+        return next(event.code for event in self.vm.events if event.kind == self.leaf)
 
     def enter(self) -> int:
         try:
@@ -514,7 +541,11 @@ def test_a_busy_answer_waits_for_an_accept_that_comes_as_far_as_the_lock() -> No
 
 
 def test_a_range_stops_at_the_entry_that_a_vcpu_in_accept_holds() -> None:
-    vm = Vm("tdx", 64, private=True, vcpus=2)
-    vm.guest().accept_range(0, 64 << 12)
+    design = Design.parse("base: upstream\nzap:\n    tdh_mem_range_block()\n")
+    vm = Vm("tdx", 64, design, private=True, vcpus=2)
+    vm.place(0, "MAPPED", 64 << 12)
     vm.tdx.vcpus[1].accepting = 9
-    assert vm.tdx.seamcall(Leaf.RANGE_BLOCK, 0, 64) == (9, busy(Operand.RCX))
+    with pytest.raises(PlatformError, match="OPERAND_BUSY"):
+        vm.set_memory_attributes(0, 64 << 12, False)
+    found = [(event.page, event.times, event.code) for event in vm.events if event.kind == Leaf.RANGE_BLOCK]
+    assert found[-1] == (9, 1, busy(Operand.RCX)) and vm.tdx.module.entry(10) == MAPPED

@@ -144,7 +144,9 @@ def test_directmap_hooks_for_every_platform_oops_when_the_kernel_zeroes_the_page
 
 
 def test_and_in_place_where_nothing_is_zeroed_they_oops_at_clflush() -> None:
-    assert "clflush of P0, which is not in" in told("pre-post-directmap", "tiny", "kernel-bug", "in-place")
+    assert "tdx_clflush_page() of P0, which is not in" in told(
+        "pre-post-directmap", "tiny", "kernel-bug", "in-place"
+    )
 
 
 @pytest.mark.parametrize("scenario", ["tiny", "to-private", "to-shared", "round-trip"])

@@ -19,10 +19,21 @@ from ..guest.access import Access
 from ..hw.memory import Gfn
 from ..hw.snp import PG_2M, PG_4K, RmpEntry
 from ..kernel import locks
-from ..kernel.failures import RMPUPDATE
-from ..kvm import sev
+from ..kernel.failures import RMPUPDATE, SEAMCALL
+from ..kvm import sev, tdx
 from ..machine.cells import build_layout, with_usage
-from ..machine.conf import ADDS, DELETES, DISCARDS, FOLIO_2M, LARGE, MEMSLOTS, RESERVED, Conf, Switches
+from ..machine.conf import (
+    ADDS,
+    DELETES,
+    DISCARDS,
+    FOLIO_2M,
+    LARGE,
+    MEMSLOTS,
+    RESERVED,
+    TD_FATAL,
+    Conf,
+    Switches,
+)
 from ..machine.properties import FATAL
 from ..model.state import Cell, Field, Layout, ModelError, View
 from ..model.step import Actor, Model
@@ -31,14 +42,16 @@ from .programs import _unwound, fault_paths, inverted, punch_drafts
 from .section import KINDS, Section
 
 THREADS = tuple(f"T{level}" for level in range(6))  # a call inside a call inside ...
-PARTS = frozenset({DISCARDS, MEMSLOTS, ADDS, DELETES, RESERVED, RMPUPDATE})
+PARTS = frozenset({DISCARDS, MEMSLOTS, ADDS, DELETES, RESERVED})
+PARTS_OF = {"snp": {RMPUPDATE}, "tdx": {SEAMCALL, TD_FATAL}}  # what one platform has besides
 OTHER = "other"  # a leaf to a page that is neither backing
 ELSEWHERE = Gfn(99)  # the gfn of an RMP entry that is for another page
 MOST_PLACES, MOST_CHILDREN = 1024, 16
+OF_A_VCPU = frozenset({"mode", "vcpu_epoch", "kicked"})  # and not of the thread that is named like it
 OF_A_PAGE = frozenset(
     {"attr", "reserved", "npt", "tlb", "rmp", "directmap", "directmap_2m", "gmem", "slot", "uptodate",
      "invalidate_range", "failures_left", "memory", "guest", "checked", "npt_large", "mixed", "tlb_2m",
-     "sept", "mirror", "entry_lock", "ptlb", "pamt", "bepoch"}
+     "sept", "sept_table", "mirror", "mirror_table", "entry_lock", "ptlb", "pamt", "bepoch", "td_fatal"}
 )  # fmt: skip
 
 
@@ -90,7 +103,7 @@ def page_model(
     design: Design, platform: str, backing: str, switches: Switches, shape: Shape = ONE_PAGE
 ) -> PageModel:
     """Compile the page model of a design.  What is not per page lies at the same bits whatever the shape is."""
-    parts = PARTS if platform == "snp" else PARTS - {RMPUPDATE}
+    parts = PARTS | PARTS_OF.get(platform, set())
     parts |= {LARGE} if shape.children > 1 else set()
     parts |= {FOLIO_2M} if shape.folio else set()
     conf = Conf(
@@ -183,6 +196,12 @@ class _Compiler:
         paths, nests = fault_paths(self.design, self.conf)
         self.nests |= nests
         drafts += paths
+        if self.conf.tdx:  # one SEAMCALL by itself, as a wrong host would do it
+            block = Row("tdh_mem_range_block")
+            args = (Gfn(0), block.call, None)
+            drafts += self._call(
+                "block", (), [Draft(tdx.zap_seamcall, args, block.call, block, "zap", loop=1)]
+            )
         labels = ("guest", "killed", "userspace", "auto-private", "auto-shared", "done", "ENOMEM")
         drafts += [Draft(ends, (label,), label, label=label) for label in labels]
         drafts.append(Draft(locks.stuck, (), "hangs", label="stuck"))

@@ -9,10 +9,9 @@ rmp gfn_arrays             RMP entries by PFN; attributes, NPT, C-bits by gfn, a
 tdx_memory tdx_module      tdx: lines by KeyID; S-EPT, PAMT and epochs
 slots mixed_pages          memslots, the pages of a guest_memfd; which 2M and 1G pages are mixed
 host_pages                 the host: pages, directmap, stores to them; the hooks of a script
-tdx_kvm                    tdx: vCPUs and SEAMCALLs of one TD
+tdx_kvm                    tdx: the vCPUs of one TD, and what waits for them
 kvm_state vm_state         the range engine's state; what all parts of a VM share
 columns large              arrays as cells of the page model, and back; 2M pages
-tdx_zap tdx_aug            tdx: the `zap:` and `aug:` rows of a design
 calls kvm_calls            the programs of a design run on columns: ioctl, fault, punch, zap
 ioctl guest_memfd regions  KVM's system calls: attributes, files, memslots
 host vmm                   the host kernel and userspace; what the latter does with exits

@@ -11,20 +11,35 @@ import re
 from collections.abc import Callable, Iterable
 from functools import partial
 
+import numpy as np
+
 from ..compile.pages import THREADS
 from ..design import Row
 from ..explore.ranges import FOR_ALL, Note, Pass, Ranges, same_row
-from ..kernel.failures import RMPUPDATE
+from ..hw import tdx as hw_tdx
+from ..hw.tdx import Leaf
+from ..kernel.failures import RMPUPDATE, SEAMCALL
+from ..kvm import mmu, tdx
 from ..model.step import Instr
 from .columns import Column
 from .events import Deadlock, KernelBug, PlatformError, RmpFault, VmError
 from .kvm_state import Step
 from .large import Regions
-from .tdx_zap import Zap as PrivateZap
+from .tdx_kvm import VMFAILINVALID, TdxKvm
 from .vm_state import VmState
 
 MODEL_NAME = re.compile(r"\b(?:([PS])|gfn )(\d+)\b")
-BY_PFN = frozenset({"rmpupdate", "directmap-unmap", "directmap-map", "directmap-split"})
+BY_PFN = frozenset(
+    {"rmpupdate", "directmap-unmap", "directmap-map", "directmap-split", "clflush", "tdx-clear-page",
+     Leaf.PAGE_WBINVD}
+)  # fmt: skip
+LEAF_BY_LEAF: frozenset[Step] = frozenset({tdx.kvm_unmap_gfn_range, tdx.zap_seamcall})
+SEAMCALLS: frozenset[Step] = frozenset({tdx.zap_seamcall, tdx.aug_seamcall, tdx.tdh_phymem_page_wbinvd})
+KICKS: frozenset[Step] = frozenset(
+    {tdx.kvm_make_all_cpus_request, tdx.stop_vcpus, tdx.kvm_flush_remote_tlbs, mmu.kvm_flush_remote_tlbs}
+)
+WITHIN = ("zap", "aug")  # sections that are not a call's own
+WALKS = (Leaf.RANGE_BLOCK, Leaf.PAGE_AUG, Leaf.PAGE_REMOVE)  # leaves of these calls that walk the secure EPT
 
 
 class Call:
@@ -42,6 +57,10 @@ class Call:
             self.ranges.cell("failures_left", RMPUPDATE),
         )
         self.first_pc = self.ranges.program[self.ranges.pages.entries[entry]].next
+        self.inner: Row | None = None  # the row of another section that was reached last
+        self.times = 1  # how many units of leaves a loop over a TD's private pages is done to
+        self.tracks = 0  # how often each of them moves TD_EPOCH
+        self.busy = self.ranges.cell("failures_left", SEAMCALL)
 
     def text(self, section: str) -> None:
         """The rows that are reached from here on."""
@@ -138,6 +157,8 @@ class Call:
                 return end
             instr, step = ranges.program[pc], ranges.steps[pc]
             self.reach(pc)
+            if self.vm.on_row is not None and not instr.loop:
+                self.reach_inner(instr)
             if (jump := self.outside(instr, step)) is not None:
                 at = ranges.program[ranges.at(self.kernel.x, self.a)]
                 self.goto(at.jumps[jump] if jump else at.next)
@@ -154,29 +175,10 @@ class Call:
     @property
     def single(self) -> bool:
         """Whether somebody looks on, so that rows are run one by one."""
-        return self.vm.on_row is not None or self.vm.on_point is not None
-
-    def might_sleep(self, what: str) -> None:
-        """A sleeping call outside the model: a violation with preemption off, if the kernel counts preemption."""
-        if self.vm.switches.preempt_count and "mmu_lock" in self.held():
-            self.vm.log.violate("sleep-in-atomic", f"BUG: scheduling while atomic: {what} under mmu_lock")
-
-    def assert_mmu_lock(self, what: str) -> None:
-        """lockdep_assert_held(&kvm->mmu_lock), for what is outside the model."""
-        if "mmu_lock" not in self.held():
-            self.vm.log.violate("lock-misuse", f"{what} without mmu_lock for write")
-
-    def held(self) -> list[str]:
-        """The locks that this thread holds."""
-        return self.ranges.held(self.kernel.x).get(self.a, [])
-
-    def zaps(self, ranges: Iterable[tuple[int, int]]) -> str:
-        """tdx: zap private leaves, by the rows of the section zap; where it goes on."""
-        assert self.vm.tdx
-        found = [PrivateZap(self.vm, self.vm.tdx, self).range(lo, hi) for lo, hi in ranges]
-        if any(found) and (flush := self.ranges.cell("flush", THREADS[self.a])).bits:
-            self.kernel.x = self.ranges.set(self.kernel.x, flush, True)
-        return "skip"
+        vm = self.vm
+        if vm.on_row is not None or vm.on_point is not None:
+            return True
+        return vm.tdx is not None and bool(vm.failures or vm.tdx.at_odds)
 
     def goto(self, pc: int) -> None:
         """Go on at another place."""
@@ -201,6 +203,12 @@ class Call:
             if self.vm.on_row is not None:
                 self.hook(partial(self.vm.reached, self.rows[n]))
 
+    def reach_inner(self, instr: Instr) -> None:
+        """The same for a row of a section that has taken over."""
+        if instr.section in WITHIN and instr.row is not None and instr.row is not self.inner:
+            self.inner = instr.row
+            self.hook(partial(self.vm.reached, instr.row))
+
     def hook(self, call: Callable[[], None]) -> None:
         """Let a script look on, or act as somebody else."""
         self.store()
@@ -222,14 +230,37 @@ class Call:
         """The state with a page's cells, and the numbers of the window as the model has them."""
         cell, now = self.in_progress, self.vm.mmu.in_progress
         x = self.kernel.x & ~cell.mask | page
-        return x | min(now, 3) << cell.shift if now else x
+        x = x | min(now, 3) << cell.shift if now else x
+        return self.kernel.with_vcpus(x, self.vm.tdx.inside()) if self.vm.tdx else x
 
     def _go(self, page: int, engine: Ranges | None = None) -> Pass:
-        engine = engine or self.ranges
+        engine, td = engine or self.ranges, self.vm.tdx
         others = self.kernel.x & self.others
-        done = engine.go(self.global_state(page) ^ others, self.a, self.single)
+        busy = td is not None and self.single and self._busy(td, engine)
+        x = self.global_state(page) ^ others
+        done = engine.go(x | self.busy.code(1) if busy else x, self.a, self.single)
+        if busy and td:
+            if not done.after & self.busy.mask:
+                td.take_failure(busy)
+            done = done._replace(after=done.after & ~self.busy.mask)
         self.kernel.x = done.after & ~engine.page_mask | others
         return done
+
+    def _busy(self, td: TdxKvm, engine: Ranges) -> Leaf | None:
+        """The leaf that is about to be called, if it is to be busy; poison and a dead module answer here."""
+        at = engine.at(self.kernel.x, self.a)
+        instr, (column, *_) = engine.program[at], self.parts or self.columns
+        if engine.steps[at] not in SEAMCALLS:
+            return None
+        (call,) = [arg for arg in instr.args if arg in tdx.LEAVES] or ["tdh_phymem_page_wbinvd"]
+        leaf = tdx.LEAVES[call]
+        if td.module.off:
+            self.store()
+            td.log.add(leaf, hw_tdx.name(VMFAILINVALID), column.lo, 1, VMFAILINVALID)
+            td.bug(f"KVM_BUG_ON: {call} = {hw_tdx.name(VMFAILINVALID)}", VMFAILINVALID)
+        if leaf in WALKS and column.lo is not None:
+            td.module.walk(column.lo, column.n)
+        return leaf if leaf in self.vm.failures else None
 
     def _once(self) -> None:
         """Steps that are done once a request."""
@@ -270,7 +301,11 @@ class Call:
             rows += filter(None, [self.ranges.program[after].row])
             after += 1
         last = max(self.reached[pc:after])
-        for column in self.select(instr, step):
+        columns = self.select(instr, step)
+        if step in LEAF_BY_LEAF:
+            self._leaf_by_leaf(columns, pc, rows)
+            columns = []
+        for column in columns:
             rest: Column | Regions | None = column
             went: int | None = None  # the situation of the page that went first
             while rest is not None and rest.units:
@@ -291,6 +326,41 @@ class Call:
                     break
             self.parts = []
         self.goto(after)
+
+    def _leaf_by_leaf(self, columns: Iterable[Column | Regions], pc: int, rows: list[Row]) -> None:
+        """A loop over a TD's private pages, which are of 4K: what a TRACK and a kick leave matters to the next one.
+
+        They go in units of `vm.zap_batch`, each row on a whole unit.  Once a unit has left the vCPUs as it found
+        them, those behind it that are alike do the same, and are run as one.
+        """
+        self.store()
+        td, most = self.vm.tdx, self.vm.zap_batch
+        assert td
+        for column in columns:
+            slot = column.slot
+            rest: Column | None = None
+            if slot is not None and column.lo is not None:
+                rest = Column.of_slot(self.vm, self.kernel.ranges, slot, column.lo, column.lo + column.n)
+            while rest is not None and rest.n:
+                rest.load()
+                alike = self._alike(rest)
+                n = min(most, alike)
+                for times in (1, max(0, alike // n - 1)):
+                    if not times or (times > 1 and self.single):
+                        break
+                    before = td.inside()
+                    part, rest = rest.split(n * times)
+                    self.parts, self.times, self.inner = [part, rest], times, None
+                    self._column(part, pc, rows)
+                    part.store()
+                    self.times = 1
+                    if td.inside() != before:
+                        break
+            self.parts, column.loaded = [], False
+
+    def _alike(self, column: Column) -> int:
+        """How many pages from the first on are in its situation; each by itself if somebody looks on."""
+        return 1 if self.single and self.vm.zap_batch == 1 else column.leading()
 
     def _column(self, column: Column | Regions, pc: int, rows: list[Row]) -> bool:
         """The rows of a loop on one column; whether no page ended the loop."""
@@ -320,6 +390,9 @@ class Call:
                 if self.next_row < (until := engine.reached(self.section)[at]):
                     self._log(column, found)
                     self.reach_rows(until)
+                if self.vm.on_row is not None:
+                    self._log(column, found)
+                    self.reach_inner(instr)
                 if not column.loaded:
                     value = column.load()[group]
                     if column.engine(group) is not engine:
@@ -334,6 +407,7 @@ class Call:
 
     def _log(self, column: Column | Regions, found: dict[Note, list[int]]) -> None:
         """Note what happened, row by row; pages alike in one event."""
+        self.tracks = sum(note.kind == Leaf.TRACK and not note.code for note in found)
         for note in sorted(found, key=lambda note: note.pc):
             where = [column.pages_of(group, note) for group in found[note]]
             self.happens(note, column, min(where)[0], sum(n for _, n in where), found[note])
@@ -355,15 +429,40 @@ class Call:
             vm.mmu.in_progress -= bool(vm.mmu.in_progress)
         elif kind == "flush":
             vm.mmu.flush()
+        elif kind == "kick" and vm.tdx:
+            vm.tdx.kick(self.times)
         elif column is None:
             vm.log.add(kind, note.text, None, 1, note.code)
         elif kind == "directmap-split":
             self._splits(column, groups)
         else:
             base = column.pfn if kind in BY_PFN else column.start
+            if vm.tdx:
+                n = self._of_td(vm.tdx, note, column, first, n)
             vm.log.add(kind, note.text, None if base is None else base + first, n, note.code)
             if kind == "rmpupdate" and column.pfn is not None:
                 self._updated(column, groups, note.gfn or 0)
+
+    def _of_td(self, td: TdxKvm, note: Note, column: Column | Regions, first: int, n: int) -> int:
+        """What a SEAMCALL or a cache flush does beyond the cells, to bytes and numbers; how many events that is."""
+        module, kind, pfn = td.module, note.kind, (column.pfn or 0) + first
+        if kind == "seamcall-busy" or note.code:
+            return 1
+        if kind == Leaf.TRACK:
+            module.epochs = module.epochs._replace(td_epoch=module.epochs.td_epoch + self.times)
+            return self.times
+        if kind == Leaf.RANGE_BLOCK:
+            units = np.repeat(np.arange(self.times, dtype=np.uint64), n // self.times)
+            module.bepoch[pfn : pfn + n] = np.uint64(module.epochs.td_epoch) + units * np.uint64(self.tracks)
+        elif kind == Leaf.SEPT_ADD:
+            return module.missing_tables((column.lo or 0) + first, n)
+        elif kind == Leaf.PAGE_WBINVD:
+            td.memory.wbinvd(pfn, n)
+        elif kind == "clflush":
+            td.memory.flush(pfn, n)
+        elif kind == "tdx-clear-page":
+            td.memory.clear(pfn, n)
+        return n
 
     def _widen(self, note: Note) -> None:
         for lo, hi in self.covers(self.ranges.program[note.pc]):
@@ -403,9 +502,14 @@ class Call:
                 raise KernelBug(text)
             if name == "host-rmp-fault":
                 raise RmpFault((column.pfn or 0) + column.first(group) if column else 0, text)
-            raise PlatformError(text, next((n.code for n in done.notes[::-1] if n.code), 0))
+            code = next((n.code for n in done.notes[::-1] if n.code), 0)
+            if vm.tdx:
+                vm.tdx.bug(text, code)
+            raise PlatformError(text, code)
         if done.blocked:
             self.store()
+            if self._vcpus_move(engine or self.ranges):
+                return
             raise Deadlock(self._waits(engine or self.ranges))
 
     def _real(self, text: str, column: Column | Regions | None, group: int) -> str:
@@ -420,6 +524,15 @@ class Call:
 
         return MODEL_NAME.sub(number, text)
 
+    def _vcpus_move(self, engine: Ranges) -> bool:
+        """A kick waits until vCPUs have ended their module calls: let them; whether that was it."""
+        td = self.vm.tdx
+        if not td or engine.steps[engine.at(self.kernel.x, self.a)] not in KICKS or not td.end_module_calls():
+            return False
+        for column in (*self.columns, *self.parts):
+            column.loaded = False
+        return True
+
     def _waits(self, engine: Ranges) -> str:
         """Whom the thread waits for."""
         instr = engine.program[engine.at(self.kernel.x, self.a)]
@@ -427,4 +540,8 @@ class Call:
         others = [thread.name for thread in self.kernel.threads() if lock in thread.held]
         if others:
             return f"{self.name} waits for {lock}, held by {others[0]}"
-        return f"{self.name} waits for ever: {instr.text}"
+        return f"{self.name} waits for ever{self._under()}: {instr.text}"
+
+    def _under(self) -> str:
+        """Whether it holds mmu_lock meanwhile."""
+        return " under mmu_lock" if "mmu_lock" in self.ranges.held(self.kernel.x).get(self.a, []) else ""

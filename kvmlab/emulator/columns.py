@@ -19,11 +19,18 @@ from ..explore.ranges import Note, Ranges
 from ..hw import snp
 from ..hw.memory import Gfn
 from ..hw.snp.pages import PAGES_2M
+from ..hw.tdx import Level, State
+from ..hw.tdx.pamt import PageType
+from ..hw.tdx.sept import STATES
+from ..hw.tdx.tlb import Age
 from ..kernel.failures import RMPUPDATE
+from ..kvm import tdx
 from ..model.state import Cell
 from .memory import LIMIT, U8, U32, grown, prefix, runs
 from .rmp import SAME, decode, encode
 from .slots import File, MemSlot
+from .tdx_kvm import FROZEN, TABLES, TdxKvm
+from .tdx_module import BLOCKED, CODE, FREE
 from .vm_state import VmState
 
 Where = slice | NDArray[np.bool_]
@@ -253,7 +260,7 @@ class Placed:
 def families(ranges: Ranges) -> tuple[Placed, ...]:
     """The families that a machine has, but for those with one value."""
     found = []
-    for family in FAMILIES:
+    for family in (*FAMILIES, *OF_A_TD):
         cell = ranges.fields.get(family.name)
         if isinstance(cell, dict):
             cell = cell.get(family.key)
@@ -406,10 +413,121 @@ def _failing(c: Column) -> Codes:
 
 def _drop(c: Column, where: Where, value: str | None) -> None:
     if value is None and c.lo is not None:
-        flags = np.zeros(c.n, bool)
-        flags[where] = True
-        for lo, hi in [(0, c.n)] if isinstance(where, slice) else runs(flags, 0, c.n):
+        for lo, hi in _runs(c, where):
             c.vm.mmu.drop_pages(c.lo + lo, c.lo + hi)
+
+
+def _runs(c: Column, where: Where) -> list[tuple[int, int]]:
+    """The runs of pages that are meant."""
+    return [(0, c.n)] if isinstance(where, slice) else runs(where, 0, c.n)
+
+
+# Of a TD.
+
+
+def _td(c: Column) -> TdxKvm:
+    assert c.vm.tdx is not None
+    return c.vm.tdx
+
+
+def _sept(c: Column) -> Codes:
+    return FREE if c.lo is None else _td(c).module.states(c.lo, c.lo + c.n)
+
+
+def _set_sept(c: Column, where: Where, value: State) -> None:
+    assert c.lo is not None
+    module = _td(c).module
+    module.states(c.lo, c.lo + c.n)[where] = CODE[value]
+    if c.pfn is not None and value != State.FREE:
+        pfns = np.arange(c.pfn, c.pfn + c.n, dtype=np.uint32)
+        module.hpa[c.lo : c.lo + c.n][where] = pfns[where]
+
+
+def _mirror(c: Column) -> Codes:
+    """0 none, 1 FROZEN_SPTE, 2 the private page."""
+    if c.lo is None:
+        return 0
+    view = _td(c).mirror_of(c.lo, c.lo + c.n)
+    if not view.any():
+        return 0
+    codes: U8 = (view != 0).astype(np.uint8) + (view != FROZEN) * (view != 0)
+    return codes
+
+
+def _set_mirror(c: Column, where: Where, value: str | None) -> None:
+    assert c.lo is not None
+    view = _td(c).mirror_of(c.lo, c.lo + c.n)
+    if value in (None, tdx.FROZEN):
+        view[where] = FROZEN if value else 0
+    else:
+        assert c.pfn is not None
+        view[where] = np.arange(c.pfn + 1, c.pfn + c.n + 1, dtype=np.uint32)[where]
+
+
+def _by_2m(c: Column, tables: U8) -> Codes:
+    """What each page finds at its 2M."""
+    assert c.lo is not None
+    if (tables == tables[0]).all():
+        return int(tables[0])
+    return np.repeat(tables, PAGES_2M)[c.lo % PAGES_2M :][: c.n]
+
+
+def _table(c: Column) -> Codes:
+    """1 where a table of the secure EPT hangs."""
+    return 0 if c.lo is None else _by_2m(c, _td(c).module.has_table(Level.PD, c.lo, c.lo + c.n))
+
+
+def _set_table(c: Column, where: Where, value: State) -> None:
+    assert c.lo is not None
+    for lo, hi in _runs(c, where):
+        _td(c).module.add_tables(c.lo + lo, hi - lo)
+
+
+def _mirror_table(c: Column) -> Codes:
+    return 0 if c.lo is None else _by_2m(c, _td(c).mirror_tables_of(c.lo, c.lo + c.n))
+
+
+def _set_mirror_table(c: Column, where: Where, value: str) -> None:
+    assert c.lo is not None
+    for lo, hi in _runs(c, where):
+        _td(c).mirror_tables_of(c.lo + lo, c.lo + hi)[:] = TABLES.index(value)
+
+
+def _pamt(c: Column) -> Codes:
+    """1 where a page is somebody's."""
+    if c.pfn is None:
+        return 0
+    codes: U8 = (_td(c).module.pamt[c.pfn : c.pfn + c.n] != PageType.NDA).astype(np.uint8)
+    return codes
+
+
+def _set_pamt(c: Column, where: Where, value: str) -> None:
+    assert c.pfn is not None
+    _td(c).module.pamt[c.pfn : c.pfn + c.n][where] = PageType[value]
+
+
+def _bepoch(c: Column) -> Codes:
+    """By how much the BEPOCH of a blocked page is behind TD_EPOCH: 0 two or more, 1 one, 2 nothing."""
+    if c.pfn is None or c.lo is None:
+        return 0
+    module = _td(c).module
+    blocked = BLOCKED[module.states(c.lo, c.lo + c.n)]
+    if not blocked.any():
+        return 0
+    behind = np.uint64(module.epochs.td_epoch) - module.bepoch[c.pfn : c.pfn + c.n]
+    codes: U8 = (blocked * (2 - np.minimum(behind, np.uint64(2)))).astype(np.uint8)
+    return codes
+
+
+def _entry_lock(c: Column) -> Codes:
+    """1 where a vCPU in ACCEPT holds the entry's lock."""
+    accepting = _td(c).accepting
+    if c.lo is None or not accepting:
+        return 0
+    codes = np.zeros(c.n, np.uint8)
+    for gfn in accepting:
+        codes[gfn - c.lo : gfn - c.lo + 1] = c.lo <= gfn < c.lo + c.n
+    return codes
 
 
 def owned(entry: snp.RmpEntry, gfn: int) -> snp.RmpEntry:
@@ -436,4 +554,15 @@ FAMILIES = (
     Family("failures_left", RMPUPDATE, one_of(0, 1), _failing),
     Family("slot", None, one_of("none", "valid", "invalid"),
            lambda c: 0 if c.slot is None or c.gone() else 1 + c.slot.invalid),
+)  # fmt: skip
+# What a TD's private pages are besides, which are of 4K always.
+OF_A_TD = (
+    Family("sept", 0, one_of(*STATES), _sept, _set_sept),
+    Family("sept_table", None, one_of(State.FREE, State.NL_MAPPED), _table, _set_table),
+    Family("mirror", 0, one_of(None, tdx.FROZEN, "P0"), _mirror, _set_mirror),
+    Family("mirror_table", None, one_of(*TABLES), _mirror_table, _set_mirror_table),
+    Family("pamt", "P0", one_of("NDA", "REG"), _pamt, _set_pamt),
+    Family("bepoch", "P0", one_of(Age.OLDER, Age.PREVIOUS, Age.NOW), _bepoch),
+    Family("entry_lock", 0, one_of(None, "T0"), _entry_lock),
+    Family("td_fatal", None, one_of(False, True), lambda c: int(_td(c).module.fatal)),
 )  # fmt: skip

@@ -30,7 +30,6 @@ from .large import Regions, columns_of
 from .memory import PAGE, prefix
 from .mixed_pages import hull, update_mixed
 from .slots import File, MemSlot
-from .tdx_aug import Aug
 from .vm_state import VmState
 
 WHOLE = frozenset(
@@ -42,7 +41,7 @@ PRIVATE_PAGES = frozenset(
 )  # fmt: skip
 STOPS: frozenset[Step] = frozenset(
     {attributes.kvm_vm_set_region_attr, attributes.xa_reserve, gmem.hold_page, gmem.kvm_gmem_get_pfn,
-     lpage.kvm_update_lpage_mixed_flag, tdx.kvm_unmap_gfn_range, tdx.freeze_spte,
+     lpage.kvm_update_lpage_mixed_flag,
      attributes.kvm_range_has_memory_attributes}
 )  # fmt: skip
 BEFORE_ANYTHING = ("xa_reserve", "kvm_range_has_memory_attributes")
@@ -142,9 +141,7 @@ class SetAttributes(Call):
                     update_mixed(slot, lo, end, self.private, vm.attributes, instr.row.target == "reserved")
 
     def outside(self, instr: Instr, step: Step) -> str | None:
-        """Private leaves of a TD; in-place nobody looks up the pages of a guest_memfd whose attributes these are."""
-        if step is tdx.kvm_unmap_gfn_range:
-            return self.zaps((c.lo, c.lo + c.n) for c in self.select(instr, step) if c.lo is not None)
+        """In-place nobody looks up the pages of a guest_memfd whose attributes these are."""
         return "" if step is gmem.hold_page and self.vm.gmem_attributes else None
 
     def _reserve(self) -> None:
@@ -217,7 +214,7 @@ class Fault(Call):
         word = "private" if private else "shared"
         super().__init__(vm, f"vCPU {vcpu}", f"fault {word}", f"fault {word}")
         self.gfn, self.n, self.private, self.write, self.word = gfn, n, private, write, word
-        self.answer, self.event, self.taken, self.root, self.pfn = DONE, -1, 1, vm.mmu.root, -1
+        self.answer, self.event, self.taken, self.root = DONE, -1, 1, vm.mmu.root
         self.slot, self.handles, self.seq = vm.slots.find(gfn), False, 0
 
     def handle(self, kind: str, code: int, rmp_bit: str | None) -> tuple[str, int]:
@@ -320,6 +317,9 @@ class Fault(Call):
         if kind in ("retry", "leave"):
             self.answer = RETRY if kind == "retry" else LEAVE
             self.vm.log.add("retry", note.text, self.gfn)
+        elif kind == "seamcall-busy":
+            self.answer = RETRY
+            self.vm.log.add(kind, note.text, self.gfn)
         elif kind == "exit-memory-fault":
             self.vm.log.add(kind, page=self.gfn, code=MEMORY_EXIT_FLAG_PRIVATE if self.private else 0)
         elif kind == "exit-mmio":
@@ -362,21 +362,6 @@ class Fault(Call):
         lost = vm.attributes.is_private(self.gfn) and not vm.rmp.assigned(slot.private_pfn(self.gfn))[0]
         if lost and not vm.mmu.retry(self.gfn, self.seq):
             vm.log.add("warn", "RMP fault on an unassigned entry", self.gfn)
-
-    def outside(self, instr: Instr, step: Step) -> str | None:
-        """A private leaf of a TD: by the rows of the section aug."""
-        vm = self.vm
-        if step is not tdx.freeze_spte or not vm.tdx:
-            return None
-        self.pfn = self.columns[0].pfn or 0
-        if not Aug(self, vm.tdx).run():
-            self.answer = RETRY
-            return "retry"
-        pc = self.ranges.at(self.kernel.x, self.a)
-        while self.ranges.program[pc].section == "aug":
-            pc += 1
-        self.goto(pc - 1)
-        return ""
 
     def covers(self, instr: Instr) -> list[tuple[int, int]]:
         """The pages of the fault."""
@@ -424,7 +409,7 @@ class Punch(Call):
 
     def select(self, instr: Instr, step: Step) -> list[Column | Regions]:
         """The bound gfns for what is about mappings, else the pages; one more where the text says so."""
-        if step is mmu.kvm_unmap_gfn_range:
+        if step in (mmu.kvm_unmap_gfn_range, tdx.kvm_unmap_gfn_range):
             return [column for column in self.columns if column.lo is not None]
         more = instr.row and instr.row.walk == INCLUSIVE and self.end < self.file.pages
         return self.columns + (self._pages(self.end, self.end + 1) if more else [])
@@ -432,10 +417,9 @@ class Punch(Call):
     def outside(self, instr: Instr, step: Step) -> str | None:
         """Without a memslot there is no kvm whose mmu_lock it could be, and nothing is invalidated."""
         row = instr.row
-        if step is tdx.kvm_unmap_gfn_range:
-            if self.vm.in_place and any([self._unmap_shared(lo, hi) for _, lo, hi in self.bound]):
-                self.vm.mmu.flush()
-            return self.zaps((lo, hi) for _, lo, hi in self.bound)
+        shares = step is tdx.kvm_unmap_gfn_range and self.vm.in_place
+        if shares and any([self._unmap_shared(lo, hi) for _, lo, hi in self.bound]):
+            self.vm.mmu.flush()
         return "" if row and not self.bound and (row.lock == "mmu_lock" or row.call in OF_MAPPINGS) else None
 
     def _unmap_shared(self, lo: int, hi: int) -> bool:
@@ -494,9 +478,4 @@ class Zap(Call):
 
     def __init__(self, vm: VmState, name: str, entry: str, slot: MemSlot, lo: int, hi: int) -> None:
         super().__init__(vm, name, entry, entry)
-        self.lo, self.hi = lo, hi
         self.columns = columns_of(vm, self.ranges, self.kernel.shaped, slot, lo, hi)
-
-    def outside(self, instr: Instr, step: Step) -> str | None:
-        """Private leaves of a TD."""
-        return self.zaps([(self.lo, self.hi)]) if step is tdx.kvm_unmap_gfn_range else None

@@ -48,6 +48,23 @@ class Kernel:
         self.depth = 0
         self.pages: list[list[tuple[int, int]]] = []  # the PFNs that each call under way is about
         self.names = ["nobody"] * len(THREADS)
+        self._vcpus: dict[frozenset[tuple[str, Any]], int] = {}
+        cells = self.ranges.model.layout.cells
+        self._vcpu_mask = sum(c.mask for c in cells if c.name in ("mode", "vcpu_epoch"))
+
+    def with_vcpus(self, x: int, inside: frozenset[tuple[str, Any]]) -> int:
+        """The state with a TD's vCPUs: one of the model's for each situation in which some are inside.
+
+        What is asked of them is whether any are inside in some way, so those alike need only one.
+        """
+        if inside not in self._vcpus:
+            found = 0
+            them = [*sorted(inside), *[("host", "older")] * (len(THREADS) - len(inside))]
+            for slot, (mode, age) in zip(THREADS, them, strict=True):
+                found |= self.ranges.cell("mode", slot).code(mode)
+                found |= self.ranges.cell("vcpu_epoch", slot).code(age)
+            self._vcpus[inside] = found
+        return x & ~self._vcpu_mask | self._vcpus[inside]
 
     def threads(self) -> list[Held]:
         """Who holds locks now."""

@@ -13,12 +13,12 @@ from itertools import groupby
 
 from ..errors import InputError, shown
 from ..hw.snp.pages import PAGES_2M
-from ..hw.tdx import Leaf
 from ..hw.tdx.entry import State
 from . import linux, psc
-from .events import TdxError, VmError
+from .events import VmError
 from .guest import Guest
 from .ioctl import set_memory_attributes
+from .kvm_calls import Zap
 from .memory import PAGE, prefix
 from .rmp import OURS
 from .tdx_kvm import TdxKvm
@@ -152,9 +152,8 @@ def _tdx(guest: Guest, td: TdxKvm, gfn: int, n: int, state: str) -> None:
         elif wanted == State.MAPPED and now != State.MAPPED:
             guest.accept_range(gfn * PAGE, n * PAGE)
         if wanted != state and td.module.entry(gfn) == wanted:
-            done = td.seamcall(Leaf.RANGE_BLOCK, gfn, n)
-            if done.rax:
-                raise TdxError(Leaf.RANGE_BLOCK, (gfn + done.n) * PAGE, done.rax)
+            for slot, lo, hi in guest.vm.slots.pieces(gfn, gfn + n):
+                Zap(guest.vm, "place()", "block", slot, lo, hi).run()
 
 
 def _add(guest: Guest, td: TdxKvm, gfn: int, n: int) -> None:

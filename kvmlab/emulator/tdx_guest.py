@@ -101,7 +101,7 @@ def accept_4k(vmm: Vmm, td: TdxKvm, index: int, gfn: int, end: int) -> None:
 def _leaving(td: TdxKvm, gfn: int, n: int) -> int:
     """How many pages from `gfn` on are FREE as it is; each will be PENDING once it is mapped, so ACCEPT goes on."""
     states = td.module.states(gfn, gfn + n)
-    ends = answers(Leaf.ACCEPT).rax[states] == EXIT_REASON_EPT_VIOLATION
+    ends = answers().rax[states] == EXIT_REASON_EPT_VIOLATION
     return prefix(ends & (states == states[0])) if states[0] == FREE else 1
 
 

@@ -1,4 +1,4 @@
-"""KVM's side of one TD: its vCPUs inside and outside, the kick, SEAMCALLs with their busy answers, the mirror.
+"""KVM's side of one TD: its vCPUs inside and outside, what waits for them, the mirror page table.
 
 A vCPU that has run stays in the TD until something makes it leave, as one that goes on running would; so whether a
 design kicks matters.  A kick that meets a vCPU in the middle of VP.ENTER or ACCEPT (`vm.on_point` runs there, the
@@ -14,21 +14,25 @@ from typing import NoReturn
 import numpy as np
 
 from ..hw import tdx
-from ..hw.tdx import Leaf, Level, State, Status
+from ..hw.snp.pages import PAGES_2M
+from ..hw.tdx import Leaf, Level, State
 from ..hw.tdx import lines as tdx_lines
 from ..hw.tdx import tlb as tdx_tlb
-from ..hw.tdx.checks import CHECKS, Check, Situation, answer, around
-from ..hw.tdx.locks import EXCLUSIVE, NONE, SHARED, EntryLock, Lock
+from ..hw.tdx.checks import Check, Situation, answer, around
+from ..hw.tdx.locks import EntryLock
+from ..hw.tdx.tlb import Age
+from ..kvm import tdx as mirror
 from .events import GuestSpins, MachineCheck, PlatformError, ShutdownExit, TdxError, VmDead
 from .gfn_arrays import Tlb
 from .host_pages import HostPages
 from .memory import U8, U32, grown
 from .tdx_memory import TdMemory
-from .tdx_module import TABLE_LEVELS, Done, TdModule, for_td_and_page
+from .tdx_module import Done, TdModule
 
 HKID = 17  # a private KeyID; documented example: 16 is the first, and global
 VMFAILINVALID = 0x8000FF00FFFF0000  # Linux's TDX_SEAMCALL_VMFAILINVALID: no module answers
 FROZEN = np.uint32(0xFFFFFFFF)  # FROZEN_SPTE
+TABLES = (mirror.ABSENT, mirror.PRESENT, mirror.FROZEN)
 OUTSIDE, ENTERING, INSIDE, ACCEPTING = "host", "entering", "td", "accepting"
 CAN_BE_BUSY = (  # can be made to find a lock held: ACCEPT the entry's, TRACK the epoch's, the others the tree's
     Leaf.SEPT_ADD, Leaf.PAGE_AUG, Leaf.RANGE_BLOCK, Leaf.TRACK, Leaf.PAGE_REMOVE, Leaf.ACCEPT,
@@ -49,10 +53,9 @@ class TdVcpu:
 
 
 class TdxKvm:
-    """The TD of one Vm: `module`, `memory`, `vcpus`, the mirror page table, `wait_for_sept_zap`.
+    """The TD of one Vm: `module`, `memory`, `vcpus`, the mirror page table.
 
-    `mirror` holds PFN + 1 by gfn, 0 for none; `mirror_tables` 1 where a table's SPTE is present, 2 where it is
-    frozen.
+    `mirror` holds PFN + 1 by gfn, 0 for none; `mirror_tables` by 2M how the table's SPTE is, as in TABLES.
     """
 
     def __init__(self, vm: HostPages, vcpus: int, tlb_entries: int, caches: bool) -> None:
@@ -65,14 +68,21 @@ class TdxKvm:
         self.module = TdModule(self.memory, vm.new_pfns)
         self.vcpus = [TdVcpu(Tlb(tlb_entries)) for _ in range(vcpus)]
         self.mirror: U32 = np.zeros(0, np.uint32)
-        self.mirror_tables: dict[Level, U8] = {level: np.zeros(0, np.uint8) for level in TABLE_LEVELS}
-        self.wait_for_sept_zap, self.dead = False, ""
+        self.mirror_tables: U8 = np.zeros(0, np.uint8)
+        self.dead = ""
 
     def mirror_of(self, lo: int, hi: int) -> U32:
         """The mirror leaves of gfns [lo, hi), as a view."""
         if hi > len(self.mirror):
             self.mirror = grown(self.mirror, hi)
         return self.mirror[lo:hi]
+
+    def mirror_tables_of(self, lo: int, hi: int) -> U8:
+        """The SPTEs of the tables above gfns [lo, hi), one a 2M, as a view."""
+        first, end = lo // PAGES_2M, (hi - 1) // PAGES_2M + 1
+        if end > len(self.mirror_tables):
+            self.mirror_tables = grown(self.mirror_tables, end)
+        return self.mirror_tables[first:end]
 
     # vCPUs.
 
@@ -89,8 +99,6 @@ class TdxKvm:
 
     def _enter(self, vcpu: TdVcpu, index: int) -> None:
         self.check_alive()
-        if self.wait_for_sept_zap:
-            raise GuestSpins(0, f"vCPU {index} may not enter: wait_for_sept_zap")
         found = answer(Leaf.VP_ENTER, self.situation(Leaf.VP_ENTER))
         if not found.ok:
             raise TdxError(Leaf.VP_ENTER, 0, found.rax)
@@ -117,11 +125,25 @@ class TdxKvm:
         for index in range(len(self.vcpus)):
             self.leave(index)
 
-    def kick(self) -> None:
-        """kvm_make_all_cpus_request(KVM_REQ_OUTSIDE_GUEST_MODE): wait until every vCPU is out; one IPI each."""
-        self.log.add("kick")
-        self.log.counters["kick-ipi"] += len(self.vcpus)
+    def kick(self, times: int = 1) -> None:
+        """kvm_make_all_cpus_request(KVM_REQ_OUTSIDE_GUEST_MODE) has made every vCPU leave; one IPI each."""
+        self.log.add("kick", times=times)
+        self.log.counters["kick-ipi"] += len(self.vcpus) * times
         self.everybody_out()
+
+    def inside(self) -> frozenset[tuple[str, Age]]:
+        """How the vCPUs that the module counts as inside are there: the mode, and how old its epoch is."""
+        now = self.module.epochs.td_epoch
+        return frozenset((v.mode, tdx_tlb.age(v.epoch, now)) for v in self.vcpus if v.mode != OUTSIDE)
+
+    def end_module_calls(self) -> bool:
+        """Let vCPUs end the VP.ENTER or ACCEPT that somebody waits for; whether there were any."""
+        waited_for = [vcpu for vcpu in self.vcpus if vcpu.mode in (ENTERING, ACCEPTING)]
+        for vcpu in waited_for:
+            if vcpu.mode == ACCEPTING:
+                vcpu.answer = self._accept_ends(vcpu)
+            vcpu.mode = INSIDE
+        return bool(waited_for)
 
     def accept(self, index: int, gfn: int, n: int) -> Done:
         """TDG.MEM.PAGE.ACCEPT of up to `n` 4K pages by a vCPU that is inside; `vm.on_point` with the lock held."""
@@ -147,20 +169,11 @@ class TdxKvm:
         """The gfns whose entries are held by vCPUs in ACCEPT."""
         return [vcpu.accepting for vcpu in self.vcpus if vcpu.accepting >= 0]
 
-    # SEAMCALLs.
+    # The module's checks.
 
     def situation(self, leaf: Leaf, gfn: int = 0) -> Situation:
-        """What a leaf finds that asks about the TD, or ACCEPT about its first page; a failure strikes when it can."""
+        """What VP.ENTER finds, or ACCEPT about its first page; a failure that was injected strikes ACCEPT's lock."""
         module = self.module
-
-        def held(lock: Lock) -> str:
-            """The tree's lock and the epoch's are held by nobody known, or the latter by a vCPU in VP.ENTER."""
-            if lock not in (Lock.TREE, Lock.EPOCH):
-                return NONE
-            if self.take_failure(leaf):
-                return EXCLUSIVE
-            entering = lock == Lock.EPOCH and any(vcpu.mode == ENTERING for vcpu in self.vcpus)
-            return SHARED if entering else NONE
 
         def above() -> tuple[Level, State]:
             module.walk(gfn, 1)
@@ -169,52 +182,18 @@ class TdxKvm:
 
         return Situation(
             td=lambda: module.life,
-            held=held,
-            previous_inside=lambda: tdx_tlb.track(module.epochs)[0] != Status.SUCCESS,
             above=above,
             entry_lock=lambda: EntryLock(taken=gfn in self.accepting or self.take_failure(leaf)),
         )
 
     def take_failure(self, leaf: Leaf) -> bool:
-        """Whether a busy answer was injected for this leaf; never while wait_for_sept_zap is set."""
-        return not self.wait_for_sept_zap and self.vm.take_failure(leaf) is not None
+        """Whether a busy answer was injected for this leaf."""
+        return self.vm.take_failure(leaf) is not None
 
-    def seamcall(self, leaf: Leaf, gfn: int, n: int = 1, pfn: int = 0) -> Done:
-        """One leaf on `n` gfns in turn, counted and logged; RAX of the first that it refuses."""
-        done = Done(0, VMFAILINVALID) if self.module.off else self._seamcall(leaf, gfn, n, pfn)
-        if done.n:
-            self.log.add(leaf, "", gfn, done.n, 0)
-        if done.rax:
-            self.log.add(leaf, tdx.name(done.rax), gfn + done.n, 1, done.rax)
-        return done
-
-    def _seamcall(self, leaf: Leaf, gfn: int, n: int, pfn: int) -> Done:
-        module = self.module
-        found = answer(
-            leaf, self.situation(leaf), CHECKS[leaf] if leaf == Leaf.TRACK else for_td_and_page(leaf)[0]
-        )
-        if not found.ok:
-            return Done(0, found.rax)
-        if leaf == Leaf.TRACK:
-            _, module.epochs = tdx_tlb.track(module.epochs)
-            return Done(1)
-        if leaf == Leaf.PAGE_AUG:
-            return module.aug(gfn, n, pfn, self.accepting)
-        if leaf == Leaf.SEPT_ADD:
-            return module.sept_add(gfn, n)
-        if leaf == Leaf.RANGE_BLOCK:
-            return module.block(gfn, n, self.accepting)
-        assert leaf == Leaf.PAGE_REMOVE
-        return module.remove(gfn, n, self.accepting)
-
-    def wbinvd(self, pfns: U32) -> None:
-        """TDH.PHYMEM.PAGE.WBINVD of pages; anything but success is a KVM_BUG_ON."""
-        done = Done(0, VMFAILINVALID) if self.module.off else self.module.wbinvd(pfns)
-        if done.n:
-            self.log.add(Leaf.PAGE_WBINVD, "", int(pfns[0]), done.n, 0)
-        if done.rax:
-            self.log.add(Leaf.PAGE_WBINVD, tdx.name(done.rax), int(pfns[done.n]), 1, done.rax)
-            self.bug("tdh_phymem_page_wbinvd", done.rax)
+    @property
+    def at_odds(self) -> bool:
+        """Whether the next SEAMCALL may meet what no cell of the model holds: a poisoned table, a dead module."""
+        return bool(self.memory.suspect) or self.module.off
 
     # Ends.
 
@@ -223,11 +202,11 @@ class TdxKvm:
         if self.dead:
             raise VmDead(errno.EIO, f"the VM is dead: {self.dead}")
 
-    def bug(self, call: str, rax: int) -> NoReturn:
+    def bug(self, text: str, rax: int) -> NoReturn:
         """KVM_BUG_ON: the VM is dead.  A page that could not be removed stays the TD's (one not added goes back)."""
-        self.dead = f"KVM_BUG_ON: {call} = {tdx.name(rax)}"
+        self.dead = text
         self.everybody_out()
-        raise PlatformError(self.dead, rax)
+        raise PlatformError(text, rax)
 
     def pending(self, index: int, gfn: int) -> NoReturn:
         """A vCPU touched a PENDING page with SEPT_VE_DISABLE (extended qualification 6)."""

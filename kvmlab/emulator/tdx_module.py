@@ -1,8 +1,9 @@
 """The TDX module at real size: S-EPT entries by gfn, PAMT by PFN, epochs, as arrays under the rules of hw/tdx.
 
-A range is brought down to keys, one bit or three for each thing that the checks of a leaf ask about a page; each key
-is answered once by those checks, and the answers are scattered with a look-up table.  One TD, finalized, 4-level;
-KVM maps 4K leaves only, so entries above are tables or free.  Each leaf stops at the first page that it refuses.
+KVM's SEAMCALLs are steps of the design's program, to which columns.py brings these arrays.  Here are the pages of the
+tables, and what a guest does by itself: an ACCEPT of many pages is brought down to keys, one bit or three for each
+thing that its checks ask about a page; each key is answered once by those checks.  One TD, finalized, 4-level; KVM
+maps 4K leaves only, so entries above are tables or free.
 """
 
 from __future__ import annotations
@@ -15,25 +16,25 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..hw.tdx import Leaf, Level, Status, tlb
+from ..hw.tdx import Leaf, Level, tlb
 from ..hw.tdx import pamt as tdx_pamt
 from ..hw.tdx import sept as tdx_sept
-from ..hw.tdx.checks import CHECKS, Check, Situation, answer, around, told
+from ..hw.tdx.checks import Check, Situation, answer, around, told
 from ..hw.tdx.entry import State
 from ..hw.tdx.locks import EntryLock
 from ..hw.tdx.pamt import PageType, PamtEntry
 from ..hw.tdx.td import TdState
-from ..hw.tdx.tlb import TRACKED, Age
 from .memory import U8, U32, grown, prefix
 from .tdx_memory import TdMemory
 
 U64 = NDArray[np.uint64]
 CODE = {state: code for code, state in enumerate(tdx_sept.STATES)}
 FREE = CODE[State.FREE]
-STATE_BITS, UNTRACKED, USED, NO_TABLE, LOCKED = 7, 8, 16, 32, 64  # of a key
+BLOCKED = np.array([state in tdx_sept.ANY_BLOCKED for state in tdx_sept.STATES])
+STATE_BITS, NO_TABLE, LOCKED = 7, 8, 16  # of a key
 KEYS = [key for key in range(2 * LOCKED) if key & STATE_BITS < len(tdx_sept.STATES)]
 TABLE_LEVELS = (Level.PML4, Level.PDPT, Level.PD)  # of entries that tables hang from; the root is there
-AGES = tuple(Age)
+_ADD = around(Leaf.SEPT_ADD, Check.TREE)[1]  # what SEPT.ADD asks about a table of its own
 
 
 class Done(NamedTuple):
@@ -44,7 +45,7 @@ class Done(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """A leaf's answers by key: whether it did its work, the state afterwards, RAX."""
+    """The answers of ACCEPT by key: whether it did its work, the state afterwards, RAX."""
 
     ok: NDArray[np.bool_]
     after: U8
@@ -52,12 +53,12 @@ class Answers(NamedTuple):
 
 
 @lru_cache(None)
-def answers(leaf: Leaf) -> Answers:
-    """What a leaf answers about 4K pages by key, once it has what it takes of the TD."""
-    found = Answers(np.zeros(128, bool), np.zeros(128, np.uint8), np.zeros(128, np.uint64))
+def answers() -> Answers:
+    """What ACCEPT answers about 4K pages by key."""
+    found = Answers(*(np.zeros(2 * LOCKED, kind) for kind in (bool, np.uint8, np.uint64)))
     for key in KEYS:
         state = tdx_sept.STATES[key & STATE_BITS]
-        said = answer(leaf, _told(key), for_td_and_page(leaf)[1])
+        said = answer(Leaf.ACCEPT, _told(key))
         found.ok[key], found.after[key], found.rax[key] = said.ok, CODE[said.state or state], said.rax
     return found
 
@@ -68,14 +69,7 @@ def _told(key: int) -> Situation:
         above=(Level.PD, State.FREE if key & NO_TABLE else State.NL_MAPPED),
         entry_lock=EntryLock(taken=bool(key & LOCKED)),
         state=tdx_sept.STATES[key & STATE_BITS],
-        tracked=not key & UNTRACKED,
-        page=Status.PAGE_METADATA_INCORRECT if key & USED else Status.SUCCESS,
     )
-
-
-def for_td_and_page(leaf: Leaf) -> tuple[tuple[Check, ...], tuple[Check, ...]]:
-    """The checks of a leaf that many pages in a row answer alike, up to the tree's lock, and those of each page."""
-    return around(leaf, Check.TREE) if Check.TREE in CHECKS[leaf] else ((), CHECKS[leaf])
 
 
 class TdModule:
@@ -136,25 +130,26 @@ class TdModule:
             return n
         return max(0, (gfn // 512 + prefix(there)) * 512 - gfn)
 
-    def sept_add(self, gfn: int, n: int) -> Done:
-        """TDH.MEM.SEPT.ADD of each table that `n` gfns lack, top down."""
-        count = 0
+    def missing_tables(self, gfn: int, n: int) -> int:
+        """How many tables `n` gfns lack, of all levels."""
+        views = [self.has_table(level, gfn, gfn + n) for level in TABLE_LEVELS]
+        return sum(len(view) - int(np.count_nonzero(view)) for view in views)
+
+    def add_tables(self, gfn: int, n: int) -> None:
+        """What TDH.MEM.SEPT.ADD does for each table that `n` gfns lack, top down."""
         for level in TABLE_LEVELS:
             view, added = self.has_table(level, gfn, gfn + n), list[int]()
             for at in np.flatnonzero(view == 0).tolist():
                 pfn = self._table_page()
                 page = tdx_pamt.is_free(Level.PT, self.pamt_entry(pfn))
-                found = answer(Leaf.SEPT_ADD, told(level=level, page=page), for_td_and_page(Leaf.SEPT_ADD)[1])
-                if not found.ok:
-                    return Done(count, found.rax)
-                view[at], count = 1, count + 1
+                assert answer(Leaf.SEPT_ADD, told(level=level, page=page), _ADD).ok
+                view[at] = 1
                 self._note(Leaf.SEPT_ADD, tdx_pamt.OF_TABLE, pfn)
                 self.table_at[pfn] = level, gfn // level.pages + at
                 added.append(pfn)
             self.memory.watched.update(added)
             for lo, hi in spans(np.array(added, np.uint32)):
                 self.memory.accept(lo, hi - lo)
-        return Done(count)
 
     def walk(self, gfn: int, n: int) -> None:
         """The module reads the tables above `n` gfns; what the host has written into one is poison to it."""
@@ -174,83 +169,24 @@ class TdModule:
         after = tdx_pamt.after(leaf, of, self.pamt_entry(pfn), owner=1, td_epoch=self.epochs.td_epoch)
         self.pamt[pfn], self.bepoch[pfn] = after.type, after.bepoch
 
-    # Leaves on ranges.  `locked`: gfns whose entry somebody holds.
-
-    def aug(self, gfn: int, n: int, pfn: int, locked: Iterable[int] = ()) -> Done:
-        """TDH.MEM.PAGE.AUG of `n` 4K pages, PFN after PFN."""
-        used = self.pamt[pfn : pfn + n] != PageType.NDA
-        done = self._run(Leaf.PAGE_AUG, gfn, n, locked, used * np.uint8(USED))
-        self.hpa[gfn : gfn + done.n] = np.arange(pfn, pfn + done.n, dtype=np.uint32)
-        self._effect(Leaf.PAGE_AUG, np.arange(pfn, pfn + done.n))
-        return done
-
-    def block(self, gfn: int, n: int, locked: Iterable[int] = ()) -> Done:
-        """TDH.MEM.RANGE.BLOCK of `n` 4K entries."""
-        done = self._run(Leaf.RANGE_BLOCK, gfn, n, locked)
-        self._effect(Leaf.RANGE_BLOCK, self.hpa[gfn : gfn + done.n])
-        return done
-
-    def remove(self, gfn: int, n: int, locked: Iterable[int] = ()) -> Done:
-        """TDH.MEM.PAGE.REMOVE of `n` 4K pages."""
-        self.states(gfn, gfn + n)
-        untracked = ~self.tracked(self.hpa[gfn : gfn + n])
-        done = self._run(Leaf.PAGE_REMOVE, gfn, n, locked, untracked * np.uint8(UNTRACKED))
-        self._effect(Leaf.PAGE_REMOVE, self.hpa[gfn : gfn + done.n])
-        return done
-
-    def wbinvd(self, pfns: U32) -> Done:
-        """TDH.PHYMEM.PAGE.WBINVD with the TD's HKID, of pages that are free again."""
-        done = _look_up(Leaf.PAGE_WBINVD, (self.pamt[pfns] != PageType.NDA) * np.uint8(USED))
-        for lo, hi in spans(pfns[: done.n]):
-            self.memory.wbinvd(lo, hi - lo)
-        return done
-
     def accept(self, gfn: int, n: int, locked: Iterable[int] = ()) -> Done:
-        """TDG.MEM.PAGE.ACCEPT of `n` 4K pages: PENDING ones are zeroed and mapped; RAX 48 is a TD exit."""
-        done = self._run(Leaf.ACCEPT, gfn, n, locked)
-        for lo, hi in spans(self.hpa[gfn : gfn + done.n]):
-            self.memory.accept(lo, hi - lo)
-        return done
+        """TDG.MEM.PAGE.ACCEPT of `n` 4K pages: PENDING ones are zeroed and mapped; RAX 48 is a TD exit.
 
-    def tracked(self, pfns: U32) -> NDArray[np.bool_]:
-        """is_tlb_tracked() of each page's BEPOCH, by its age."""
-        epoch = self.epochs.td_epoch
-        inside = self.epochs.refcount[(epoch - 1) & 1] > 0
-        lut = np.array([TRACKED(bepoch=age, previous_inside=inside) for age in AGES])
-        by_age: NDArray[np.bool_] = lut[np.minimum(np.uint64(epoch) - self.bepoch[pfns], np.uint64(2))]
-        return by_age
-
-    def _run(self, leaf: Leaf, gfn: int, n: int, locked: Iterable[int], more: U8 | None = None) -> Done:
-        """Ask the checks of each page until one is refused, and bring those before it into their new states.
-
-        `more`: what the keys have besides state, table and lock of the entry.
+        `locked`: gfns whose entry somebody holds.
         """
         self.walk(gfn, n)
         states = self.states(gfn, gfn + n)
-        keys = states.copy() if more is None else states | more
+        keys = states.copy()
         keys[self.reachable(gfn, n) :] |= NO_TABLE  # nobody looks behind the first of them
         for at in locked:
             if gfn <= at < gfn + n:
                 keys[at - gfn] |= LOCKED
-        done = _look_up(leaf, keys)
-        states[: done.n] = answers(leaf).after[keys[: done.n]]
-        return done
-
-    def _effect(self, leaf: Leaf, pfns: U32 | NDArray[np.int64]) -> None:
-        """EFFECTS of a leaf on the PAMT entries of its pages."""
-        change: tdx_pamt.Change = tdx_pamt.EFFECTS(leaf=leaf, of=tdx_pamt.OF_PAGE)
-        if isinstance(change.type, PageType):
-            self.pamt[pfns] = change.type
-        if change.bepoch != tdx_pamt.KEEP:
-            self.bepoch[pfns] = 0 if change.bepoch == "0" else self.epochs.td_epoch
-
-
-def _look_up(leaf: Leaf, keys: U8) -> Done:
-    """How many pages a leaf deals with, and RAX of the one that stops it."""
-    table = answers(leaf)
-    good = table.ok[keys]
-    n = len(keys) if good.all() else prefix(good)
-    return Done(n, 0 if n == len(keys) else int(table.rax[keys[n]]))
+        table = answers()
+        done = prefix(table.ok[keys])
+        states[:done] = table.after[keys[:done]]
+        for lo, hi in spans(self.hpa[gfn : gfn + done]):
+            self.memory.accept(lo, hi - lo)
+        return Done(done, 0 if done == n else int(table.rax[keys[done]]))
 
 
 def spans(pfns: U32) -> list[tuple[int, int]]:

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, NamedTuple
 
-from ..compile.pages import THREADS, PageModel, enters, of_a_page
+from ..compile.pages import OF_A_VCPU, THREADS, PageModel, enters, of_a_page
 from ..design import Row
 from ..guest.access import Access
 from ..hw.memory import Gfn
-from ..kernel.failures import RMPUPDATE
+from ..kernel.failures import RMPUPDATE, SEAMCALL
 from ..kvm.attributes import kvm_range_has_memory_attributes
 from ..model.state import Cell
 from ..model.step import Instr, run_step
@@ -79,7 +79,7 @@ class Ranges:
         self.locks = self._locks()
         others = self.page_mask | sum({cell.mask for _, _, cell, _ in self.locks})
         self._own = [
-            sum(c.mask for c in layout.cells if c.bits and (c.key == thread or thread in _parts(c.key)))
+            sum(c.mask for c in layout.cells if thread in (c.key, *_parts(c.key)) and c.name not in OF_A_VCPU)
             & ~others
             for thread in THREADS
         ]
@@ -163,8 +163,9 @@ class Ranges:
 
     def _zapped(self, x: int, after: int, gfn: int | None) -> bool:
         """Whether a leaf of its own, or the large one around it, is gone."""
-        large = self.fields.get("npt_large")
+        large, mirror = self.fields.get("npt_large"), self.fields.get("mirror")
         cells = [self.cell("npt", gfn), *(large.values() if isinstance(large, dict) else ())]
+        cells += [mirror[gfn]] if isinstance(mirror, dict) else []
         return any(cell.get(x) is not None and cell.get(after) is None for cell in cells)
 
     def place(self, entry: str, rows: Sequence[Row], in_loop: bool = True) -> int | None:
@@ -200,6 +201,7 @@ class Ranges:
 
     def _go(self, x: int, a: int, single: bool) -> Pass:
         actor, pc_cell, failing = self.model.actors[a], self.pc[a], self.cell("failures_left", RMPUPDATE)
+        busy = self.cell("failures_left", SEAMCALL)
         first = self.program[self.at(x, a)]
         notes: list[Note] = []
         violations: list[tuple[str, str]] = []
@@ -207,7 +209,7 @@ class Ranges:
         while True:
             pc = self.at(x, a)
             fails = failing.get(x)
-            prefix = (int(fails == 1 + self._gfn(x, a, self.program[pc])),) if fails else ()
+            prefix = (int(fails == 1 + self._gfn(x, a, self.program[pc])),) if fails else (1,) * busy.get(x)
             view, enabled = run_step(self.model, actor, pc_cell, x, prefix)
             tries += 1
             if not enabled or tries > MOST_TRIES:

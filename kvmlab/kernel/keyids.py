@@ -69,16 +69,20 @@ def wbinvd(s: View, pfn: Pfn) -> None:
     s.memory[pfn] = tdx_lines.wbinvd(settled(s, pfn), HKID)
 
 
-def clflush(s: View, pfn: Pfn) -> None:
-    """CLFLUSH through the directmap: KeyID 0 only."""
-    if mapped(s, pfn, "clflush"):
+def clflush(s: View, pfn: Pfn) -> bool:
+    """CLFLUSH through the directmap: KeyID 0 only; whether it is there."""
+    there = mapped(s, pfn, "tdx_clflush_page()")
+    if there:
         s.memory[pfn] = tdx_lines.clflush(settled(s, pfn))
+    return there
 
 
-def clear_by_movdir64b(s: View, pfn: Pfn) -> None:
-    """tdx_clear_page(): MOVDIR64B of zeros through the directmap; heals poison and takes the owner bit away."""
-    if mapped(s, pfn, "tdx_clear_page()"):
+def clear_by_movdir64b(s: View, pfn: Pfn) -> bool:
+    """MOVDIR64B of zeros through the directmap heals poison and takes the owner bit away; whether it is there."""
+    there = mapped(s, pfn, "tdx_clear_page()")
+    if there:
         s.memory[pfn] = tdx_lines.zero(settled(s, pfn), HOST)
+    return there
 
 
 def clear_highpage(s: View, pfn: Pfn) -> None:

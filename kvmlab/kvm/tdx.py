@@ -13,6 +13,7 @@ from ..hw.tdx import Leaf, Level, Status, pamt, tlb
 from ..hw.tdx.checks import Answer, Situation, answer
 from ..hw.tdx.locks import EXCLUSIVE, NONE, SHARED, EntryLock, Lock
 from ..hw.tdx.pamt import PageType, PamtEntry
+from ..hw.tdx.td import TdState
 from ..hw.tdx.tlb import Age
 from ..kernel import keyids
 from ..kernel.failures import SEAMCALL, fails
@@ -63,6 +64,7 @@ def kvm_make_all_cpus_request(s: View, me: str) -> str | None:
     if not kick(s, me):
         return "again"
     s.count("kicks")
+    s.note("kick")
     return None
 
 
@@ -70,7 +72,10 @@ def kvm_flush_remote_tlbs(s: View, me: str) -> str | None:
     """Every vCPU leaves and drops its shared translations before it enters again; it is no TRACK."""
     for where in s.tlb:
         s.tlb[where] = None
-    return kvm_make_all_cpus_request(s, me)
+    if not kick(s, me):
+        return "again"
+    s.count("kicks")
+    return None
 
 
 # The module's answers.
@@ -99,6 +104,7 @@ def on_cells(s: View) -> Situation:
         return SHARED if entering else NONE
 
     return Situation(
+        td=lambda: TdState(fatal=s.td_fatal),
         held=held,
         state=lambda: s.sept_table,
         previous_inside=lambda: tlb.track_busy(ages_inside(s)),
@@ -125,11 +131,15 @@ def seamcall(s: View, leaf: Leaf, gfn: Gfn) -> Answer:
         s.sept_table = found.state
     elif found.ok:
         s.sept[gfn] = found.state
-        _note(s, pamt.EFFECTS(leaf=leaf, of=pamt.OF_PAGE), s.conf.backing["private", gfn])
+        _owns(s, pamt.EFFECTS(leaf=leaf, of=pamt.OF_PAGE), s.conf.backing["private", gfn])
     return found
 
 
-def _note(s: View, change: pamt.Change, pfn: Pfn) -> None:
+def _tell(s: View, leaf: Leaf, found: Answer, gfn: Gfn) -> None:
+    s.note(leaf, "" if found.ok else tdx.name(found.rax), found.rax, gfn)
+
+
+def _owns(s: View, change: pamt.Change, pfn: Pfn) -> None:
     """Write into the PAMT what a leaf leaves there; the BEPOCH of a page that is free again means nothing."""
     if isinstance(change.type, PageType):
         s.pamt[pfn] = change.type.name
@@ -175,6 +185,7 @@ def kvm_unmap_gfn_range(s: View, me: str, gfn: Gfn) -> str | None:
         return "skip"
     s.flush[me] = True
     s.mirror[gfn] = None
+    s.note("zap", "private", gfn=gfn)
     return None
 
 
@@ -183,11 +194,13 @@ def zap_seamcall(s: View, me: str, gfn: Gfn, call: str, word: str | None) -> str
     leaf = LEAVES[call]
     found = track(s) if leaf == Leaf.TRACK else seamcall(s, leaf, gfn)
     s.count("seamcalls")
+    _tell(s, leaf, found, gfn)
     if found.ok:
         s.say(f"[{'TD_EPOCH moves' if leaf == Leaf.TRACK else f'gfn {gfn}: {found.state}'}]")
         return None
     if is_busy(found) and word:
         s.count("seamcall-busy")
+        s.note("seamcall-busy", call, gfn=gfn)
         s.say(tdx.name(found.rax))
         return "again" if word == "retry" else "busy"
     _bug(s, call, found)
@@ -209,6 +222,7 @@ def tdh_phymem_page_wbinvd(s: View, me: str, gfn: Gfn) -> None:
     """Write back and invalidate the TD's lines of the page: legal only once the page is no longer TDX's."""
     s.count("seamcalls")
     found = answer(Leaf.PAGE_WBINVD, on_entry(s, gfn))
+    _tell(s, Leaf.PAGE_WBINVD, found, gfn)
     if found.ok:
         keyids.wbinvd(s, s.conf.backing["private", gfn])
     else:
@@ -220,7 +234,8 @@ def tdx_clear_page(s: View, me: str, gfn: Gfn) -> None:
     if s.conf.linux >= versions.QUIRK_RESET_SINCE and not s.conf.partial_write_erratum:
         s.say("[nothing: no X86_BUG_TDX_PW_MCE]")
         return
-    keyids.clear_by_movdir64b(s, s.conf.backing["private", gfn])
+    if keyids.clear_by_movdir64b(s, s.conf.backing["private", gfn]):
+        s.note("tdx-clear-page", gfn=gfn)
 
 
 # Mapping one private page, under mmu_lock held for read.
@@ -234,6 +249,7 @@ def freeze_spte(s: View, me: str, word: str) -> str | None:
         put_page(s, me)
         _forget(s, me)
         s.count("npf")
+        s.note("retry", "FROZEN_SPTE")
         s.say("meets FROZEN_SPTE: RET_PF_RETRY")
         return "retry"
     if now not in (None, ABSENT):
@@ -249,6 +265,7 @@ def _present(s: View, me: str, what: str) -> str:
     if what == "leaf":
         mapped(s, me)
         s.count("spurious-npf")
+        s.note("spurious-npf")
         s.say("[already mapped]")
     return "skip"
 
@@ -276,7 +293,9 @@ def _forget(s: View, me: str) -> None:
 
 def clflush(s: View, me: str) -> None:
     """tdx_clflush_page(): before the page becomes the TD's, its KeyID-0 lines go to memory."""
-    keyids.clflush(s, s.conf.backing["private", s.acc[me].gfn])
+    gfn = s.acc[me].gfn
+    if keyids.clflush(s, s.conf.backing["private", gfn]):
+        s.note("clflush", gfn=gfn)
 
 
 def aug_seamcall(s: View, me: str, call: str, word: str | None) -> str | None:
@@ -287,11 +306,13 @@ def aug_seamcall(s: View, me: str, call: str, word: str | None) -> str | None:
     gfn, leaf = s.acc[me].gfn, LEAVES[call]
     found = seamcall(s, leaf, gfn)
     s.count("seamcalls")
+    _tell(s, leaf, found, gfn)
     if found.ok:
         s.say(f"[gfn {gfn}: {found.state}]" if leaf == Leaf.PAGE_AUG else "[S-EPT table added]")
         return None
     if is_busy(found) or (word == "bit_and" and found.rax & Status.OPERAND_BUSY):
         s.count("seamcall-busy")
+        s.note("seamcall-busy", call, gfn=gfn)
         s.say(f"{tdx.name(found.rax)}: RET_PF_RETRY")
         if leaf == Leaf.SEPT_ADD:
             s.mirror_table = ABSENT

@@ -20,7 +20,7 @@ TLB = "TLB"  # who drops entries of TLBs, where that is asked: compile.build.wit
 
 # The parts that not every machine has (machine/parts.py), beside those that a call needs (design/calls.py).
 DELETES, ADDS, SMM, RESERVED = "deletes a memslot", "adds a memslot", "SMM", "reserved entries"
-FLUSH, RMP_BIT, YIELDS = "if (flush)", "RMP bit", "zap yields"
+FLUSH, RMP_BIT, YIELDS, TD_FATAL = "if (flush)", "RMP bit", "zap yields", "fatal TD"
 
 
 WORDS: dict[str, tuple[bool | str, bool | str]] = {"rmp_checked_at": ("access", "fill")}  # not True or False

@@ -26,6 +26,7 @@ from .conf import (
     RESERVED,
     RMP_BIT,
     SMM,
+    TD_FATAL,
     YIELDS,
     Conf,
 )
@@ -134,6 +135,8 @@ PARTS = (
     Part(RMP_BIT, "a handler asks for the RMP bit of a fault",
          lambda conf, programs: [Field("rmp_bit", (None, "RMP", "SIZEM"), conf.vcpus)], frozenset({had_rmp_bit})),
     Part(YIELDS, "a zap may yield mmu_lock between two gfns"),
+    Part(TD_FATAL, "a machine check may have marked the TD fatal",
+         lambda conf, programs: [Field("td_fatal", (False, True))]),
     _may_fail(RMPUPDATE, "one RMPUPDATE may fail"),
     _may_fail(XARRAY, "one allocation of the xarray may fail"),
     _may_fail(SEAMCALL, "one SEAMCALL may find a lock taken"),
