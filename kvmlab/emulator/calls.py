@@ -58,6 +58,7 @@ class Call:
         )
         self.first_pc = self.ranges.program[self.ranges.pages.entries[entry]].next
         self.inner: Row | None = None  # the row of another section that was reached last
+        self.alike = False  # whether all its pages are in one situation, so that rows are not done one by one
         self.times = 1  # how many units of leaves a loop over a TD's private pages is done to
         self.tracks = 0  # how often each of them moves TD_EPOCH
         self.busy = self.ranges.cell("failures_left", SEAMCALL)
@@ -165,7 +166,9 @@ class Call:
                 continue
             if self.single or step in ranges.stops:
                 self.before(instr, step)
-            if instr.loop:
+            if self.alike:
+                self._alone()
+            elif instr.loop:
                 self.loop(pc, instr, step)
             elif step in FOR_ALL:
                 self._for_all(step, instr)
@@ -238,7 +241,7 @@ class Call:
         others = self.kernel.x & self.others
         busy = td is not None and self.single and self._busy(td, engine)
         x = self.global_state(page) ^ others
-        done = engine.go(x | self.busy.code(1) if busy else x, self.a, self.single)
+        done = engine.go(x | self.busy.code(1) if busy else x, self.a, self.single, self.alike)
         if busy and td:
             if not done.after & self.busy.mask:
                 td.take_failure(busy)
@@ -269,6 +272,16 @@ class Call:
         for note in done.notes:
             self.happens(note, None, 0, 0)
         self.judge(done, None, 0)
+
+    def _alone(self) -> None:
+        """All steps are about one column, whose pages are in the situation of the first."""
+        (column,) = self.columns
+        done = self._go(column.load()[0])
+        column.values[0] = done.after & self.ranges.page_mask
+        for note in done.notes:
+            first, n = column.pages_of(0, note)
+            self.happens(note, column, first, n, (0,))
+        self.judge(done, column, 0)
 
     def _for_all(self, step: Step, instr: Instr) -> None:
         """A question that is answered yes if it is for every page."""

@@ -27,7 +27,7 @@ from .columns import Column
 from .events import MEMORY_EXIT_FLAG_PRIVATE, InternalError, MemoryFaultExit, MmioExit, PlatformError, VmErrno
 from .kvm_state import Step
 from .large import Regions, columns_of
-from .memory import PAGE, prefix
+from .memory import LIMIT, PAGE, prefix
 from .mixed_pages import hull, update_mixed
 from .slots import File, MemSlot
 from .vm_state import VmState
@@ -69,6 +69,19 @@ class SetAttributes(Call):
             at = max(at, hi)
         if at < end:
             self.columns.append(Column.of_hole(vm, self.ranges, at, end))
+        self.alike = self._quiet()
+
+    def _quiet(self) -> bool:
+        """Whether all gfns are in one situation, nobody else is about, and nothing is made to fail."""
+        vm, column = self.vm, self.columns[0]
+        if len(self.columns) > 1 or not isinstance(column, Column) or not (column.slot and column.slot.gmem):
+            return False
+        if self.single or self.a or vm.mmu.in_progress or vm.failures or vm.rmp.failures:
+            return False
+        leaf_by_leaf = vm.tdx is not None and not self.private and column.n > 1
+        if leaf_by_leaf or vm.in_place or vm.attributes.reserved.any() or self.end > LIMIT:
+            return False
+        return len(column.load()) == 1
 
     def answer(self) -> tuple[int, int]:
         """Where it stopped, and how many gfns are left."""
@@ -215,7 +228,7 @@ class Fault(Call):
         super().__init__(vm, f"vCPU {vcpu}", f"fault {word}", f"fault {word}")
         self.gfn, self.n, self.private, self.write, self.word = gfn, n, private, write, word
         self.answer, self.event, self.taken, self.root = DONE, -1, 1, vm.mmu.root
-        self.slot, self.handles, self.seq = vm.slots.find(gfn), False, 0
+        self.slot, self.handles, self.seq, self.alike = vm.slots.find(gfn), False, 0, True
 
     def handle(self, kind: str, code: int, rmp_bit: str | None) -> tuple[str, int]:
         """DONE, RETRY or LEAVE, and how many pages that was; what goes to userspace is raised."""
@@ -293,8 +306,8 @@ class Fault(Call):
             self.vm.touch_backing(slot, head, pages, self.private)
             self.taken, self.n = column.units, head + pages - self.gfn
 
-    def _once(self) -> None:
-        """All steps of a fault are about its pages."""
+    def _alone(self) -> None:
+        """In the machine of the 2M page's shape, if there is one, at the gfn that stands for the page that faults."""
         column = self.columns[0]
         column.load()
         if isinstance(column, Regions):
@@ -302,12 +315,7 @@ class Fault(Call):
             acc = self.ranges.cell("acc", THREADS[self.a])
             now = acc.get(self.kernel.x)._replace(gfn=column.faulting(column.groups[0].kinds))
             self.kernel.x = self.ranges.set(self.kernel.x, acc, now)
-        done = self._go(column.values[0])
-        column.values[0] = done.after & self.ranges.page_mask
-        for note in done.notes:
-            first, n = column.pages_of(0, note)
-            self.happens(note, column, first, n, (0,))
-        self.judge(done, column, 0)
+        super()._alone()
 
     def happens(
         self, note: Note, column: Column | Regions | None, first: int, n: int, groups: Iterable[int] = ()

@@ -16,14 +16,15 @@ from ..design import Row
 from ..guest.access import Access
 from ..hw.memory import Gfn
 from ..kernel.failures import RMPUPDATE, SEAMCALL
-from ..kvm.attributes import kvm_range_has_memory_attributes
+from ..kvm import attributes
 from ..model.state import Cell
 from ..model.step import Instr, run_step
 
 MOST_TRIES = 1000  # of a step that says "again": nobody else will ever make way
-FOR_ALL = frozenset(
-    {kvm_range_has_memory_attributes}
-)  # asks all pages of a request: yes if each one says yes
+# Asks all pages of a request: yes if each one says yes.
+FOR_ALL: frozenset[Callable[..., Any]] = frozenset({attributes.kvm_range_has_memory_attributes})
+# Where a request of many pages has to be looked at, and one whose pages are all alike has not.
+OF_MANY = FOR_ALL | {attributes.xa_reserve, attributes.kvm_vm_set_region_attr}
 KNOWN = 1 << 16  # passes that are remembered
 
 
@@ -85,7 +86,7 @@ class Ranges:
         ]
         self._reached: dict[str, list[int]] = {}
         self._uncompiled: dict[str, frozenset[int]] = {}
-        self._known: dict[tuple[int, int, bool], Pass] = {}
+        self._known: dict[tuple[int, int, bool, bool], Pass] = {}
 
     def cell(self, name: str, key: Any = None) -> Cell:
         """One cell of the layout."""
@@ -189,17 +190,20 @@ class Ranges:
         pc: int = self.pc[a].get(x)
         return pc
 
-    def go(self, x: int, a: int, single: bool = False) -> Pass:
-        """One pass from where the thread is; `single`: it ends before another row, too."""
-        key = (x, a, single)
+    def go(self, x: int, a: int, single: bool = False, alike: bool = False) -> Pass:
+        """One pass from where the thread is; `single`: it ends before another row, too.
+
+        `alike`: all pages that it is about are in one situation, so that it goes on through loops.
+        """
+        key = (x, a, single, alike)
         found = self._known.get(key)
         if found is None:
             if len(self._known) >= KNOWN:
                 self._known.clear()
-            found = self._known[key] = self._go(x, a, single)
+            found = self._known[key] = self._go(x, a, single, alike)
         return found
 
-    def _go(self, x: int, a: int, single: bool) -> Pass:
+    def _go(self, x: int, a: int, single: bool, alike: bool) -> Pass:
         actor, pc_cell, failing = self.model.actors[a], self.pc[a], self.cell("failures_left", RMPUPDATE)
         busy = self.cell("failures_left", SEAMCALL)
         first = self.program[self.at(x, a)]
@@ -226,8 +230,11 @@ class Ranges:
                 continue
             before, tries = x, 0
             instr = self.program[to]
-            over = (
-                to in self.pages.ends or to < pc or self.steps[to] in self.stops or self.steps[pc] in FOR_ALL
-            )
-            if over or instr.loop != first.loop or (single and instr.row is not first.row):
+            over = to in self.pages.ends or to < pc
+            if alike:
+                over = over or (self.steps[to] in self.stops and self.steps[to] not in OF_MANY)
+            else:
+                over = over or self.steps[to] in self.stops or self.steps[pc] in FOR_ALL
+                over = over or instr.loop != first.loop
+            if over or (single and instr.row is not first.row):
                 return Pass(x, tuple(notes), tuple(violations))
