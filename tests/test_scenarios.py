@@ -14,7 +14,8 @@ from kvmlab.errors import InputError, NotApplicable
 from kvmlab.explore import arrays
 from kvmlab.machine.conf import Switches
 from kvmlab.machine.parts import PARTS, Part
-from kvmlab.machine.scenarios import SCENARIOS, Discards, HostWrites, find_scenario
+from kvmlab.machine.scenario import Discards, HostWrites
+from kvmlab.machine.scenarios import SCENARIOS, find_scenario
 from kvmlab.verdict.matrix import dependence
 from kvmlab.verdict.report import Report, check
 

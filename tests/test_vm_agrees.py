@@ -18,7 +18,7 @@ from kvmlab.explore import liveness, rows
 from kvmlab.kernel.directmap import ABSENT
 from kvmlab.kvm.mmu import large_leaf, leaf
 from kvmlab.machine.properties import FATAL
-from kvmlab.machine.scenarios import Discards, HostWrites, Scenario
+from kvmlab.machine.scenario import Discards, HostWrites, Scenario
 from kvmlab.model.state import View
 from kvmlab.verdict.report import as_design
 

@@ -54,8 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
     claims.add_argument("ids", nargs="*", metavar="ID", help="only these, with their evidence")
     claims.add_argument("--json", action="store_true")
     command("switches", "list the choices that sources leave open, and the verdicts that depend on each")
-    show = command("show", "print the text of a design")
-    show.add_argument("design")
+    show = command("show", "print the text of a design, or of a scenario")
+    show.add_argument("design", nargs="?")
+    show.add_argument("--scenario", metavar="S", help="names joined by +, or a file")
+    _sizes(show)
     diff = command("diff", "print the lines in which two designs differ")
     diff.add_argument("a")
     diff.add_argument("b")
@@ -105,6 +107,7 @@ def _case(parser: argparse.ArgumentParser, many: bool, switches: bool = True) ->
     parser.add_argument(
         "--seconds", type=_positive, metavar="N", help="stop each search after so many seconds (the same)"
     )
+    _sizes(parser)
     if switches:
         parser.add_argument(
             "--switch",
@@ -113,6 +116,11 @@ def _case(parser: argparse.ArgumentParser, many: bool, switches: bool = True) ->
             metavar="NAME=VALUE",
             help="an open choice: see docs/model.md",
         )
+
+
+def _sizes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vcpus", type=_positive, metavar="N", help="so many vCPUs in the scenario")
+    parser.add_argument("--gfns", type=_positive, metavar="N", help="so many gfns in the scenario")
 
 
 def _positive(text: str) -> int:
@@ -222,8 +230,21 @@ def _switches(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     from ..design import Design
+    from ..errors import InputError
+    from ..machine.scenario_text import spelled
+    from ..machine.scenarios import find_scenario, read_scenario, scenario_text
 
-    emit(Design.load(options.design).text.rstrip())
+    if not options.design and not options.scenario:
+        raise InputError("show what?  The name of a design or its file, or --scenario with one of those")
+    if options.design:
+        emit(Design.load(options.design).text.rstrip())
+    if options.scenario:
+        scene = read_scenario(options.scenario, options.vcpus, options.gfns)
+        emit(
+            (
+                spelled(find_scenario(scene)) if "\n" in scene or "+" in scene else scenario_text(scene)
+            ).rstrip()
+        )
     return 0
 
 
@@ -238,27 +259,36 @@ def _reports(options: argparse.Namespace) -> Iterator[Report | str]:
     """The report of each case asked for, or the line that says why there is none."""
     from ..design import Design
     from ..errors import NotApplicable
+    from ..machine.scenarios import find_scenario
     from ..verdict.report import check
     from ..verdict.run import parse_switches
 
     switches = parse_switches(options.switch)
+    scenarios = _read_scenarios(options, ["to-private", "to-shared"])
     cases = [
         (design, platform, scenario, backing)
         for design in [Design.load(name) for name in options.designs]
         for platform in options.platform or ["snp"]
         for backing in options.backing or [design.backing or "split"]
-        for scenario in options.scenario or ["to-private", "to-shared"]
+        for scenario in scenarios
     ]
     for n, (design, platform, scenario, backing) in enumerate(cases, 1):
-        progress(f"{n} of {len(cases)}: {design.name} {platform} {scenario} {backing}")
+        name = find_scenario(scenario).name
+        progress(f"{n} of {len(cases)}: {design.name} {platform} {name} {backing}")
         try:
             report: Report | str = check(
                 design, platform, scenario, backing, switches, options.limit, options.seconds
             )
         except NotApplicable as reason:
-            report = f"{design.name}, {platform}, {scenario}, {backing} backing: n/a ({reason})"
+            report = f"{design.name}, {platform}, {name}, {backing} backing: n/a ({reason})"
         progress()
         yield report
+
+
+def _read_scenarios(options: argparse.Namespace, usual: list[str]) -> list[str]:
+    from ..machine.scenarios import read_scenario
+
+    return [read_scenario(scenario, options.vcpus, options.gfns) for scenario in options.scenario or usual]
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -320,11 +350,12 @@ def _write(path: Path, text: str) -> None:
 
 def _matrix(options: argparse.Namespace) -> int:
     from ..design import Design
+    from ..machine.scenarios import SCENARIOS
     from ..verdict.matrix import matrix
 
     asked = {
         "platforms": options.platform,
-        "scenarios": options.scenario,
+        "scenarios": _read_scenarios(options, list(SCENARIOS) if options.vcpus or options.gfns else []),
         "backings": options.backing,
         "designs": [Design.load(name) for name in options.design or ()],
     }
@@ -363,6 +394,8 @@ def _trace(options: argparse.Namespace) -> int:
         parse_switches(options.switch),
         options.limit,
         options.seconds,
+        options.vcpus,
+        options.gfns,
     )
     if options.measure:
         found = [report.example(options.measure)]

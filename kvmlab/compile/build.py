@@ -21,7 +21,7 @@ from ..machine.conf import ADDS, FOLIO_2M, NEIGHBOUR, PLATFORMS, TLB, Conf, Swit
 from ..machine.out_of_sync import OutOfSync
 from ..machine.parts import PARTS
 from ..machine.properties import FATAL
-from ..machine.scenarios import (
+from ..machine.scenario import (
     ANY_TIME,
     Converts,
     CreatesMemslot,

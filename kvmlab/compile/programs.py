@@ -16,7 +16,7 @@ from ..kernel import locks
 from ..kernel.failures import RMPUPDATE, XARRAY
 from ..kvm import gmem, memslots, mmu
 from ..machine.conf import MEMSLOTS, RESERVED, Conf
-from ..machine.scenarios import Discards
+from ..machine.scenario import Discards
 from ..model.state import View
 from ..model.step import Instr, Step
 from .assemble import Draft, assemble, nothing, without_markers

@@ -31,12 +31,17 @@ def patch_of(design: Design) -> tuple[Design, str]:
     if design.linux != base.linux:
         blocks.insert(0, f"linux: {design.linux}")
     name = "" if design.name == f"{base.name}*" else design.name
-    return base, "".join(_digits(_pack("\n".join([name, *blocks]), _text(base))))
+    return base, pack("\n".join([name, *blocks]), _text(base))
+
+
+def pack(text: str, base: str) -> str:
+    """A text as what makes it of another one, in digits."""
+    return "".join(_digits(_pack(text, base)))
 
 
 def patched(base: Design, edit: str) -> Design:
     """The design that `patch_of` has written down; DesignError if these are not its digits."""
-    name, _, text = _unpack(edit, _text(base)).partition("\n")
+    name, _, text = unpack(edit, _text(base)).partition("\n")
     return Design.parse(f"base: {base.name}\n{text}\n", name or f"{base.name}*")
 
 
@@ -88,7 +93,8 @@ def _longest(text: str, at: int, known: str) -> tuple[int, int]:
     return length, where
 
 
-def _unpack(edit: str, base: str) -> str:
+def unpack(edit: str, base: str) -> str:
+    """The text that `pack` has made of another one; DesignError if these are not its digits."""
     known = base
     numbers = _numbers(edit)
     for count in numbers:

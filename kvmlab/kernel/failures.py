@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..model.state import View
 
 RMPUPDATE, XARRAY, SEAMCALL = "rmpupdate", "xarray", "seamcall"
+FAILURES = (RMPUPDATE, XARRAY, SEAMCALL)
 
 
 def fails(s: View, what: str) -> bool:

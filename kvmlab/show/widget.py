@@ -99,7 +99,7 @@ class Workbench(anywidget.AnyWidget):
 
     def __repr__(self) -> str:
         case = self.session.case
-        return f"Workbench({case.design.name!r}, {case.platform!r}, {case.scenario!r}, {case.backing!r})"
+        return f"Workbench({case.design.name!r}, {case.platform!r}, {case.scene.name!r}, {case.backing!r})"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         """The live view, with a picture and a text beside it for readers who have no kernel."""

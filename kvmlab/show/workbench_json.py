@@ -48,7 +48,7 @@ def session_json(session: Session, drawn: Json | None = None) -> Json:
 
 def case_json(case: Case) -> Json:
     """Which case it is, and its ordering: what can be shown before anything is explored."""
-    names = {"platform": case.platform, "scenario": case.scenario, "backing": case.backing}
+    names = {"platform": case.platform, "scenario": case.scene.name, "backing": case.backing}
     return {"case": {**names, "design": case.design.name}, "design": design_json(case)}
 
 

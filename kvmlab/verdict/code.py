@@ -1,6 +1,6 @@
 """A run as one short code, which `replay` turns back into the run that it was made of, or refuses.
 
-    kvmlab:2:PLATFORM/SCENARIO[,KNOB...]/STEPS[/CLAIM]/DESIGN[~EDIT]@CHECK
+    kvmlab:2:PLATFORM/SCENARIO[~EDIT][,KNOB...]/STEPS[/CLAIM]/DESIGN[~EDIT]@CHECK
 
 KNOB is `in-place`, or a switch and its value, `preempt_count.no`.  STEPS: a letter an actor (a is the asking
 CPU) and a count of its steps, or a letter, - and a choice; a dot where a cycle begins.  CLAIM is what the run
@@ -15,14 +15,16 @@ from __future__ import annotations
 import hashlib
 
 from ..design import Design, shipped
-from ..design.patch import DIGITS, patch_of
+from ..design.patch import DIGITS, pack, patch_of
 from ..explore.liveness import EXIT, FAULT
 from ..machine.properties import BY_NAME, MEASURES
+from ..machine.scenarios import NAMES, scenario_text
 from ..machine.table import machine_rows
 from .run import Run, changed, letter, options
 
 PREFIX = "kvmlab:2:"
 RUN_DIGITS, TEXT_DIGITS = 8, 2  # of the check, 5 bits each
+BASE_DIGITS = 4  # of the text in which a scenario was edited
 NO_CLAIM = ("sample", "by-hand")  # these say nothing that the run would have to show
 INITIALS = {"".join(word[0] for word in name.split("-")): name for name in BY_NAME}
 assert len(INITIALS) == len(BY_NAME) and not INITIALS.keys() & MEASURES.keys()
@@ -33,7 +35,7 @@ def encode(run: Run) -> str:
     case = run.case
     knobs = ["in-place"] if case.backing == "in-place" else []
     knobs += [f"{name}.{value}" for name, value in changed(case.switches).items()]
-    parts = [case.platform, ",".join([case.scenario, *knobs]), _steps(run)]
+    parts = [case.platform, ",".join([_scenario_text(case.scenario), *knobs]), _steps(run)]
     short = {name: initials for initials, name in INITIALS.items()}
     parts += [] if run.why == "sample" else [short.get(run.why, run.why)]
     code = f"{PREFIX}{'/'.join([*parts, _design_text(case.design)])}@{run_check(run)}"
@@ -50,6 +52,7 @@ def run_check(run: Run) -> str:
     """A digest of everything that a replay shows: the case, each call with its effects, the machine, the claim."""
     case = run.case
     told = [repr((str(case), case.design.digest, case.design.backing, run.why, run.cycle))]
+    told += [case.scenario] if "\n" in case.scenario else []
     told += [f"{actor.key} {actor.role}" for actor in case.model.actors]
     for frame in run.frames:
         event = frame.event
@@ -66,6 +69,15 @@ def _design_text(design: Design) -> str:
             return design.name
     base, edit = patch_of(design)
     return f"{base.name}~{base.digest[:4]}{edit}"
+
+
+def _scenario_text(scenario: str) -> str:
+    """Names as they are, and a text as what was edited in the shipped one that makes it shortest."""
+    if "\n" not in scenario:
+        return scenario.replace("+", ".")
+    edits = [(pack(scenario, scenario_text(name)), name) for name in NAMES]
+    edit, base = min(edits, key=lambda found: len(found[0]))
+    return f"{base}~{digits(scenario_text(base), BASE_DIGITS)}{edit}"
 
 
 def _steps(run: Run) -> str:
@@ -105,7 +117,7 @@ def claim_problem(run: Run) -> str:
     if why not in BY_NAME:
         return f"{why[:40]!r} is neither a property nor a measure"
     if BY_NAME[why].guest and not run.case.model.conf.correct_guest:
-        return f"{why} is not judged in {run.case.scenario}: the guest is careless"
+        return f"{why} is not judged in {run.case.scene.name}: the guest is careless"
     if why == "livelock":
         return "" if _cycles(run) else "what it repeats is no fair cycle of faults"
     return "" if why in run.violated else f"the run does not violate {why}"

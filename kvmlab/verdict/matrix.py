@@ -156,7 +156,7 @@ def matrix(
         waiting = iter(results)
         for n, ((name, _), platform, scenario, backing) in enumerate(cases, 1):
             if progress:
-                progress(f"{n} of {len(cases)}: {platform} {backing} {name} {scenario}")
+                progress(f"{n} of {len(cases)}: {platform} {backing} {name} {find_scenario(scenario).name}")
             squares.append(next(waiting))
     return Matrix(tuple(squares))
 
@@ -182,7 +182,7 @@ def _square(
 ) -> Square:
     (name, text), platform, scenario, backing = where
     design = Design.load(name) if text is None else Design.parse(text, name)
-    empty = Square(name, platform, scenario, backing)
+    empty = Square(name, platform, find_scenario(scenario).name, backing)
     try:
         report = check(design, platform, scenario, backing, switches, limit, seconds)
     except NotApplicable as reason:

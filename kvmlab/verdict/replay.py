@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..design import Design, DesignError, shipped
-from ..design.patch import patched
+from ..design.patch import patched, unpack
 from ..errors import InputError, NotApplicable
 from ..explore.paths import Schedule
 from ..machine.properties import BY_NAME, MEASURES
-from .code import INITIALS, PREFIX, TEXT_DIGITS, claim_problem, digits, run_check
+from ..machine.scenarios import scenario_text
+from .code import BASE_DIGITS, INITIALS, PREFIX, TEXT_DIGITS, claim_problem, digits, run_check
 from .diagram import difference
 from .run import Case, ReplayError, parse_switches
 from .trace import Trace
@@ -22,7 +23,8 @@ LONGEST_CODE = 100_000  # characters
 
 _SIGNS = r"[A-Za-z0-9_:/@,.~='()-]"  # those of version 1, too
 _CODE = re.compile(
-    r"kvmlab:2:(?P<platform>\w+)/(?P<scenario>[\w-]+)(?P<knobs>(?:,[\w.-]+)*)/(?P<steps>[a-z0-9.-]*)"
+    r"kvmlab:2:(?P<platform>\w+)/(?P<scenario>[\w.-]+)(?:~(?P<scene>\w+))?(?P<knobs>(?:,[\w.-]+)*)"
+    r"/(?P<steps>[a-z0-9.-]*)"
     r"(?:/(?P<claim>[\w-]+))?/(?P<design>[\w-]+)(?:~(?P<digest>[0-9a-f]{4})(?P<edit>\w+))?@(?P<check>\w+)"
 )
 _OLD = re.compile(
@@ -76,6 +78,7 @@ def decode(code: str) -> Trace:
     parts = _Parts(match["platform"], match["scenario"], backing, switches, match["design"], why)
     search = parts.search()
     try:
+        parts = parts._replace(scenario=_read_scene(match))
         design, search = _read_design(match, parts)
         case = Case(design, parts.platform, parts.scenario, backing, parse_switches(switches))
         schedule, cycle = _read_steps(match["steps"])
@@ -104,6 +107,16 @@ def _old(code: str) -> str:
     old = _Parts(match["platform"], match["scenario"], match["backing"], switches, design, match["why"] or "")
     file = ", where FILE holds the text of its design" if design == "FILE" else ""
     return f"{told}\nto search anew: {old.search()}{file}"
+
+
+def _read_scene(match: re.Match[str]) -> str:
+    """The scenario of a code: names, or the text that was made of one."""
+    if match["scene"] is None:
+        return match["scenario"].replace(".", "+")
+    base = scenario_text(match["scenario"])
+    if digits(base, BASE_DIGITS) != match["scene"][:BASE_DIGITS]:
+        raise ReplayError(f"it holds what was edited in {match['scenario']}, which has changed since")
+    return unpack(match["scene"][BASE_DIGITS:], base)
 
 
 def _read_design(match: re.Match[str], parts: _Parts) -> tuple[Design, str]:

@@ -19,6 +19,7 @@ from ..explore import liveness, paths, rows
 from ..explore.graph import Graph, Hit, Watch
 from ..machine.conf import Switches
 from ..machine.properties import BY_NAME, MEASURES, PROPERTIES
+from ..machine.scenarios import read_scenario
 from ..model.step import Learner, Model
 from .diagram import WIDTH
 from .display import Displayed
@@ -198,7 +199,7 @@ class Report(Displayed):
         return {
             "design": self.case.design.name,
             "platform": self.case.platform,
-            "scenario": self.case.scenario,
+            "scenario": self.case.scene.name,
             "backing": self.case.backing,
             "complete": self.complete,
             "states": self.states,
@@ -282,15 +283,19 @@ def check(
     switches: Switches | None = None,
     limit: int | None = None,
     seconds: float | None = None,
+    vcpus: int | None = None,
+    gfns: int | None = None,
 ) -> Report:
     """Explore every interleaving of `design` in one scenario and return the verdicts.
 
-    `design` is a `Design`, the name of one that ships, a file, or a text with line breaks.  After `limit` states
+    `design` is a `Design`, the name of one that ships, a file, or a text with line breaks; `scenario` is names joined
+    by "+", a file, or a text, with other numbers of `vcpus` and `gfns` if they are given.  After `limit` states
     (default: LIMIT) or so many `seconds` the search stops, and the report is not `complete`.  Raises DesignError
     for a bad design, InputError for a name that does not exist, NotApplicable for a case that does not,
     MemoryError in words.
     """
-    case = Case(as_design(design), platform, scenario, backing, switches or Switches())
+    scene = read_scenario(scenario, vcpus, gfns)
+    case = Case(as_design(design), platform, scene, backing, switches or Switches())
     began = time.perf_counter()
     if seconds is None:
         return check_case(case, limit)

@@ -13,6 +13,7 @@ from ..errors import InputError, Refusal
 from ..explore.paths import Schedule, switches
 from ..machine.conf import WORDS, Switches
 from ..machine.properties import BY_NAME
+from ..machine.scenario import Scenario
 from ..machine.scenarios import find_scenario
 from ..model.step import Model, run_step
 
@@ -32,11 +33,16 @@ class Case:
     @cached_property
     def model(self) -> Model:
         """The model of this case; NotApplicable or InputError when there is none."""
-        return build(self.design, find_scenario(self.scenario), self.platform, self.backing, self.switches)
+        return build(self.design, self.scene, self.platform, self.backing, self.switches)
+
+    @property
+    def scene(self) -> Scenario:
+        """The scenario itself: `scenario` is its name, or its text if it is none that ships."""
+        return find_scenario(self.scenario)
 
     def __str__(self) -> str:
         odd = "".join(f", {name}={value}" for name, value in changed(self.switches).items())
-        return f"{self.design.name}, {self.platform}, {self.scenario}, {self.backing} backing{odd}"
+        return f"{self.design.name}, {self.platform}, {self.scene.name}, {self.backing} backing{odd}"
 
 
 def changed(chosen: Switches) -> dict[str, str]:
