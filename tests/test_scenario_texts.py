@@ -161,3 +161,63 @@ def test_a_code_carries_its_scenario(scenario: str) -> None:
 def test_a_joined_scenario_has_a_text() -> None:
     joined = find_scenario("host-stray+discard")
     assert parse_scenario(spelled(joined)).threads == joined.threads
+
+
+# Properties of one's own
+
+ASKS = """
+start: shared
+asks: private
+never: attr[0] == private && rmp[P0] == hypervisor && !running && era == 1
+sometimes: guest[0] == ready && rmp[P0] == validated
+"""
+
+
+@pytest.mark.parametrize(
+    ("design", "held"),
+    [("v8-post-hook", [True, True]), ("upstream", [False, True]), ("no-zap", [True, True])],
+)
+def test_never_and_sometimes_are_answered_over_all_states(design: str, held: list[bool]) -> None:
+    report = kvmlab.check(design, scenario=ASKS)
+    assert [found["holds"] for found in report.as_json()["asked"]] == held
+
+
+def test_the_run_to_where_it_is_true_ends_there() -> None:
+    report = kvmlab.check("upstream", scenario=ASKS)
+    trace = report.reach(0)
+    assert trace.steps == int(report.graph.depth[report.asked[0].hits[0].state])
+    assert kvmlab.replay(trace.code).code == trace.code
+
+
+def test_a_sometimes_that_never_comes_is_bad() -> None:
+    text = "start: shared\nasks: private\nsometimes: attr[0] == private && npt[0] == S0 && quiet\n"
+    report = kvmlab.check("v8-post-hook", scenario=text)
+    assert report.bad and not report.violated and "Never, NOT as asked" in report.text()
+
+
+def test_a_search_that_is_cut_says_neither() -> None:
+    report = kvmlab.check("v8-post-hook", scenario=ASKS, limit=10)
+    assert [found["holds"] for found in report.as_json()["asked"]] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("attr[0] == privat", r"no value of attr\[0\] 'privat' in this machine; there are: private"),
+        ("rpm[P0] == hypervisor", r"no cell 'rpm\[P0\]' in this machine; there are: rmp\[P0\]"),
+        ("sept[0] == FREE", r"no cell 'sept\[0\]' in this machine"),
+    ],
+)
+def test_what_the_machine_does_not_have_is_told(expression: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        kvmlab.check("v8-post-hook", scenario=f"start: shared\nasks: private\nnever: {expression}\n").text()
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["", "attr[0] ==", "attr[0] == private &&", "(quiet", "quiet)", "a & b", "== private", "!" * 99],
+)
+def test_what_is_no_expression_is_told_with_a_caret(expression: str) -> None:
+    with pytest.raises(DesignError) as caught:
+        parse_scenario(f"start: shared\nnever: {expression}\n")
+    assert "cannot read the expression" in str(caught.value) and "^" in str(caught.value)

@@ -79,6 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     trace.add_argument("design")
     _case(trace, many=False)
     trace.add_argument("--property", metavar="NAME", help="of this property (default: the nearest violation)")
+    trace.add_argument(
+        "--asked", type=_positive, metavar="N", help="to the scenario's N-th never: or sometimes:"
+    )
     trace.add_argument("--measure", metavar="NAME", help="the shortest run that counts this measure instead")
     trace.add_argument(
         "--count", type=_positive, default=1, metavar="N", help="up to N runs that differ in who acts"
@@ -296,7 +299,7 @@ def _check(options: argparse.Namespace) -> int:
     bad, complete = False, True
     for report in _reports(options):
         if not isinstance(report, str):
-            bad, complete = bad or bool(report.violated), complete and report.complete
+            bad, complete = bad or report.bad, complete and report.complete
         if not options.json:
             emit(report if isinstance(report, str) else report.text())
         elif not isinstance(report, str):
@@ -397,8 +400,15 @@ def _trace(options: argparse.Namespace) -> int:
         options.vcpus,
         options.gfns,
     )
-    if options.measure:
+    broken = next((n for n, asked in enumerate(report.asked) if asked.hits and asked.broken(True)), None)
+    if options.asked and options.asked > len(report.asked):
+        raise InputError(f"--asked {options.asked}: the scenario asks {len(report.asked)} things itself")
+    if options.asked:
+        found = [report.reach(options.asked - 1)]
+    elif options.measure:
         found = [report.example(options.measure)]
+    elif not options.property and not report.violated and broken is not None:
+        found = [report.reach(broken)]
     elif options.count > 1:
         found = report.traces(options.property or next(iter(report.violated), "livelock"), options.count)
     else:
@@ -406,7 +416,7 @@ def _trace(options: argparse.Namespace) -> int:
     emit("\n\n".join(trace.code if options.code else trace.text() for trace in found))
     if not report.complete:
         complain(f"kvmlab: not complete: {report.not_checked[-1]}")
-    bad = options.property in report.violated if options.property else bool(report.violated)
+    bad = options.property in report.violated if options.property else report.bad
     return _status(bad, report.complete)
 
 

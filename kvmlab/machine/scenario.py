@@ -85,6 +85,9 @@ class Scenario:
     auto_convert: bool = False  # the VMM converts to what was touched
     threads: tuple[Thread, ...] = ()
     may: tuple[str, ...] = ()
+    asked: tuple[
+        tuple[str, str], ...
+    ] = ()  # "never" or "sometimes", and an expression: machine/expressions.py
 
     @property
     def parts(self) -> frozenset[str]:
@@ -108,7 +111,7 @@ class Scenario:
         """
         said = dict[str, object]()
         for name in (
-            f.name for f in fields(self) if f.name not in ("name", "title", "eras", "threads", "may")
+            f.name for f in fields(self) if f.name not in ("name", "title", "eras", "threads", "may", "asked")
         ):
             mine, theirs, usual = getattr(self, name), getattr(other, name), getattr(_USUAL, name)
             if usual not in (mine, theirs) and mine != theirs and name != "racers":
@@ -116,6 +119,7 @@ class Scenario:
             said[name] = theirs if mine == usual else mine
         said |= {"racers": self.racers, "threads": tuple(dict.fromkeys(self.threads + other.threads))}
         said |= {"may": tuple(dict.fromkeys(self.may + other.may)), "name": f"{self.name}+{other.name}"}
+        said |= {"asked": tuple(dict.fromkeys(self.asked + other.asked))}
         return replace(self, title=f"{self.title}; with {other.name}", **said)  # type: ignore[arg-type]
 
     def resized(self, vcpus: int | None = None, gfns: int | None = None) -> Scenario:

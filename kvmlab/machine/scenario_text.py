@@ -14,9 +14,11 @@ from typing import Any
 
 from ..design.errors import DesignError, Place, quoted
 from ..design.source import Source
+from ..errors import InputError
 from ..kernel.failures import FAILURES
 from ..kvm.memslots import SMM, MemSlot
 from .conf import YIELDS
+from .expressions import parse_expression
 from .scenario import (
     AFTER,
     ANY_TIME,
@@ -34,6 +36,7 @@ from .scenario import (
 )
 
 KINDS = ("shared", "private")
+ASKS = ("never", "sometimes")
 MAY = {**{name: f"{name} fails" for name in FAILURES}, YIELDS: YIELDS}
 WRITES = {
     "io": "write(shared page)", "stray": "write(present page)", "private": "write(private page)",
@@ -43,6 +46,8 @@ GFNS = r"gfns? (?P<lo>\d+)(?: ?- ?(?P<hi>\d+))?"
 EXAMPLES = {
     "start": "start: shared", "asks": "asks: private, shared", "guest": "guest: careless", "vcpus": "vcpus: 2",
     "exits": "exits: convert", "memory": "memory:", "threads": "threads:", "may": "may: rmpupdate fails",
+    "never": "never: attr[0] == private && rmp[P0] == hypervisor && quiet",
+    "sometimes": "sometimes: guest[0] == ready",
 }  # fmt: skip
 MEMORY = (
     "gfns 0-1", "memslot: gfn 0", "memslot: gfn 0, smm", "mapped in 2M", "guest_memfd in 2M",
@@ -82,6 +87,7 @@ def spelled(scenario: Scenario) -> str:
         out += ["memory:", *(f"    {line}" for line in memory)]
     if scenario.threads:
         out += ["threads:", *(f"    {_thread(thread)}" for thread in scenario.threads)]
+    out += [f"{word}: {text}" for word, text in scenario.asked]
     out += [f"may: {', '.join(MAY.get(what, what) for what in scenario.may)}"] if scenario.may else []
     return "\n".join(out) + "\n"
 
@@ -138,7 +144,7 @@ class _Reader:
         if not colon or key not in EXAMPLES:
             near = get_close_matches(key, EXAMPLES, 3) or list(EXAMPLES)
             raise self.source.error(f"unknown line '{quoted(text)}'", place, [EXAMPLES[k] for k in near])
-        if key in self.places:
+        if key in self.places and key not in ASKS:
             raise self.source.error(f"'{key}:' is given twice", place)
         self.places[key], self.within = place, key if key in ("memory", "threads") else ""
         value = value.strip()
@@ -170,6 +176,19 @@ class _Reader:
     def _may(self, value: str, place: Place) -> None:
         words = {text: name for name, text in MAY.items()}
         self.said["may"] = tuple(words[self._one(part.strip(), words, place)] for part in value.split(","))
+
+    def _asked(self, word: str, value: str, place: Place) -> None:
+        try:
+            found = parse_expression(value)
+        except InputError as wrong:
+            raise self.source.error(str(wrong), place) from None
+        self.said["asked"] = (*self.said.get("asked", ()), (word, found.text))
+
+    def _never(self, value: str, place: Place) -> None:
+        self._asked("never", value, place)
+
+    def _sometimes(self, value: str, place: Place) -> None:
+        self._asked("sometimes", value, place)
 
     def _gfns(self, match: re.Match[str], place: Place) -> tuple[int, ...]:
         lo = int(match["lo"])

@@ -23,6 +23,7 @@ from ..machine.scenarios import read_scenario
 from ..model.step import Learner, Model
 from .diagram import WIDTH
 from .display import Displayed
+from .questions import Asked, ask
 from .run import Case
 from .trace import Trace
 
@@ -121,6 +122,21 @@ class Report(Displayed):
         return [v.name for v in self.verdicts.values() if v.verdict in (SOMETIMES, ALWAYS)]
 
     @cached_property
+    def asked(self) -> list[Asked]:
+        """What the scenario asks itself, answered."""
+        return [ask(self.graph, word, text) for word, text in self.case.scene.asked]
+
+    @property
+    def bad(self) -> bool:
+        """Whether something bad can happen: a property is violated, or what the scenario asks for does not hold."""
+        return bool(self.violated) or any(asked.broken(self.complete) for asked in self.asked)
+
+    def reach(self, number: int = 0) -> Trace:
+        """A shortest run to where the scenario's expression of that number is true; else the sample run."""
+        hits = self.asked[number].hits
+        return Trace(self.case, paths.shortest(self.graph, hits), "by-hand") if hits else self.sample()
+
+    @cached_property
     def witnesses(self) -> dict[str, bool]:
         """Good things that must be reachable: the conversion returns; the guest gets to use its page."""
         return {
@@ -209,6 +225,16 @@ class Report(Displayed):
             "properties": properties,
             "measures": self.measures,
             "witnesses": self.witnesses,
+            "asked": [
+                {
+                    "question": f"{asked.word}: {asked.text}",
+                    "holds": None
+                    if not asked.hits and not self.complete
+                    else not asked.broken(self.complete),
+                    "code": self.reach(n).code if asked.hits else None,
+                }
+                for n, asked in enumerate(self.asked)
+            ],
             "not_checked": list(self.not_checked),
             "notes": list(self.case.design.notes),
         }
@@ -221,6 +247,16 @@ class Report(Displayed):
         if not self.complete:
             left.append(f"interleavings beyond the first {self.states:,} states")
         return left
+
+    def _answer(self, asked: Asked) -> str:
+        if asked.hits:
+            found = f"Sometimes, after {int(self.graph.depth[asked.hits[0].state])} steps"
+        else:
+            found = "Never" if self.complete else "not seen"
+        held = "as asked" if not asked.broken(self.complete) else "NOT as asked"
+        return (
+            f"{asked.word}: {asked.text}: {found}, {held if asked.hits or self.complete else 'not complete'}"
+        )
 
     def text(self) -> str:
         """The verdicts as plain text: what can go wrong first, then what never does."""
@@ -238,6 +274,7 @@ class Report(Displayed):
             lines += textwrap.wrap(
                 text, WIDTH, initial_indent="  ", subsequent_indent=indent, break_on_hyphens=False
             )
+        lines += [f"  {self._answer(asked)}" for asked in self.asked]
         lines += [f"  Not seen  {name}" for name, seen in self.witnesses.items() if not seen]
         lines += [f"  Not checked: {what}" for what in self.not_checked]
         return "\n".join(lines)
