@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..explore.graph import Graph, Hit
-from ..explore.tables import split
 from ..machine.expressions import parse_expression
 from ..model.state import WORD, Cell
 
@@ -32,6 +28,10 @@ class Asked(NamedTuple):
 
 def ask(graph: Graph, word: str, text: str) -> Asked:
     """Look for states in which an expression is true; InputError for what the machine does not have."""
+    import numpy as np
+
+    from ..explore.tables import split
+
     layout = graph.model.layout
     states: Any = graph.states
     words = (
@@ -40,7 +40,7 @@ def ask(graph: Graph, word: str, text: str) -> Asked:
         else np.asarray(states).reshape(-1, layout.words)
     )
 
-    def test(cell: Cell, codes: frozenset[int]) -> NDArray[np.bool_]:
+    def test(cell: Cell, codes: frozenset[int]) -> Any:
         column, shift = words[:, cell.shift // WORD], cell.shift % WORD
         values = (column >> np.uint64(shift)) & np.uint64((1 << cell.bits) - 1)
         return np.isin(values, [code >> cell.shift for code in codes])
